@@ -1,0 +1,63 @@
+# Each target works right after a clone: .venv is made on first use and again when the dependencies change.
+.DEFAULT_GOAL := help
+.PHONY: help test test-slow lint quickstart
+
+LAYOUTS := scales raster rows quadrants
+LAYOUT ?= scales
+# override: the quickstart removes this folder, so no variable of the caller may name it.
+override OUT := out/quickstart$(if $(filter-out scales,$(LAYOUT)),-$(LAYOUT))
+# Such as PYTEST_OPTIONS='-n 2' for two processes.
+PYTEST_OPTIONS ?=
+
+# Recipes call the python and the tools of .venv.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+help:
+	@echo "make quickstart [LAYOUT=scales|raster|rows|quadrants]   train on digits, sample, evaluate"
+	@echo "make test | make test-slow | make lint                  the checks"
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 python -m pytest $(PYTEST_OPTIONS)
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 python -m pytest -m slow
+
+lint: .venv/installed
+	ruff check .
+
+ifneq ($(words $(LAYOUT)) $(words $(filter $(LAYOUTS),$(LAYOUT))),1 1)
+quickstart:
+	@echo "LAYOUT is $(LAYOUT); expected one of: $(LAYOUTS)" >&2; exit 1
+else
+quickstart: .venv/installed
+	rm -rf $(OUT)
+	python -m nextblock.tokenizer.train --config tokenizer/digits-$(LAYOUT) --output_dir $(OUT)/tokenizer
+	python -m nextblock.tokenizer.tokenize_dataset --config tokenizer/tokenize-digits --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/tokens
+	python -m nextblock.prior.train --config prior/digits-$(LAYOUT) --tokens $(OUT)/tokens --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/prior --pipeline_dir $(OUT)/pipeline
+	python -m nextblock.pipelines.sample --config pipelines/sample-digits-$(LAYOUT) --pipeline $(OUT)/pipeline --output_dir $(OUT)/samples
+	python -m nextblock.pipelines.evaluate --config pipelines/evaluate-digits --pipeline $(OUT)/pipeline --samples $(OUT)/samples --run_dirs '[$(OUT)/tokenizer,$(OUT)/prior]' --output_dir $(OUT)
+endif
+
+# The first of these that is new enough; PYTHON names another.
+PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+.venv/installed: pyproject.toml constraints.txt
+	@if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
+	    python=; \
+	    for candidate in $(PYTHONS); do \
+	        if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	            python=$$candidate; break; \
+	        fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo "nextblock needs Python 3.11 or newer; not found as: $(PYTHONS)." >&2; \
+	        echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; \
+	    fi; \
+	    if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	        echo "$$python cannot make a virtual environment: it lacks the module venv or ensurepip." >&2; \
+	        echo "On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; \
+	    fi; \
+	    "$$python" -m venv --clear .venv; \
+	fi
+	@echo "Installing into .venv; the first time takes minutes."
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

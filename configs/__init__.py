@@ -1,0 +1,1 @@
+"""Run configs in YAML, shipped with the package."""

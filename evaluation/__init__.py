@@ -1,0 +1,1 @@
+"""Metrics of reconstructions, codebooks and samples."""

@@ -1,0 +1,109 @@
+"""Statistics of how a codebook is used, as pure functions of a histogram.
+
+Legend: B batch, K blocks, L_k tokens of block k, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def code_counts(idx_Bl: Sequence[Tensor], num_codes: int) -> Tensor:
+    """Count how often each block uses each code; counts of several batches add up.
+
+    Args:
+        idx_Bl: K integer tensors (B, L_k) in [0, num_codes).
+        num_codes: V.
+
+    Returns:
+        (K, V) int64, on the device of the indices.
+
+    Raises:
+        ValueError: if an index on the CPU is out of range; on a GPU the device itself refuses it.
+    """
+    idx_BL = torch.cat([idx.long() for idx in idx_Bl], dim=1)
+    if idx_BL.device.type == "cpu" and idx_BL.numel() and not 0 <= idx_BL.min() <= idx_BL.max() < num_codes:
+        spans = [(idx.min().item(), idx.max().item()) for idx in idx_Bl]
+        k = next(k for k, (lowest, highest) in enumerate(spans) if lowest < 0 or highest >= num_codes)
+        raise ValueError(f"idx_Bl[{k}] spans {spans[k][0]} to {spans[k][1]}; expected 0 to {num_codes - 1}")
+    rows = [torch.full((idx.shape[1],), k * num_codes) for k, idx in enumerate(idx_Bl)]
+    cells = (idx_BL + torch.cat(rows).to(idx_BL.device)).flatten()
+    counts = torch.zeros(len(idx_Bl) * num_codes, dtype=torch.int64, device=idx_BL.device)
+    # Not bincount: on a GPU it reads the largest index back and makes the host wait.
+    return counts.scatter_add_(0, cells, torch.ones_like(cells)).view(len(idx_Bl), num_codes)
+
+
+def usage(counts: Tensor) -> Tensor:
+    """Return the fraction of the codes that occur at all.
+
+    Args:
+        counts: (..., V) occurrences; `counts.sum(0)` pools the blocks of a (K, V) histogram.
+
+    Returns:
+        (...) float64 in [0, 1].
+    """
+    return (counts > 0).double().mean(dim=-1)
+
+
+def num_dead_codes(counts: Tensor) -> Tensor:
+    """Return the number of codes that never occur.
+
+    Args:
+        counts: (..., V) occurrences.
+
+    Returns:
+        (...) int64.
+    """
+    return (counts == 0).sum(dim=-1)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """Return the exponential of the entropy of code use: as many equally used codes would carry as much.
+
+    Args:
+        counts: (..., V) occurrences.
+
+    Returns:
+        (...) float64 in [1, V]; NaN where nothing was counted.
+    """
+    probabilities = counts.double() / counts.double().sum(dim=-1, keepdim=True)
+    return torch.exp(-torch.xlogy(probabilities, probabilities).sum(dim=-1))
+
+
+def codebook_statistics(counts: Tensor) -> dict[str, Tensor]:
+    """Describe code use over all blocks and block by block, without waiting for a GPU.
+
+    Args:
+        counts: (K, V) occurrences.
+
+    Returns:
+        `code_counts`, the counts themselves; `usage`, `perplexity` and `num_dead_codes` of all blocks pooled,
+        scalars; `block_usage`, `block_perplexity` and `block_num_dead_codes`, (K,).
+    """
+    described = {"usage": usage, "perplexity": perplexity, "num_dead_codes": num_dead_codes}
+    statistics = {"code_counts": counts}
+    statistics |= {name: describe(counts.sum(dim=0)) for name, describe in described.items()}
+    statistics |= {f"block_{name}": describe(counts) for name, describe in described.items()}
+    return statistics
+
+
+def codebook_summary(counts: Tensor, max_blocks: int = 16) -> dict:
+    """Give the statistics of code use JSON types, those of the blocks only where blocks are few.
+
+    Args:
+        counts: (K, V) occurrences.
+        max_blocks: the largest K for which the blocks are listed one by one.
+
+    Returns:
+        `num_codes`, `num_tokens` and what `codebook_statistics` gives but the counts themselves.
+    """
+    statistics = codebook_statistics(counts)
+    summary = {"num_codes": counts.shape[1], "num_tokens": int(counts.sum())}
+    for name, value in statistics.items():
+        is_block_list = value.ndim == 1 and name.startswith("block_")
+        if value.ndim == 0 or (is_block_list and len(counts) <= max_blocks):
+            summary[name] = value.tolist()
+    return summary

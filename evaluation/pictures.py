@@ -1,0 +1,146 @@
+"""Pictures for people: grids of images and training curves.
+
+Legend: N images, HxW pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_PADDING = 2
+_BACKGROUND = 255
+_MIN_SHOWN_SIDE = 64  # smaller images are enlarged by a whole factor to about this many pixels
+
+
+def to_uint8(pixel_values: Tensor) -> np.ndarray:
+    """Turn pixel values into bytes, rounding to nearest and clipping what lies outside.
+
+    Args:
+        pixel_values: (N, 3, H, W) in [-1, 1].
+
+    Returns:
+        (N, H, W, 3) uint8.
+    """
+    levels = (pixel_values.detach().float().cpu() + 1) * 127.5
+    return levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def image_grid(images: np.ndarray, num_columns: int) -> Image.Image:
+    """Lay images out row by row; small ones are enlarged by a whole factor.
+
+    Args:
+        images: (N, H, W, 3) uint8, N ≥ 1.
+        num_columns: images in a row, ≥ 1; the last row may be shorter.
+
+    Raises:
+        ValueError: if the images are not such an array or `num_columns` is not positive.
+    """
+    _check_images(images)
+    if num_columns < 1:
+        raise ValueError(f"num_columns is {num_columns}; expected a positive integer")
+    zoom = max(1, round(_MIN_SHOWN_SIDE / max(images.shape[1:3])))
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    height, width = images.shape[1] + _PADDING, images.shape[2] + _PADDING
+    num_rows = -(-len(images) // num_columns)
+    shape = (num_rows * height + _PADDING, num_columns * width + _PADDING, 3)
+    canvas = np.full(shape, _BACKGROUND, dtype=np.uint8)
+    for n, image in enumerate(images):
+        row, column = divmod(n, num_columns)
+        top, left = row * height + _PADDING, column * width + _PADDING
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return Image.fromarray(canvas)
+
+
+def comparison_grid(originals: np.ndarray, reconstructions: np.ndarray, num_columns: int) -> Image.Image:
+    """Lay out rows of originals, each above the row of their reconstructions.
+
+    Args:
+        originals: (N, H, W, 3) uint8, N ≥ 1.
+        reconstructions: the same shape.
+        num_columns: images in a row, ≥ 1; images that do not fill a row are left out, except in a single one.
+
+    Raises:
+        ValueError: if the shapes differ or are not images.
+    """
+    if originals.shape != reconstructions.shape:
+        raise ValueError(
+            f"originals have shape {originals.shape}, reconstructions {reconstructions.shape}; expected equal"
+        )
+    _check_images(originals)
+    num_columns = min(num_columns, len(originals))
+    rows = []
+    for start in range(0, len(originals) - num_columns + 1, num_columns):
+        rows += [originals[start : start + num_columns], reconstructions[start : start + num_columns]]
+    return image_grid(np.concatenate(rows), num_columns)
+
+
+def class_grid(
+    images: np.ndarray, class_labels: np.ndarray, num_columns: int = 10, max_rows: int = 10
+) -> Image.Image:
+    """Lay out the first images of each class, one class a row, in order of first appearance.
+
+    Args:
+        images: (N, H, W, 3) uint8, N ≥ 1.
+        class_labels: (N,) integers.
+        num_columns: the most images of a class, ≥ 1; a class with fewer leaves the rest of its row empty.
+        max_rows: the most classes shown.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    _check_images(images)
+    if class_labels.shape != (len(images),):
+        raise ValueError(f"class_labels have shape {class_labels.shape}; expected ({len(images)},)")
+    labels = list(dict.fromkeys(class_labels.tolist()))[:max_rows]
+    rows = [images[class_labels == label][:num_columns] for label in labels]
+    num_columns = max(len(row) for row in rows)
+    blank = np.full((1, *images.shape[1:]), _BACKGROUND, dtype=np.uint8)
+    padded = [np.concatenate([row, *[blank] * (num_columns - len(row))]) for row in rows]
+    return image_grid(np.concatenate(padded), num_columns)
+
+
+def save_curves(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | Path
+) -> None:
+    """Draw named curves over steps, one panel beside the other, and save the picture.
+
+    Args:
+        panels: title → name of a curve → (steps, values); a panel without curves says so.
+        path: the file to write; its suffix chooses the format.
+
+    Raises:
+        ValueError: if there is no panel.
+    """
+    if not panels:
+        raise ValueError("panels is empty; expected at least one panel of curves")
+    # Figure, not pyplot: no global state, no window system, and the Agg canvas is its default.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        for name, (steps, values) in curves.items():
+            marker = "o" if len(steps) < 20 else None
+            axes.plot(steps, values, label=name, linewidth=1, marker=marker, markersize=3)
+        if curves:
+            axes.legend()
+            axes.grid(alpha=0.3)
+        else:
+            axes.text(0.5, 0.5, "no curves recorded", ha="center", va="center", transform=axes.transAxes)
+    figure.savefig(path, dpi=100)
+
+
+def _check_images(images: np.ndarray) -> None:
+    """Refuse anything but a non-empty uint8 stack of RGB images."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(
+            f"images have shape {images.shape} and dtype {images.dtype}; expected (N, H, W, 3) uint8, N ≥ 1"
+        )

@@ -1,0 +1,89 @@
+"""Runs images through a tokenizer and back, and keeps what its evaluation needs.
+
+Legend: N images, K blocks, V codes, HxW pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .codebook import code_counts, codebook_summary
+from .metrics import mean_squared_errors, psnr_from_error
+from .pictures import to_uint8
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What N images became.
+
+    Args:
+        squared_errors: (N,) float64, mean squared error of each image at pixel values in [-1, 1].
+        code_counts: (K, V) int64, how often each block used each code.
+        class_labels: (N,) int64.
+        originals: (n, H, W, 3) uint8, the first n ≤ N images.
+        reconstructions: (n, H, W, 3) uint8, what they became.
+    """
+
+    squared_errors: Tensor
+    code_counts: Tensor
+    class_labels: np.ndarray
+    originals: np.ndarray
+    reconstructions: np.ndarray
+
+    def figures(self) -> dict[str, float]:
+        """Return PSNR in decibels (mean over images; of the mean error), usage and perplexity of codes."""
+        codebook = codebook_summary(self.code_counts)
+        return {
+            "reconstruction_psnr": psnr_from_error(self.squared_errors).mean().item(),
+            "reconstruction_psnr_of_mean_error": psnr_from_error(self.squared_errors.mean()).item(),
+            "code_usage": codebook["usage"],
+            "code_perplexity": codebook["perplexity"],
+        }
+
+
+@torch.inference_mode()
+def reconstruct(
+    tokenizer, batches: Iterable[Mapping[str, Tensor]], num_codes: int, num_kept: int | None = None
+) -> Reconstructions:
+    """Encode and decode every image of a data set.
+
+    Args:
+        tokenizer: a model with `img_to_idxBl` and `idxBl_to_img`, in evaluation mode.
+        batches: mappings with `pixel_values` (B, 3, H, W) in [-1, 1] and `class_labels` (B,).
+        num_codes: V.
+        num_kept: how many pictures to keep; None keeps all.
+
+    Returns:
+        Errors and code counts of all images, pictures of the first `num_kept`.
+
+    Raises:
+        ValueError: if there is no image.
+    """
+    errors, counts, labels, originals, reconstructions = [], 0, [], [], []
+    num_left = float("inf") if num_kept is None else num_kept
+    for batch in batches:
+        pixel_values = batch["pixel_values"].to(tokenizer.device)
+        idx_Bl = tokenizer.img_to_idxBl(pixel_values)
+        decoded = tokenizer.idxBl_to_img(idx_Bl)
+        errors.append(mean_squared_errors(decoded, pixel_values).cpu())
+        counts = counts + code_counts(idx_Bl, num_codes).cpu()
+        labels.append(batch["class_labels"].numpy())
+        if num_left > 0:
+            kept = slice(int(min(num_left, len(pixel_values))))
+            originals.append(to_uint8(pixel_values[kept]))
+            reconstructions.append(to_uint8(decoded[kept]))
+            num_left -= len(originals[-1])
+    if not errors:
+        raise ValueError("the data set is empty; expected at least one image to reconstruct")
+    return Reconstructions(
+        squared_errors=torch.cat(errors),
+        code_counts=counts,
+        class_labels=np.concatenate(labels),
+        originals=np.concatenate(originals),
+        reconstructions=np.concatenate(reconstructions),
+    )

@@ -1,0 +1,11 @@
+"""Stage two: the block-autoregressive prior."""
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_block_prior import BlockPriorConfig
+from .modeling_block_prior import BlockPrior, PriorOutput
+
+AutoConfig.register(BlockPriorConfig.model_type, BlockPriorConfig)
+AutoModel.register(BlockPriorConfig, BlockPrior)
+
+__all__ = ["BlockPrior", "BlockPriorConfig", "PriorOutput"]

@@ -1,0 +1,272 @@
+"""Takes over a published prior, or writes one of ours in the published format.
+
+    python -m nextblock.prior.convert_checkpoint --format var --checkpoint var_d16.pth \\
+        --output_dir out/var-d16 --scales 1,2,3,4,5,6,8,10,13,16 --to_pipeline --tokenizer out/var-tokenizer
+    python -m nextblock.prior.convert_checkpoint --format var --export --checkpoint out/prior --output_dir out
+
+VAR: Tian et al. 2024, arXiv:2404.02905. Legend: K scales, L tokens, V codes, C code channels, D width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nextblock.data.blocks import BlockLayout
+from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.class_names import imagenet_class_names
+from nextblock.training.conversion import ConversionConfig, parse_conversion
+from nextblock.training.state_dicts import (
+    Shapes,
+    build_without_weights,
+    check_state_dict,
+    count_numbered,
+    float32_tensors,
+    infer_size,
+    read_state_dict,
+    take_over,
+    write_state_dict,
+)
+
+_VAR_HEAD_WIDTH = 64
+_VAR_ATTENTION_SCALE = 0.25
+_VAR_DROP_PATH_PER_LAYER = 0.1 / 24
+
+
+@dataclass(kw_only=True)
+class ConvertPriorConfig(ConversionConfig):
+    """Turns a VAR transformer into a prior or a pipeline, or with `--export` a prior into a VAR transformer.
+
+    Sizes come from the checkpoint's shapes; what shapes leave open has the published value as its default.
+    """
+
+    num_heads: int | None = None
+    """Attention heads; null: as many as there are learned attention temperatures, else the width over 64."""
+    attention_scale: float = _VAR_ATTENTION_SCALE
+    """Factor on 1/sqrt(head width) in the softmax, without normalised attention."""
+    class_names: str | None = None
+    """File with a class name a line, "imagenet" or "none"; null: ImageNet's for 1000 classes, else none."""
+    to_pipeline: bool = False
+    """Write a pipeline of the tokenizer and the prior."""
+    tokenizer: str | None = None
+    """With `--to_pipeline`: the tokenizer's folder."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.to_pipeline != (self.tokenizer is not None):
+            raise ValueError(
+                f"to_pipeline is {self.to_pipeline}, tokenizer {self.tokenizer!r}; expected both or neither"
+            )
+
+
+def prior_from_var(
+    state: dict[str, Tensor],
+    *,
+    scales: list[int | list[int]],
+    num_heads: int | None = None,
+    attention_scale: float = _VAR_ATTENTION_SCALE,
+    class_names: list[str] | None = None,
+) -> BlockPrior:
+    """Build a prior from the tensors of a VAR transformer.
+
+    Args:
+        state: tensors by VAR's names.
+        scales: K sizes of token maps.
+        num_heads: attention heads; None takes the number of learned temperatures, else D / 64.
+        attention_scale: factor on 1/sqrt(head width); unused with normalised attention.
+        class_names: one name a class.
+
+    Returns:
+        The prior in float32, in evaluation mode.
+
+    Raises:
+        ValueError: listing by name what is missing, unexpected or misshapen; or if sizes do not fit together.
+    """
+    sizes = _infer_sizes(state)
+    num_layers, D = sizes["num_layers"], sizes["hidden_size"]
+    config = BlockPriorConfig(
+        layout=BlockLayout.scales(scales).to_dict(),
+        class_names=class_names,
+        num_heads=_choose_num_heads(state, num_layers, D, num_heads),
+        attention_scale=1.0 if sizes["use_normalized_attention"] else attention_scale,
+        drop_path=_VAR_DROP_PATH_PER_LAYER * num_layers,
+        **sizes,
+    )
+    model = build_without_weights(BlockPrior, config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_state_dict(state, expected, _derived_shapes(config))
+    key_biases = [name for name in state if name.endswith(".zero_k_bias") and state[name].any()]
+    if key_biases:
+        raise ValueError(f"the checkpoint has key biases {key_biases}; expected zeros")
+    take_over(model, {name: state[name] for name in model.state_dict()})
+    return model
+
+
+def prior_to_var(model: BlockPrior) -> dict[str, Tensor]:
+    """Write a prior's tensors under VAR's names, with those that VAR derives and loads all the same.
+
+    Args:
+        model: a prior of VAR's architecture, of any size.
+
+    Returns:
+        Float32 tensors by VAR's names, and `lvl_1L` in int64.
+
+    Raises:
+        ValueError: if VAR cannot express the prior.
+    """
+    config = model.config
+    _check_expressible(config)
+    is_seen = model.layout.block_causal_mask()
+    derived = {
+        "lvl_1L": model.layout.block_ids()[None],
+        "attn_bias_for_masking": torch.zeros(is_seen.shape).masked_fill_(~is_seen, -torch.inf)[None, None],
+    }
+    for name, shape in _derived_shapes(config).items():
+        derived.setdefault(name, torch.zeros(shape))
+    return float32_tensors(model) | derived
+
+
+def var_arguments(config: BlockPriorConfig) -> dict:
+    """Return what VAR's own transformer class has to be given for an exported state dict."""
+    return {
+        "num_classes": config.num_classes,
+        "depth": config.num_layers,
+        "embed_dim": config.hidden_size,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "norm_eps": config.norm_eps,
+        "shared_aln": config.use_shared_adaln,
+        "attn_l2_norm": config.use_normalized_attention,
+        "patch_nums": tuple(side for side, _ in config.block_layout().shapes),
+    }
+
+
+def _infer_sizes(state: dict[str, Tensor]) -> dict:
+    """Tell the architecture from shapes, of several tensors where possible: one odd one leads nowhere."""
+    num_layers = count_numbered(state, "blocks.") or 1
+    D = infer_size(
+        state,
+        *(("word_embed.weight", 0), ("word_embed.bias", 0), ("class_emb.weight", 1), ("head.weight", 1)),
+        *(("pos_start", 2), ("pos_1LC", 2), ("lvl_embed.weight", 1)),
+    )
+    inner = infer_size(
+        state,
+        *((f"blocks.{i}.ffn.fc1.weight", 0) for i in range(num_layers)),
+        *((f"blocks.{i}.ffn.fc1.bias", 0) for i in range(num_layers)),
+        default=4 * D,
+    )
+    return {
+        "vocab_size": infer_size(state, ("head.weight", 0), ("head.bias", 0)),
+        "embedding_dim": infer_size(state, ("word_embed.weight", 1), default=1),
+        "num_classes": infer_size(state, ("class_emb.weight", 0), default=1) - 1,
+        "hidden_size": D,
+        "num_layers": num_layers,
+        "mlp_ratio": inner / D,
+        "use_shared_adaln": any(
+            name.startswith("shared_ada_lin.") or name.endswith(".ada_gss") for name in state
+        ),
+        "use_normalized_attention": any(name.endswith(".attn.scale_mul_1H11") for name in state),
+    }
+
+
+def _choose_num_heads(state: dict[str, Tensor], num_layers: int, D: int, num_heads: int | None) -> int:
+    """Return the number of heads: the learned temperatures tell it, or the user, or VAR's head width."""
+    temperatures = ((f"blocks.{i}.attn.scale_mul_1H11", 1) for i in range(num_layers))
+    told = infer_size(state, *temperatures, default=0)
+    if told and num_heads not in (None, told):
+        raise ValueError(f"num_heads is {num_heads}; expected {told}, the number of learned temperatures")
+    if told or num_heads is not None:
+        return told or num_heads
+    if D % _VAR_HEAD_WIDTH:
+        raise ValueError(
+            f"num_heads is missing; expected it for a width of {D}, which is no multiple of {_VAR_HEAD_WIDTH}"
+        )
+    return D // _VAR_HEAD_WIDTH
+
+
+def _derived_shapes(config: BlockPriorConfig) -> Shapes:
+    """Return the shapes of the tensors that VAR derives from its sizes and still saves."""
+    L = config.block_layout().num_tokens
+    zero_k_bias = {f"blocks.{i}.attn.zero_k_bias": (config.hidden_size,) for i in range(config.num_layers)}
+    return {"lvl_1L": (1, L), "attn_bias_for_masking": (1, 1, L, L)} | zero_k_bias
+
+
+def _check_expressible(config: BlockPriorConfig) -> None:
+    """Refuse what VAR's transformer has no form for."""
+    layout = config.block_layout()
+    if not layout.is_scales or any(height != width for height, width in layout.shapes):
+        raise ValueError(f"layout is {config.layout}; expected square scales in VAR's format")
+    if config.num_classes == 0:
+        raise ValueError("num_classes is 0; expected at least 1 in VAR's format")
+    if not config.use_normalized_attention and config.attention_scale != _VAR_ATTENTION_SCALE:
+        raise ValueError(
+            f"attention_scale is {config.attention_scale}; expected {_VAR_ATTENTION_SCALE} in VAR's format "
+            "without normalised attention"
+        )
+
+
+def _read_class_names(source: str | None, num_classes: int) -> list[str] | None:
+    """Return the names that the class_names option asks for."""
+    if source == "imagenet" or (source is None and num_classes == 1000):
+        return imagenet_class_names()
+    if source in (None, "none"):
+        return None
+    if not Path(source).is_file():
+        raise ValueError(f"class_names is {source!r}; expected a file with names, 'imagenet' or 'none'")
+    return Path(source).read_text(encoding="utf-8").splitlines()
+
+
+def _export(config: ConvertPriorConfig) -> None:
+    """Write a VAR transformer."""
+    model = BlockPrior.from_pretrained(config.checkpoint, dtype=torch.float32)
+    state = prior_to_var(model)
+    path = Path(config.output_dir) / f"var_d{model.config.num_layers}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_state_dict(state, path)
+    print(f"{path}: {len(state)} tensors for VAR with {var_arguments(model.config)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert the prior that the command line names."""
+    config = parse_conversion(
+        ConvertPriorConfig,
+        prog="python -m nextblock.prior.convert_checkpoint",
+        argv=sys.argv[1:] if argv is None else argv,
+        flags=("export", "to_pipeline"),
+    )
+    if config.export:
+        _export(config)
+        return
+    state = read_state_dict(config.checkpoint)
+    num_classes = infer_size(state, ("class_emb.weight", 0), default=1) - 1
+    prior = prior_from_var(
+        state,
+        scales=config.scales,
+        num_heads=config.num_heads,
+        attention_scale=config.attention_scale,
+        class_names=_read_class_names(config.class_names, num_classes),
+    )
+    kind = "prior"
+    if config.to_pipeline:
+        from nextblock.pipelines import ClassToImagePipeline
+        from nextblock.tokenizer import VQVAE
+
+        tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
+        ClassToImagePipeline(tokenizer=tokenizer, prior=prior).save_pretrained(config.output_dir)
+        kind = "pipeline with a prior"
+    else:
+        prior.save_pretrained(config.output_dir)
+    print(
+        f"{config.output_dir}: {kind} of {prior.config.num_layers} layers, width {prior.config.hidden_size}, "
+        f"{prior.config.num_heads} heads, {prior.config.num_classes} classes, "
+        f"{prior.num_parameters() / 1e6:.1f} M parameters"
+    )
+
+
+if __name__ == "__main__":
+    main()

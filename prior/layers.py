@@ -1,0 +1,213 @@
+"""Transformer layers of the prior: block-causal attention, feed-forward, and AdaLN modulation (DiT, arXiv:2212.09748).
+
+Legend: B batch, K blocks, L tokens, D width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from nextblock.data.blocks import BlockLayout
+
+# Up to this many blocks, one mask-free attention call a block is cheaper than one call with a mask.
+MAX_CALLS_PER_ATTENTION = 16
+MAX_LOG_ATTENTION_SCALE = math.log(100)
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:
+    """Attend from every token to its own block and all blocks before it.
+
+    Args:
+        q: (B, heads, L, head width) queries; `k` and `v` likewise.
+        k: keys.
+        v: values.
+        layout: the blocks.
+        scale: factor on the scores before the softmax.
+
+    Returns:
+        (B, heads, L, head width).
+    """
+    if layout.num_blocks == layout.num_tokens:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if layout.num_blocks <= MAX_CALLS_PER_ATTENTION:
+        outputs = [
+            F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], scale=scale)
+            for start, end in layout.bounds
+        ]
+        return torch.cat(outputs, dim=2)
+    mask = layout.block_causal_mask().to(q.device)
+    # A float mask takes the fast kernel where a boolean one does not.
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+class KeyValueCache:
+    """Preallocated keys and values of all layers and tokens.
+
+    Args:
+        num_layers: transformer layers.
+        shape: (B, heads, L, head width).
+        dtype: of keys and values.
+        device: where they lie.
+    """
+
+    def __init__(self, num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Write a block's keys and values at start:end; return all of the same rows up to `end`."""
+        B = k.shape[0]
+        self.keys[layer][:B, :, start:end] = k
+        self.values[layer][:B, :, start:end] = v
+        return self.keys[layer][:B, :, :end], self.values[layer][:B, :, :end]
+
+
+class BlockAttention(nn.Module):
+    """Multi-head attention with query and value biases and none on keys, as in VAR.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads.
+        is_normalized: L2-normalise queries and keys, with a learned temperature a head.
+        attention_scale: factor on 1/sqrt(head width) where not normalised.
+        dropout: probability after the output projection.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, is_normalized: bool, attention_scale: float, dropout: float
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.is_normalized = is_normalized
+        self.scale = 1.0 if is_normalized else attention_scale / math.sqrt(hidden_size // num_heads)
+        self.mat_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(hidden_size))
+        if is_normalized:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project (B, L, D) to three (B, heads, L, head width)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        if self.is_normalized:
+            temperature = self.scale_mul_1H11.clamp(max=MAX_LOG_ATTENTION_SCALE).exp()
+            q = F.normalize(q, dim=-1) * temperature.to(q.dtype)
+            k = F.normalize(k, dim=-1)
+        return q, k, v
+
+    def merge_heads(self, out: Tensor) -> Tensor:
+        """Project (B, heads, L, head width) back to (B, L, D)."""
+        return self.dropout(self.proj(rearrange(out, "b h l d -> b l (h d)")))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, hidden_size: int, inner_size: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class PriorLayer(nn.Module):
+    """Attention and feed-forward, each scaled, shifted and gated by the class condition.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads.
+        inner_size: feed-forward width.
+        use_shared_adaln: take the model's shared modulation plus an offset of this layer's own.
+        use_normalized_attention: see `BlockAttention`.
+        attention_scale: see `BlockAttention`.
+        norm_eps: epsilon of the layer norms.
+        dropout: probability after attention and feed-forward.
+        drop_path: probability that a sample skips a branch in training.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        inner_size: int,
+        *,
+        use_shared_adaln: bool,
+        use_normalized_attention: bool,
+        attention_scale: float,
+        norm_eps: float,
+        dropout: float,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
+        self.attn = BlockAttention(hidden_size, num_heads, use_normalized_attention, attention_scale, dropout)
+        self.ffn = FeedForward(hidden_size, inner_size, dropout)
+        if use_shared_adaln:
+            self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, hidden_size))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Turn the condition into gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, D).
+
+        Args:
+            condition: the class embedding (B, D), or with shared AdaLN the model's projection of it (B, 1, 6, D).
+        """
+        if hasattr(self, "ada_gss"):
+            return (self.ada_gss + condition).unbind(2)
+        return rearrange(self.ada_lin(condition), "b (six d) -> b 1 six d", six=6).unbind(2)
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], attend) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: (B, L, D).
+            modulation: what `modulation` returned.
+            attend: function of queries, keys and values (B, heads, L, head width) that returns the attention's output.
+
+        Returns:
+            (B, L, D).
+        """
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        h = torch.addcmul(shift1, self.norm(x), 1 + scale1)
+        h = self.attn.merge_heads(attend(*self.attn.queries_keys_values(h)))
+        x = x + self._dropped_path(h * gamma1)
+        h = self.ffn(torch.addcmul(shift2, self.norm(x), 1 + scale2))
+        return x + self._dropped_path(h * gamma2)
+
+    def _dropped_path(self, branch: Tensor) -> Tensor:
+        """Zero the branch of a random share of the samples and scale up the others."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        mask = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
+        return branch * mask / keep
+
+
+class ModulatedHead(nn.Module):
+    """Layer norm scaled and shifted by the condition, before the output projection."""
+
+    def __init__(self, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn the class embedding (B, D) into scale and shift, each (B, 1, D)."""
+        return rearrange(self.ada_lin(condition), "b (two d) -> b 1 two d", two=2).unbind(2)
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        scale, shift = modulation
+        return torch.addcmul(shift, self.norm(x), 1 + scale)

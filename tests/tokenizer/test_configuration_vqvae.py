@@ -1,0 +1,86 @@
+"""The tokenizer's configuration: what survives a round trip, what it derives, what it refuses and in which words."""
+
+import pytest
+
+from nextblock.data.blocks import BlockLayout
+from nextblock.tokenizer import VQVAEConfig
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": (16, 24), "tile": (2, 3)},
+        {"image_size": (16, 24), "layout": "scales", "scales": (1, (2, 3), [4, 6])},
+        {"image_size": 32, "autoencoder": "vqgan", "width_multipliers": (1, 2, 2), "num_res_blocks": 1, "tile": 4},
+    ],
+)
+def test_tuples_survive_the_round_trip(options, tmp_path):
+    config = VQVAEConfig(**options)
+    config.save_pretrained(tmp_path)
+    loaded = VQVAEConfig.from_pretrained(tmp_path)
+    for field in ("image_size", "tile", "scales", "width_multipliers"):
+        assert getattr(loaded, field) == getattr(config, field), field
+    assert loaded.block_layout() == config.block_layout()
+    ignored = {"transformers_version", "_name_or_path"}
+    before, after = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config, loaded))
+    assert before == after
+
+
+def test_the_layout_follows_from_image_size_and_downsampling():
+    assert VQVAEConfig(image_size=32, tile=4).block_layout() == BlockLayout.tiles(4, 8)
+    scales = [1, 2, (4, 8)]
+    config = VQVAEConfig(image_size=(16, 32), layout="scales", scales=scales)
+    assert config.block_layout() == BlockLayout.scales(scales)
+    vqgan = VQVAEConfig(image_size=64, autoencoder="vqgan", num_res_blocks=1)
+    assert vqgan.downsampling == 16
+    assert vqgan.block_layout() == BlockLayout.tiles(1, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 30}, r"image_size is \[30, 30\]; expected sides divisible by 4"),
+        ({"image_size": (32, 34)}, r"image_size is \[32, 34\]; expected sides divisible by 4"),
+        ({"image_size": 40, "autoencoder": "vqgan", "num_res_blocks": 1}, "image_size .* divisible by 16"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": (32, 32, 3)}, "image_size is "),
+        ({"image_size": 32.0}, "image_size is 32.0"),
+        ({"tile": 3}, r"tile \(3, 3\) does not divide the latent grid \(8, 8\)"),
+        ({"tile": (1, 16)}, r"tile \(1, 16\) does not divide"),
+        ({"tile": "row"}, "tile is 'row'"),
+        ({"layout": "rings"}, "layout is 'rings'; expected one of"),
+        ({"layout": "scales"}, "scales is None"),
+        ({"layout": "scales", "scales": 8}, "scales is 8"),
+        ({"layout": "scales", "scales": []}, r"scales is \[\]"),
+        ({"layout": "scales", "scales": [1, 2, 4]}, r"scales ends with \(4, 4\); expected the latent grid \(8, 8\)"),
+        ({"layout": "scales", "scales": [1, 16]}, r"scales ends with \(16, 16\)"),
+        ({"layout": "scales", "scales": [4, 2, 8]}, r"scales\[1\] is \(2, 2\), smaller"),
+        ({"layout": "scales", "scales": [1, 2.5, 8]}, r"scales\[1\] is 2.5"),
+        ({"autoencoder": "vit"}, "autoencoder is 'vit'"),
+        ({"codebook_update": "sgd"}, "codebook_update is 'sgd'"),
+        ({"codebook_init": "normal"}, "codebook_init is 'normal'"),
+        ({"quant_conv_kernel_size": 2}, "quant_conv_kernel_size is 2"),
+        ({"num_channels": 0}, "num_channels is 0; expected at least 1"),
+        ({"hidden_dim": 0}, "hidden_dim is 0"),
+        ({"vocab_size": 1}, "vocab_size is 1; expected at least 2"),
+        ({"embedding_dim": 0}, "embedding_dim is 0"),
+        ({"num_phi": -1}, "num_phi is -1"),
+        ({"num_res_blocks": -1}, "num_res_blocks is -1"),
+        ({"autoencoder": "vqgan", "num_res_blocks": 0}, "num_res_blocks is 0; expected at least 1"),
+        ({"phi_ratio": 1.5}, "phi_ratio is 1.5"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"revival_threshold": float("nan")}, "revival_threshold is nan"),
+        ({"codebook_ema_decay": 0}, r"codebook_ema_decay is 0; expected a number in \(0, 1\)"),
+        ({"codebook_ema_decay": 1.0}, "codebook_ema_decay is 1.0"),
+        ({"width_multipliers": [1, 0]}, r"width_multipliers is \[1, 0\]"),
+        ({"z_channels": 32}, "z_channels is 32 and embedding_dim 64; expected them equal"),
+        ({"num_res_blocks": 1, "hidden_dim": 48}, r"hidden_dim is 48, which gives widths \[48\]"),
+        (
+            {"autoencoder": "vqgan", "num_res_blocks": 1, "hidden_dim": 24, "width_multipliers": [1, 2]},
+            r"hidden_dim is 24, which gives widths \[24, 24, 48\]",
+        ),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        VQVAEConfig(**options)

@@ -1,0 +1,234 @@
+"""Convolutional encoders and decoders: "simple" (strided convolutions) and "vqgan" (the latent-diffusion family).
+
+VQGAN: Esser et al. 2021, arXiv:2012.09841. Legend: B batch, C latent channels, H×W pixels, h×w latent cells.
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+NORM_GROUPS = 32
+
+
+def group_norm(num_channels: int) -> nn.GroupNorm:
+    """Normalise in 32 groups, or in as many as there are channels where they are fewer."""
+    return nn.GroupNorm(min(NORM_GROUPS, num_channels), num_channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """norm1-SiLU-conv1-norm2-SiLU-dropout-conv2 around a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all cells of a map, with a skip connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, h, _ = x.shape
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three c) h w -> three b 1 (h w) c", three=3)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=h))
+
+
+class Downsample(nn.Module):
+    """Halve both sides: zero-pad right and bottom by one, then a stride-2 3×3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double both sides: nearest neighbour, then a 3×3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention at the lowest one, then the resampling."""
+
+    def __init__(self, widths: list[int], has_attention: bool, dropout: float):
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.block = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairs)
+        self.attn = nn.ModuleList(SpatialAttention(b) for _, b in pairs if has_attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, dropout)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResidualBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class VQGANEncoder(nn.Module):
+    """Image to latent map, one halving between neighbouring levels.
+
+    Args:
+        num_channels: image channels.
+        base_width: channels at full resolution before the multipliers.
+        width_multipliers: one factor a level, finest first; the map is 2^(levels − 1) times smaller than the image.
+        num_res_blocks: residual blocks a level.
+        z_channels: C of the latent map.
+        dropout: probability inside residual blocks.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        base_width: int,
+        width_multipliers: list[int],
+        num_res_blocks: int,
+        z_channels: int,
+        dropout: float,
+    ):
+        super().__init__()
+        widths = [base_width * m for m in width_multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(num_channels, base_width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (width_in, width) in enumerate(zip([base_width, *widths[:-1]], widths, strict=True)):
+            level = Level([width_in] + [width] * num_res_blocks, has_attention=i == last, dropout=dropout)
+            if i < last:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.conv_in(pixel_values)
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class VQGANDecoder(nn.Module):
+    """Latent map to image; `up[0]` is the finest level, as in the published checkpoints. Arguments as the encoder's."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        base_width: int,
+        width_multipliers: list[int],
+        num_res_blocks: int,
+        z_channels: int,
+        dropout: float,
+    ):
+        super().__init__()
+        widths = [base_width * m for m in width_multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], dropout)
+        self.up = nn.ModuleList()
+        for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            level = Level([width_in] + [width] * (num_res_blocks + 1), has_attention=i == last, dropout=dropout)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], num_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class SimpleEncoder(nn.Sequential):
+    """Two stride-2 4×4 convolutions; with residual blocks after each, GroupNorm and SiLU replace the plain ReLU.
+
+    Args:
+        num_channels: image channels.
+        base_width: hidden channels.
+        num_res_blocks: residual blocks after each convolution; 0 gives Conv-ReLU-Conv.
+        z_channels: C of the latent map, four times smaller than the image.
+        dropout: probability inside residual blocks.
+    """
+
+    def __init__(self, num_channels: int, base_width: int, num_res_blocks: int, z_channels: int, dropout: float):
+        halve = {"kernel_size": 4, "stride": 2, "padding": 1}
+        if num_res_blocks == 0:
+            super().__init__(
+                nn.Conv2d(num_channels, base_width, **halve), nn.ReLU(), nn.Conv2d(base_width, z_channels, **halve)
+            )
+            return
+        super().__init__(
+            nn.Conv2d(num_channels, base_width, **halve),
+            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
+            nn.Conv2d(base_width, base_width, **halve),
+            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
+            group_norm(base_width),
+            nn.SiLU(),
+            nn.Conv2d(base_width, z_channels, 1),
+        )
+
+
+class SimpleDecoder(nn.Sequential):
+    """Mirror of `SimpleEncoder` with transposed convolutions. Arguments as the encoder's."""
+
+    def __init__(self, num_channels: int, base_width: int, num_res_blocks: int, z_channels: int, dropout: float):
+        double = {"kernel_size": 4, "stride": 2, "padding": 1}
+        if num_res_blocks == 0:
+            super().__init__(
+                nn.ConvTranspose2d(z_channels, base_width, **double),
+                nn.ReLU(),
+                nn.ConvTranspose2d(base_width, num_channels, **double),
+            )
+            return
+        super().__init__(
+            nn.Conv2d(z_channels, base_width, 1),
+            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
+            nn.ConvTranspose2d(base_width, base_width, **double),
+            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
+            group_norm(base_width),
+            nn.SiLU(),
+            nn.ConvTranspose2d(base_width, num_channels, **double),
+        )

@@ -1,0 +1,176 @@
+"""Configuration of the VQ-VAE tokenizer. Legend: V codes, C code channels, H×W pixels, h×w latent cells."""
+
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+from nextblock.data.blocks import BlockLayout, as_shape
+
+
+class VQVAEConfig(PreTrainedConfig):
+    """Everything that fixes a tokenizer's architecture and arithmetic.
+
+    Args:
+        image_size: H and W in pixels, or one integer for both.
+        num_channels: image channels.
+        autoencoder: "simple" (two strided convolutions, 4× smaller) or "vqgan" (2^(levels − 1) smaller).
+        hidden_dim: base width in channels.
+        width_multipliers: vqgan: one factor of `hidden_dim` a level, finest first.
+        num_res_blocks: residual blocks a level; 0 (simple only) gives the plain Conv-ReLU-Conv.
+        dropout: probability inside residual blocks.
+        vocab_size: V, the number of codes.
+        embedding_dim: C, the code channels.
+        z_channels: channels of the encoder's output; None means `embedding_dim`.
+        quant_conv_kernel_size: size of the convolutions around the quantizer, 1 or 3; 0 for none.
+        layout: "scales" or "tiles".
+        scales: sizes of the K token maps, integers or [height, width]; the last is the latent grid.
+        tile: a tile's [height, width] in latent cells, or one integer for both.
+        num_phi: scales: number of shared φ convolutions; 0 for none.
+        phi_ratio: scales: r in φ(h) = (1 − r)·h + r·conv(h).
+        beta: weight of the commitment loss.
+        epsilon: smoothing of the moving-average counts and smallest norm in a normalisation.
+        codebook_update: "gradient" or "ema" (moving average of the assigned features).
+        codebook_ema_decay: decay of that moving average, in (0, 1).
+        codebook_init: "uniform", or "data" (codes become features of training images before the first step).
+        codebook_init_scale: uniform start in ± this; None means 1/V.
+        normalize_codes: compare codes by cosine.
+        revival_threshold: a code used less than this share of the mean is moved onto a feature; 0 never.
+    """
+
+    model_type = "nextblock_vqvae"
+
+    def __init__(
+        self,
+        image_size: int | list[int] = 32,
+        num_channels: int = 3,
+        autoencoder: Literal["simple", "vqgan"] = "simple",
+        hidden_dim: int = 128,
+        width_multipliers: list[int] | None = None,
+        num_res_blocks: int = 0,
+        dropout: float = 0.0,
+        vocab_size: int = 16,
+        embedding_dim: int = 64,
+        z_channels: int | None = None,
+        quant_conv_kernel_size: int = 0,
+        layout: Literal["scales", "tiles"] = "tiles",
+        scales: list[int | list[int]] | None = None,
+        tile: int | list[int] = 1,
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+        beta: float = 0.25,
+        epsilon: float = 1e-5,
+        codebook_update: Literal["gradient", "ema"] = "gradient",
+        codebook_ema_decay: float = 0.99,
+        codebook_init: Literal["uniform", "data"] = "uniform",
+        codebook_init_scale: float | None = None,
+        normalize_codes: bool = False,
+        revival_threshold: float = 0.0,
+        **kwargs,
+    ):
+        self.image_size = list(as_shape(image_size, "image_size"))
+        self.num_channels = num_channels
+        self.autoencoder = autoencoder
+        self.hidden_dim = hidden_dim
+        self.width_multipliers = list(width_multipliers or [1, 1, 2, 2, 4])
+        self.num_res_blocks = num_res_blocks
+        self.dropout = dropout
+        self.vocab_size = vocab_size
+        self.embedding_dim = embedding_dim
+        self.z_channels = z_channels
+        self.quant_conv_kernel_size = quant_conv_kernel_size
+        self.layout = layout
+        is_list = isinstance(scales, (list, tuple))
+        self.scales = [list(as_shape(s, f"scales[{k}]")) for k, s in enumerate(scales)] if is_list else scales
+        self.tile = list(as_shape(tile, "tile"))
+        self.num_phi = num_phi
+        self.phi_ratio = phi_ratio
+        self.beta = beta
+        self.epsilon = epsilon
+        self.codebook_update = codebook_update
+        self.codebook_ema_decay = codebook_ema_decay
+        self.codebook_init = codebook_init
+        self.codebook_init_scale = codebook_init_scale
+        self.normalize_codes = normalize_codes
+        self.revival_threshold = revival_threshold
+        self._check_choices()
+        self._check_numbers()
+        self.block_layout()
+        super().__init__(**kwargs)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return 4 if self.autoencoder == "simple" else 2 ** (len(self.width_multipliers) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the encoder's output, before any quant convolution."""
+        return self.embedding_dim if self.z_channels is None else self.z_channels
+
+    def block_layout(self) -> BlockLayout:
+        """Return the layout of an image's tokens.
+
+        Raises:
+            ValueError: if the image size or the blocks do not fit the autoencoder.
+        """
+        H, W = self.image_size
+        factor = self.downsampling
+        if H % factor or W % factor:
+            raise ValueError(
+                f"image_size is {self.image_size}; expected sides divisible by {factor}, the {self.autoencoder} "
+                "autoencoder's downsampling"
+            )
+        grid = (H // factor, W // factor)
+        if self.layout == "tiles":
+            return BlockLayout.tiles(self.tile, grid)
+        layout = BlockLayout.scales(self.scales)
+        if layout.grid != grid:
+            raise ValueError(
+                f"scales ends with {layout.grid}; expected the latent grid {grid} of a {H}×{W} image "
+                f"at downsampling {factor}"
+            )
+        return layout
+
+    def _check_choices(self) -> None:
+        """Refuse a word that names nothing."""
+        for field, choices in {
+            "autoencoder": ("simple", "vqgan"),
+            "layout": ("scales", "tiles"),
+            "codebook_update": ("gradient", "ema"),
+            "codebook_init": ("uniform", "data"),
+            "quant_conv_kernel_size": (0, 1, 3),
+        }.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected one of {list(choices)}")
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers outside their range."""
+        for field, lowest in {
+            "num_channels": 1,
+            "hidden_dim": 1,
+            "vocab_size": 2,
+            "embedding_dim": 1,
+            "num_phi": 0,
+            "num_res_blocks": 0 if self.autoencoder == "simple" else 1,
+        }.items():
+            if getattr(self, field) < lowest:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected at least {lowest}")
+        for field in ("phi_ratio", "dropout", "revival_threshold"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1]")
+        if not 0 < self.codebook_ema_decay < 1:
+            raise ValueError(f"codebook_ema_decay is {self.codebook_ema_decay}; expected a number in (0, 1)")
+        if min(self.width_multipliers) < 1:
+            raise ValueError(f"width_multipliers is {self.width_multipliers}; expected positive integers")
+        multipliers = [1] if self.autoencoder == "simple" else [1, *self.width_multipliers]
+        widths = [self.hidden_dim * m for m in multipliers] if self.num_res_blocks else []
+        if any(width > 32 and width % 32 for width in widths):
+            raise ValueError(
+                f"hidden_dim is {self.hidden_dim}, which gives widths {widths}; expected each at most 32 or a multiple "
+                "of 32 (GroupNorm)"
+            )
+        if self.quant_conv_kernel_size == 0 and self.latent_channels != self.embedding_dim:
+            raise ValueError(
+                f"z_channels is {self.z_channels} and embedding_dim {self.embedding_dim}; expected them equal "
+                "unless quant_conv_kernel_size is 1 or 3"
+            )

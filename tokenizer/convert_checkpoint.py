@@ -1,0 +1,304 @@
+"""Takes over a published tokenizer, or writes one of ours in the published format.
+
+    python -m nextblock.tokenizer.convert_checkpoint --format var --checkpoint vae_ch160v4096z32.pth \\
+        --output_dir out/var-tokenizer --scales 1,2,3,4,5,6,8,10,13,16
+    python -m nextblock.tokenizer.convert_checkpoint --format var --export --checkpoint out/tokenizer \\
+        --output_dir out
+
+VAR: Tian et al. 2024, arXiv:2404.02905. Legend: K scales, V codes, C code channels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nextblock.data.blocks import BlockLayout
+from nextblock.tokenizer import VQVAE, VQVAEConfig
+from nextblock.training.conversion import ConversionConfig, parse_conversion
+from nextblock.training.state_dicts import (
+    build_without_weights,
+    check_state_dict,
+    count_numbered,
+    float32_tensors,
+    infer_size,
+    read_state_dict,
+    take_over,
+    write_state_dict,
+)
+
+# How VAR names φ convolutions shared by all scales, by neighbouring scales, and by none.
+_PHI_PREFIXES = {
+    "shared": "quantize.quant_resi.qresi.",
+    "partially_shared": "quantize.quant_resi.qresi_ls.{}.",
+    "separate": "quantize.quant_resi.{}.",
+}
+_USE_COUNTER = "quantize.ema_vocab_hit_SV"
+_VAR_GROUPS = 32
+_VAR_EPSILON = 1e-12
+
+
+@dataclass(kw_only=True)
+class ConvertTokenizerConfig(ConversionConfig):
+    """Turns a VAR tokenizer into a tokenizer folder, or with `--export` a folder into a VAR tokenizer.
+
+    Sizes come from the checkpoint's shapes; what shapes leave open has the published value as its default.
+    """
+
+    export_options: ClassVar[frozenset[str]] = ConversionConfig.export_options | {"phi_names"}
+
+    image_size: int | list[int] | None = None
+    """H and W in pixels, or one number for both; null: the last scale times the downsampling."""
+    normalized_codes: bool = False
+    """Compare codes by cosine."""
+    phi_ratio: float = 0.5
+    """Weight of a φ convolution against the identity; 0: the checkpoint has no φ convolutions."""
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    phi_names: Literal["shared", "partially_shared", "separate"] | None = None
+    """With `--export`: names of φ convolutions; null: as in the checkpoint they came from, else by number."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.phi_names is not None and not self.export:
+            raise ValueError(f"phi_names is {self.phi_names!r} without export; expected null")
+
+
+def vqvae_from_var(
+    state: dict[str, Tensor],
+    *,
+    scales: list[int | list[int]],
+    image_size: int | list[int] | None = None,
+    normalize_codes: bool = False,
+    phi_ratio: float = 0.5,
+    beta: float = 0.25,
+) -> VQVAE:
+    """Build a tokenizer from the tensors of a VAR tokenizer.
+
+    Args:
+        state: tensors by VAR's names.
+        scales: K sizes of token maps; the last is the latent grid.
+        image_size: H and W in pixels; None takes the last scale times the downsampling.
+        normalize_codes: compare codes by cosine.
+        phi_ratio: r in φ(h) = (1 − r)·h + r·conv(h); 0 for a checkpoint without φ convolutions.
+        beta: weight of the commitment loss.
+
+    Returns:
+        The tokenizer in float32, in evaluation mode.
+
+    Raises:
+        ValueError: listing by name what is missing, unexpected or misshapen; or if sizes do not fit together.
+    """
+    phi_names, num_phi = _find_phi(state, phi_ratio)
+    sizes = _infer_sizes(state)
+    if image_size is None:
+        factor = 2 ** (len(sizes["width_multipliers"]) - 1)
+        image_size = [factor * side for side in BlockLayout.scales(scales).grid]
+    config = VQVAEConfig(
+        image_size=image_size,
+        autoencoder="vqgan",
+        layout="scales",
+        scales=scales,
+        num_phi=num_phi,
+        phi_ratio=phi_ratio,
+        beta=beta,
+        epsilon=_VAR_EPSILON,
+        normalize_codes=normalize_codes,
+        # Not ours to compute with: it lets an export give back the names that came in.
+        var_phi_names=phi_names,
+        **sizes,
+    )
+    model = build_without_weights(VQVAE, config)
+    var_names = {name: _var_name(name, phi_names) for name in model.state_dict()}
+    expected = {var_names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # The same codes serve other scales, so the counter need not have a row for each of these.
+    num_counted = infer_size(state, (_USE_COUNTER, 0), default=1)
+    check_state_dict(state, expected, {_USE_COUNTER: (num_counted, config.vocab_size)})
+    take_over(model, {name: state[var_name] for name, var_name in var_names.items()})
+    return model
+
+
+def vqvae_to_var(
+    model: VQVAE, phi_names: Literal["shared", "partially_shared", "separate"] | None = None
+) -> dict[str, Tensor]:
+    """Write a tokenizer's tensors under VAR's names.
+
+    Args:
+        model: a tokenizer of VAR's architecture, of any size.
+        phi_names: how the φ convolutions are named; None takes the names that the tokenizer came with, else
+            "shared" for one and "partially_shared" for several.
+
+    Returns:
+        Float32 tensors by VAR's names, the counter of used codes at zero.
+
+    Raises:
+        ValueError: if VAR cannot express the tokenizer, or the names do not fit its number of φ convolutions.
+    """
+    _check_expressible(model.config)
+    phi_names = _choose_phi_names(model.config, phi_names)
+    tensors = float32_tensors(model)
+    # Averages of a codebook in training; VAR has none.
+    for name in ("quantizer.codebook.code_sums", "quantizer.codebook.code_counts"):
+        tensors.pop(name, None)
+    state = {_var_name(name, phi_names): tensor for name, tensor in tensors.items()}
+    state[_USE_COUNTER] = torch.zeros(model.layout.num_blocks, model.config.vocab_size)
+    return state
+
+
+def var_arguments(model: VQVAE, state: dict[str, Tensor]) -> dict:
+    """Return what VAR's own tokenizer class has to be given for an exported state dict."""
+    config = model.config
+    share = {"shared": 1, "partially_shared": config.num_phi, "separate": 0}
+    return {
+        "vocab_size": config.vocab_size,
+        "z_channels": config.embedding_dim,
+        "ch": config.hidden_dim,
+        "ch_mult": tuple(config.width_multipliers),
+        "num_res_blocks": config.num_res_blocks,
+        "quant_conv_ks": config.quant_conv_kernel_size,
+        "using_znorm": config.normalize_codes,
+        "beta": config.beta,
+        "quant_resi": config.phi_ratio if config.num_phi else 0,
+        "share_quant_resi": share[_find_phi(state, config.phi_ratio)[0]] if config.num_phi else 1,
+        "v_patch_nums": tuple(side for side, _ in model.layout.shapes),
+    }
+
+
+def _find_phi(state: dict[str, Tensor], phi_ratio: float) -> tuple[str | None, int]:
+    """Tell how the φ convolutions are named, and their number."""
+    if phi_ratio == 0:
+        return None, 0
+    counts = {
+        "shared": int(any(name.startswith(_PHI_PREFIXES["shared"]) for name in state)),
+        "partially_shared": count_numbered(state, "quantize.quant_resi.qresi_ls."),
+        "separate": count_numbered(state, "quantize.quant_resi."),
+    }
+    if not any(counts.values()):
+        return "partially_shared", 4  # The published form, for the missing names to be listed.
+    return max(counts.items(), key=lambda item: item[1])
+
+
+def _infer_sizes(state: dict[str, Tensor]) -> dict[str, int | list[int]]:
+    """Tell the architecture from shapes, of several tensors where possible: one odd one leads nowhere."""
+    num_levels = max(count_numbered(state, "encoder.down."), count_numbered(state, "decoder.up."), 1)
+    num_res_blocks = max(
+        count_numbered(state, "encoder.down.0.block."), count_numbered(state, "decoder.up.0.block.") - 1, 1
+    )
+    base = infer_size(
+        state,
+        ("encoder.conv_in.weight", 0),
+        ("encoder.conv_in.bias", 0),
+        ("encoder.down.0.block.0.norm1.weight", 0),
+    )
+    widths = [
+        infer_size(
+            state,
+            *(
+                (f"{side}.{i}.block.0.{part}.{kind}", 0)
+                for side in ("encoder.down", "decoder.up")
+                for part in ("conv1", "norm2", "conv2")
+                for kind in ("weight", "bias")
+            ),
+        )
+        for i in range(num_levels)
+    ]
+    if any(width % base for width in widths):
+        raise ValueError(f"the checkpoint's levels have {widths} channels; expected multiples of {base}")
+    channels = [("quant_conv.weight", 0), ("quant_conv.bias", 0), ("post_quant_conv.weight", 1)]
+    latents = [("encoder.conv_out.weight", 0), ("encoder.conv_out.bias", 0), ("decoder.conv_in.weight", 1)]
+    pixels = [("encoder.conv_in.weight", 1), ("decoder.conv_out.weight", 0), ("decoder.conv_out.bias", 0)]
+    kernels = [("quant_conv.weight", 2), ("quant_conv.weight", 3), ("post_quant_conv.weight", 2)]
+    return {
+        "num_channels": infer_size(state, *pixels),
+        "hidden_dim": base,
+        "width_multipliers": [width // base for width in widths],
+        "num_res_blocks": num_res_blocks,
+        "vocab_size": infer_size(state, ("quantize.embedding.weight", 0), (_USE_COUNTER, 1)),
+        "embedding_dim": infer_size(state, ("quantize.embedding.weight", 1), *channels),
+        "z_channels": infer_size(state, *latents),
+        "quant_conv_kernel_size": infer_size(state, *kernels),
+    }
+
+
+def _var_name(name: str, phi_names: str | None) -> str:
+    """Return VAR's name of one of our tensors."""
+    if name == "quantizer.codebook.weight":
+        return "quantize.embedding.weight"
+    if name.startswith("quantizer.phi."):
+        number, kind = name.removeprefix("quantizer.phi.").split(".")
+        return _PHI_PREFIXES[phi_names].format(number) + kind
+    return name
+
+
+def _choose_phi_names(config: VQVAEConfig, phi_names: str | None) -> str | None:
+    """Return how to name φ convolutions on the way out, or None where there are none."""
+    if config.num_phi == 0:
+        return None
+    by_number = "shared" if config.num_phi == 1 else "partially_shared"
+    names = phi_names or getattr(config, "var_phi_names", None) or by_number
+    if names != "separate" and names != by_number:
+        raise ValueError(
+            f"phi_names is {names!r} for {config.num_phi} φ convolutions; expected {by_number!r}"
+        )
+    return names
+
+
+def _check_expressible(config: VQVAEConfig) -> None:
+    """Refuse what VAR's tokenizer has no form for."""
+    for field, expected in {"autoencoder": "vqgan", "layout": "scales", "num_channels": 3}.items():
+        if getattr(config, field) != expected:
+            raise ValueError(f"{field} is {getattr(config, field)!r}; expected {expected!r} in VAR's format")
+    if config.quant_conv_kernel_size == 0 or config.latent_channels != config.embedding_dim:
+        raise ValueError(
+            f"z_channels is {config.latent_channels}, embedding_dim {config.embedding_dim}, "
+            f"quant_conv_kernel_size {config.quant_conv_kernel_size}; expected equal channels, and 1 or 3"
+        )
+    if config.hidden_dim % _VAR_GROUPS:
+        raise ValueError(f"hidden_dim is {config.hidden_dim}; expected a multiple of {_VAR_GROUPS} for VAR")
+    if config.num_phi and config.phi_ratio == 0:
+        raise ValueError(f"phi_ratio is 0 with num_phi {config.num_phi}; expected num_phi 0 in VAR's format")
+    if any(height != width for height, width in config.scales):
+        raise ValueError(f"scales is {config.scales}; expected square ones in VAR's format")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert the tokenizer that the command line names."""
+    config = parse_conversion(
+        ConvertTokenizerConfig,
+        prog="python -m nextblock.tokenizer.convert_checkpoint",
+        argv=sys.argv[1:] if argv is None else argv,
+        flags=("export", "normalized_codes"),
+    )
+    output_dir = Path(config.output_dir)
+    if config.export:
+        model = VQVAE.from_pretrained(config.checkpoint, dtype=torch.float32)
+        state = vqvae_to_var(model, config.phi_names)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_state_dict(state, output_dir / "vae.pth")
+        print(f"{output_dir / 'vae.pth'}: {len(state)} tensors for VAR with {var_arguments(model, state)}")
+        return
+    model = vqvae_from_var(
+        read_state_dict(config.checkpoint),
+        scales=config.scales,
+        image_size=config.image_size,
+        normalize_codes=config.normalized_codes,
+        phi_ratio=config.phi_ratio,
+        beta=config.beta,
+    )
+    model.save_pretrained(output_dir)
+    H, W = model.config.image_size
+    print(
+        f"{output_dir}: tokenizer of {H}×{W} images, {model.config.vocab_size} codes of "
+        f"{model.config.embedding_dim} channels, {model.layout.num_tokens} tokens in "
+        f"{model.layout.num_blocks} scales, {model.num_parameters() / 1e6:.1f} M parameters"
+    )
+
+
+if __name__ == "__main__":
+    main()

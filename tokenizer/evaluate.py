@@ -1,0 +1,92 @@
+"""Measures a tokenizer on held-out images: reconstruction and use of the codebook.
+
+python -m nextblock.tokenizer.evaluate --config tokenizer/evaluate-digits
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nextblock.data.images import ImageDataConfig
+from nextblock.training.config import parse_run_config
+
+
+@dataclass(kw_only=True)
+class EvaluateTokenizerConfig:
+    """Measures a tokenizer on one split of a data set and writes report.json and reconstructions.png."""
+
+    tokenizer: str
+    """Folder of the tokenizer."""
+    output_dir: str
+    """Folder that the report and the picture go to."""
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    """Images to measure on."""
+    split: str | None = None
+    """Split of the data; by default the one that the data configuration holds out (`data.eval_split`)."""
+    batch_size: int = 100
+    """Images encoded at a time."""
+    num_pictures: int = 10
+    """Originals shown above their reconstructions."""
+    cpu: bool = False
+    """Compute on the CPU even where there is a GPU."""
+
+    def __post_init__(self):
+        if self.split is None and self.data.eval_split is None:
+            raise ValueError(
+                "split and data.eval_split are both null; expected the name of a split to measure on"
+            )
+        for name in ("batch_size", "num_pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive integer")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the tokenizer that the command line names, print the figures and write the report."""
+    config = parse_run_config(
+        EvaluateTokenizerConfig, prog="python -m nextblock.tokenizer.evaluate", argv=argv
+    )
+    import torch
+    from torch.utils.data import DataLoader
+
+    from nextblock.data.augment import TransformConfig
+    from nextblock.data.images import ImageDataset, collate, load_source
+    from nextblock.evaluation.codebook import codebook_summary
+    from nextblock.evaluation.pictures import comparison_grid
+    from nextblock.evaluation.reconstruction import reconstruct
+    from nextblock.evaluation.report import Row, environment, format_table, write_json
+    from nextblock.tokenizer import VQVAE
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
+    device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
+    split = config.split or config.data.eval_split
+    source = load_source(config.data, split)
+    tokenizer = VQVAE.from_pretrained(config.tokenizer).to(device).eval()
+    dataset = ImageDataset(source, tokenizer.config.image_size, TransformConfig(), seed=0)
+    loader = DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)
+    result = reconstruct(tokenizer, loader, tokenizer.config.vocab_size, num_kept=config.num_pictures)
+
+    figures = result.figures()
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report = {
+        "tokenizer": config.tokenizer,
+        "data": asdict(config.data) | {"measured_split": split, "num_images": len(dataset)},
+        "figures": figures,
+        "codebook": codebook_summary(result.code_counts),
+        "parameters": {"tokenizer": tokenizer.num_parameters()},
+        "precision": {"dtype": str(tokenizer.dtype), "device": device, "threads": torch.get_num_threads()},
+        "versions": environment(),
+    }
+    write_json(report, output_dir / "report.json")
+    picture = comparison_grid(result.originals, result.reconstructions, num_columns=config.num_pictures)
+    picture.save(output_dir / "reconstructions.png")
+    print(format_table([Row(name, name.replace("_", " "), value) for name, value in figures.items()]))
+    print(f"{len(dataset)} images of split {split!r}; report and picture in {output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Train a tokenizer: `accelerate launch -m nextblock.tokenizer.train --config tokenizer/digits-scales`."""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from nextblock.data.augment import TransformConfig
+from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.evaluation.codebook import code_counts, perplexity, usage
+from nextblock.evaluation.metrics import psnr
+from nextblock.evaluation.pictures import comparison_grid, to_uint8
+from nextblock.training.config import options_dataclass, parse_run_config, save_run_config
+from nextblock.training.keyed_random import keyed_uniform
+from nextblock.training.loop import LoopConfig, build_accelerator, fit
+from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
+
+from .configuration_vqvae import VQVAEConfig
+from .losses import TokenizerLossConfig, tokenizer_losses
+from .modeling_vqvae import VQVAE
+
+VQVAEOptions = options_dataclass(VQVAEConfig)
+
+
+@dataclass(kw_only=True)
+class TokenizerTrainConfig:
+    """Train a VQ-VAE tokenizer on images and export it."""
+
+    output_dir: str
+    """Folder of the run; the trained tokenizer is saved right in it."""
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    """Where images come from."""
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    """How training images are brought to size and varied."""
+    model: VQVAEOptions = field(default_factory=VQVAEOptions)
+    """The tokenizer's architecture."""
+    loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    """Weights of the loss terms."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning rate."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length, precision, cadence."""
+    eval_batch_size: int = 100
+    """Held-out images encoded at a time by each process."""
+    num_pictures: int = 20
+    """Held-out images drawn above their reconstructions."""
+    num_init_images: int = 512
+    """Training images whose features the codes start as (codebook_init "data")."""
+
+    def __post_init__(self):
+        for name in ("eval_batch_size", "num_pictures", "num_init_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+class TokenizerTask:
+    """What one step, one evaluation and the export of tokenizer training are.
+
+    Args:
+        accelerator: prepares model and optimizer.
+        config: the run.
+        model: the tokenizer to train.
+        train_data: images with augmentation.
+        eval_data: held-out images without, or None.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TokenizerTrainConfig,
+        model: VQVAE,
+        train_data: Dataset,
+        eval_data: Dataset | None,
+    ):
+        self.accelerator = accelerator
+        self.config = config
+        self.train_data = train_data
+        self.eval_data = eval_data
+        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+
+    def start(self) -> None:
+        """Set the codes to features of training images, where the configuration says so."""
+        model = self.accelerator.unwrap_model(self.model)
+        if model.config.codebook_init != "data":
+            return
+        num_samples, seed = len(self.train_data), self.config.loop.seed
+        order = keyed_uniform(seed, samples=torch.arange(num_samples)).argsort()
+        # Every process takes the same images, so the codes start equal without communication.
+        chosen = order[: self.config.num_init_images].tolist()
+        batch = collate([self.train_data[(0, index)] for index in chosen])
+        model.initialize_codebook(batch["pixel_values"].to(self.accelerator.device), seed)
+
+    def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
+        """Take one optimizer step, then let the codebook follow."""
+        config, accelerator, n = self.config, self.accelerator, len(micro_batches)
+        loop = config.loop
+        learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, config.optimizer)
+        metrics: dict[str, Tensor] = {}
+        for i, batch in enumerate(micro_batches):
+            with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
+                output = self.model(batch["pixel_values"])
+                losses = tokenizer_losses(output.reconstruction, batch["pixel_values"], output.vq_loss, config.loss)
+                accelerator.backward(losses["loss"] / n)
+            for name, value in losses.items():
+                metrics[name] = metrics.get(name, 0) + value.detach() / n
+        if config.optimizer.max_grad_norm is not None:
+            metrics["grad_norm"] = accelerator.clip_grad_norm_(
+                self.model.parameters(), config.optimizer.max_grad_norm
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        accelerator.unwrap_model(self.model).update_codebook(config.loop.seed, step)
+        statistics = {
+            f"codebook/{name}": output.statistics[name].mean() for name in ("usage", "perplexity")
+        }
+        return metrics | statistics | {"learning_rate": learning_rate}
+
+    def evaluate(self, model: VQVAE) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """Measure reconstruction and codebook use on the held-out images and draw some of them."""
+        if self.eval_data is None:
+            return {}, {}
+        accelerator, V = self.accelerator, model.config.vocab_size
+        mine = range(accelerator.process_index, len(self.eval_data), accelerator.num_processes)
+        counts = torch.zeros(model.layout.num_blocks, V, dtype=torch.int64, device=accelerator.device)
+        total_psnr = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        loader = DataLoader(
+            Subset(self.eval_data, mine), batch_size=self.config.eval_batch_size, collate_fn=collate
+        )
+        for batch in loader:
+            pixel_values = batch["pixel_values"].to(accelerator.device)
+            idx_Bl = model.img_to_idxBl(pixel_values)
+            counts += code_counts(idx_Bl, V)
+            total_psnr += psnr(model.idxBl_to_img(idx_Bl).float(), pixel_values).sum()
+        counts, total_psnr = accelerator.reduce(counts), accelerator.reduce(total_psnr)
+        pooled = counts.sum(0)
+        metrics = {
+            "psnr": total_psnr.item() / len(self.eval_data),
+            "codebook/usage": usage(pooled).item(),
+            "codebook/perplexity": perplexity(pooled).item(),
+        }
+        return metrics, {"reconstructions": self._draw(model)}
+
+    def _draw(self, model: VQVAE) -> Image.Image:
+        """Draw the first held-out images above their reconstructions."""
+        num_shown = min(self.config.num_pictures, len(self.eval_data))
+        batch = collate([self.eval_data[index] for index in range(num_shown)])
+        pixel_values = batch["pixel_values"].to(self.accelerator.device)
+        images = model.idxBl_to_img(model.img_to_idxBl(pixel_values))
+        return comparison_grid(to_uint8(pixel_values), to_uint8(images), num_columns=10)
+
+    def export(self, model: VQVAE, metrics: dict[str, float]) -> None:
+        """Save the tokenizer."""
+        model.save_pretrained(self.config.output_dir)
+
+
+def train(config: TokenizerTrainConfig) -> None:
+    """Train a tokenizer and save it in `config.output_dir`.
+
+    Args:
+        config: the run.
+
+    Raises:
+        ValueError: if the configuration or the data does not fit.
+    """
+    output_dir = Path(config.output_dir)
+    model_config = VQVAEConfig(**asdict(config.model))
+    accelerator = build_accelerator(config.loop, output_dir)
+    seed, image_size = config.loop.seed, tuple(model_config.image_size)
+    train_data = ImageDataset(load_source(config.data, config.data.split), image_size, config.transform, seed)
+    eval_data = None
+    if config.data.eval_split is not None:
+        eval_source = load_source(config.data, config.data.eval_split)
+        eval_data = ImageDataset(eval_source, image_size, TransformConfig(), seed)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_run_config(config, output_dir / "config.yaml")
+    task = TokenizerTask(accelerator, config, VQVAE(model_config), train_data, eval_data)
+    fit(accelerator, task, train_data, collate, config.loop, output_dir)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    train(parse_run_config(TokenizerTrainConfig, prog="python -m nextblock.tokenizer.train"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Checkpoints that are whole or not there: written aside, checksummed, flushed, renamed; older ones deleted after."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+logger = get_logger(__name__)
+
+MANIFEST_NAME = "checkpoint.json"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a file's or folder's content survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, flush it, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(temporary)
+    temporary.replace(path)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept: int) -> None:
+    """Save the whole training state; every process must call it.
+
+    Args:
+        accelerator: holds the prepared models, optimizers and registered objects.
+        folder: where checkpoints lie, one sub-folder each.
+        step: number of steps taken.
+        num_kept: newest checkpoints that stay.
+    """
+    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
+    if accelerator.is_main_process:
+        for leftover in folder.glob(".step_*.tmp"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = {
+            "step": step,
+            "num_processes": accelerator.num_processes,
+            "sha256": {str(path.relative_to(temporary)): file_sha256(path) for path in files},
+        }
+        for path in files:
+            flush_to_disk(path)
+        write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest, indent=2))
+        flush_to_disk(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        flush_to_disk(folder)
+        for old in sorted(folder.glob("step_*"))[:-num_kept]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint, or None if it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        checksums = dict(manifest["sha256"])
+        int(manifest["step"])
+    except FileNotFoundError:
+        return f"{MANIFEST_NAME} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST_NAME} is unreadable ({error})"
+    for name, expected in checksums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_sha256(path) != expected:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def find_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """Choose the checkpoint to resume from.
+
+    Args:
+        folder: where checkpoints lie.
+        wanted: "latest", which takes the newest whole one and warns of damaged ones; or a checkpoint's path.
+
+    Returns:
+        The checkpoint, or None if "latest" finds the folder empty.
+
+    Raises:
+        ValueError: if the named checkpoint is damaged, or every checkpoint of the folder is.
+    """
+    if wanted != "latest":
+        problem = damage(Path(wanted))
+        if problem:
+            raise ValueError(f"resume_from_checkpoint is {wanted}, which cannot be used: {problem}")
+        return Path(wanted)
+    candidates = sorted(folder.glob("step_*"), reverse=True)
+    for candidate in candidates:
+        problem = damage(candidate)
+        if problem is None:
+            return candidate
+        logger.warning(f"checkpoint {candidate} is damaged: {problem}; trying the one before")
+    if candidates:
+        raise ValueError(f"resume_from_checkpoint is 'latest'; every checkpoint in {folder} is damaged")
+    return None
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
+    """Load a training state on every process.
+
+    Args:
+        accelerator: holds the same prepared and registered objects as when the state was saved.
+        checkpoint: from `find_checkpoint`.
+
+    Returns:
+        The number of steps taken.
+
+    Raises:
+        ValueError: if another number of processes saved it.
+    """
+    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+    if manifest["num_processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"checkpoint {checkpoint} was saved by {manifest['num_processes']} processes; "
+            f"expected the same number to resume it, got {accelerator.num_processes}"
+        )
+    accelerator.load_state(str(checkpoint))
+    return manifest["step"]

@@ -1,0 +1,144 @@
+"""State dicts of other projects: reading them, telling sizes from shapes, and taking them over exactly.
+
+A converter infers a configuration from shapes, states which names and shapes that configuration has, and
+loads only a state dict that has these and no others.
+"""
+
+import pickle
+import re
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read tensors by name from a `.safetensors` file, or from a pickle that may hold nothing but tensors.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        ValueError: if the file is missing, cannot be read, or holds anything but tensors by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint is {str(path)!r}; expected a .pth, .pt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Mapping the file keeps one copy of the weights in memory; the older format cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint {str(path)!r} is not a pickle of tensors alone; others may run code and are refused"
+        ) from error
+    except (SafetensorError, EOFError, RuntimeError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}; expected tensors by name")
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"checkpoint {str(path)!r} holds {others}, no tensors; expected tensors by name")
+    return state
+
+
+def write_state_dict(state: dict[str, Tensor], path: Path) -> None:
+    """Write tensors by name with `torch.save`, so that the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def infer_size(state: dict[str, Tensor], *places: tuple[str, int], default: int | None = None) -> int:
+    """Tell a size from the dimensions that carry it.
+
+    Args:
+        state: tensors by name.
+        places: (name, dimension) pairs; the majority wins, and `check_state_dict` names those that disagree.
+        default: stands in where none of the names is there, for `check_state_dict` to name them.
+
+    Returns:
+        The size.
+
+    Raises:
+        ValueError: if none of the names is there and there is no default.
+    """
+    sizes = [state[name].shape[dim] for name, dim in places if name in state and state[name].ndim > dim]
+    if sizes:
+        return Counter(sizes).most_common(1)[0][0]
+    if default is None:
+        names = ", ".join(dict.fromkeys(name for name, _ in places))
+        found = ", ".join(list(state)[:8]) or "nothing"
+        raise ValueError(f"the checkpoint lacks the tensors {names}; it holds {len(state)} others: {found} …")
+    return default
+
+
+def count_numbered(state: dict[str, Tensor], prefix: str) -> int:
+    """Return one more than the highest number i in names `{prefix}{i}.…`, 0 where there are none."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return max((1 + int(match[1]) for match in map(pattern.match, state) if match), default=0)
+
+
+def check_state_dict(state: dict[str, Tensor], expected: Shapes, derived: Shapes) -> None:
+    """Refuse a state dict unless its names and shapes are the expected ones.
+
+    Args:
+        state: tensors by name.
+        expected: shapes of the floating-point tensors that must be there.
+        derived: shapes of the tensors that may be there.
+
+    Raises:
+        ValueError: listing by name all that is missing, unexpected, misshapen or no floating point.
+    """
+    allowed = expected | derived
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in state]
+    problems += [f"unexpected: {name} {shape}" for name, shape in shapes.items() if name not in allowed]
+    problems += [
+        f"misshapen: {name} {shape}, expected {allowed[name]}"
+        for name, shape in shapes.items()
+        if name in allowed and shape != allowed[name]
+    ]
+    problems += [
+        f"no floating point: {name} {state[name].dtype}"
+        for name in expected
+        if name in state and not state[name].is_floating_point()
+    ]
+    if problems:
+        raise ValueError(
+            "the checkpoint is not the model that its shapes tell of:\n  " + "\n  ".join(problems)
+        )
+
+
+def build_without_weights(model_class: type[ModelT], config) -> ModelT:
+    """Build a model whose tensors have shapes and no memory yet."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def take_over(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make a state dict's tensors, in float32, those of a model built without weights.
+
+    Args:
+        model: what `build_without_weights` returned.
+        state: all of the model's tensors by the model's own names.
+    """
+    model.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()}, assign=True)
+    model.eval()
+
+
+def float32_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors by name, on the CPU in float32; where they are so already, without a copy."""
+    return {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
