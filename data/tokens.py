@@ -138,7 +138,7 @@ class TokenDataset(Dataset):
         if split not in self.manifest.splits:
             raise ValueError(f"split is {split!r}; {folder} has the splits {list(self.manifest.splits)}")
         listed = self.manifest.splits[split]["shards"]
-        shards = [_read_shard(folder / shard["file"], shard["num_rows"]) for shard in listed]
+        shards = [_read_shard(folder / shard["file"], shard["num_rows"], shard["sha256"]) for shard in listed]
         self.idx = np.concatenate([idx for idx, _ in shards])
         self.class_labels = np.concatenate([labels for _, labels in shards])
         self.layout = BlockLayout.from_dict(self.manifest.layout)
@@ -178,12 +178,16 @@ def collate_tokens(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return batch
 
 
-def _read_shard(path: Path, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_shard(path: Path, num_rows: int, sha256: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a shard's indices (N, L) and labels (N,)."""
     import pyarrow.parquet as pq
 
+    from nextblock.training.checkpoint import file_sha256
+
     if not path.is_file():
         raise ValueError(f"shard {path} is missing; its manifest lists it")
+    if file_sha256(path) != sha256:
+        raise ValueError(f"shard {path} has changed since it was written; expected the checksum of its manifest")
     table = pq.read_table(path, columns=["idx", "label"]).combine_chunks()
     if table.num_rows != num_rows:
         raise ValueError(f"shard {path} has {table.num_rows} rows; expected {num_rows} as in its manifest")

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from huggingface_hub import snapshot_download
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
+from nextblock.data.blocks import BlockLayout
 from nextblock.prior.sampling import image_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -39,7 +41,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         if tokenizer is not None and prior is not None:
             prior.check_quantizer(tokenizer.quantizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
-        self.image_processor = VaeImageProcessor()
+        self.image_processor = VaeImageProcessor(do_convert_rgb=True)
+        self.mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
@@ -71,6 +74,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         generator: Generator | list[Generator] | None = None,
+        idx_Bl: list[Tensor] | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -87,6 +91,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             top_p: keep the smallest set of codes whose mass reaches p, in (0, 1].
             generator: one for all images, or a list with one for each. Every image draws from a generator of its own,
                 so it does not depend on the others.
+            idx_Bl: tokens that are already known, K tensors (B, L_k) int64 over all images, −1 for those to sample.
             batch_size: every batch has exactly this many rows, the last padded, so that rounding does not depend on the
                 size of the request; None takes up to 64 at a time. In float32 on the CPU all choices give equal images.
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent" for the indices, K tensors
@@ -115,12 +120,55 @@ class ClassToImagePipeline(DiffusionPipeline):
         batches = []
         for start in self.progress_bar(range(0, len(labels), num_rows)):
             rows = slice(start, start + num_rows)
-            batches.append(self._sample_batch(labels[rows], generators[rows], num_padded, options))
+            given = None if idx_Bl is None else [_padded(idx[rows], num_padded) for idx in idx_Bl]
+            batches.append(self._sample_batch(labels[rows], generators[rows], num_padded, given, options))
         images = idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
         if output_type != "latent":
             images = self._decode(idx_Bl, num_rows, num_padded, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: PipelineImageInput,
+        mask_image: PipelineImageInput,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        num_images_per_label: int = 1,
+        **options,
+    ) -> ImagePipelineOutput | tuple:
+        """Paint part of an image anew: in-painting, out-painting and class-conditional editing by a token mask (VAR).
+
+        In every block, tokens outside the mask come from the encoded image and tokens inside from the prior. A token is
+        inside if at least half of its area is.
+
+        Args:
+            image: one image, or one for each label; PIL, array or tensor, resized to the tokenizer's size.
+            mask_image: one mask, or one for each image; white is painted anew, black is kept.
+            class_labels: see `__call__`.
+            num_images_per_label: see `__call__`.
+            options: further arguments of `__call__`.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: if images, masks and labels do not fit each other, or an option is outside its range.
+        """
+        H, W = self.tokenizer.config.image_size
+        pixel_values = self.image_processor.preprocess(image, H, W).to(self._execution_device)
+        mask = self.mask_processor.preprocess(mask_image, H, W).to(self._execution_device)
+        num_labels = len(self.resolve_labels(class_labels))
+        for name, tensor in {"image": pixel_values, "mask_image": mask}.items():
+            if len(tensor) not in (1, num_labels):
+                raise ValueError(f"{name} holds {len(tensor)} images; expected 1 or {num_labels}, one a label")
+        idx_Bl = self.tokenizer.img_to_idxBl(pixel_values)
+        is_inside_Bl = mask_blocks(self.tokenizer.layout, mask)
+        given = []
+        for idx, is_inside in zip(idx_Bl, is_inside_Bl, strict=True):
+            block = torch.where(is_inside, -1, idx).expand(num_labels, -1)
+            given.append(block.repeat_interleave(num_images_per_label, dim=0))
+        return self(class_labels, num_images_per_label, idx_Bl=given, **options)
 
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
         """Turn labels and class names into label numbers.
@@ -178,24 +226,51 @@ class ClassToImagePipeline(DiffusionPipeline):
         return num_rows, num_rows
 
     def _sample_batch(
-        self, labels: list[int], generators: list[Generator], num_padded: int, options: dict
+        self,
+        labels: list[int],
+        generators: list[Generator],
+        num_padded: int,
+        given_idx_Bl: list[Tensor] | None,
+        options: dict,
     ) -> list[Tensor]:
         """Sample one batch of indices; padded rows are computed and dropped."""
         num_images = len(labels)
         padding = num_padded - num_images
         class_labels = torch.tensor(labels + labels[:1] * padding, device=self._execution_device)
         generators = generators + [torch.Generator().manual_seed(0) for _ in range(padding)]
-        idx_Bl = self.prior.generate(class_labels, self.tokenizer.quantizer, generator=generators, **options)
+        idx_Bl = self.prior.generate(
+            class_labels, self.tokenizer.quantizer, generator=generators, given_idx_Bl=given_idx_Bl, **options
+        )
         return [idx[:num_images] for idx in idx_Bl]
 
     def _decode(self, idx_Bl: list[Tensor], num_rows: int, num_padded: int, output_type: str):
         """Decode indices in batches of the size they were sampled in."""
         images = []
         for blocks in zip(*(idx.split(num_rows) for idx in idx_Bl), strict=True):
-            num_images = len(blocks[0])
-            padded = [torch.cat([idx, idx[:1].expand(num_padded - num_images, -1)]) for idx in blocks]
-            images.append(self.tokenizer.idxBl_to_img(padded)[:num_images].float())
+            decoded = self.tokenizer.idxBl_to_img([_padded(idx, num_padded) for idx in blocks])
+            images.append(decoded[: len(blocks[0])].float())
         return self.image_processor.postprocess(torch.cat(images), output_type=output_type)
+
+
+def mask_blocks(layout: BlockLayout, mask: Tensor) -> list[Tensor]:
+    """Tell which tokens of each block lie inside a mask.
+
+    Args:
+        layout: the blocks.
+        mask: (B, 1, H, W) in [0, 1]; 1 is inside.
+
+    Returns:
+        K boolean tensors (B, L_k), true where at least half of the token's area is inside.
+    """
+    if not layout.is_scales:
+        cells = F.interpolate(mask, size=layout.grid, mode="area").flatten(1)
+        return layout.split(cells[:, layout.tile_cells.to(cells.device)] >= 0.5)
+    return [F.interpolate(mask, size=shape, mode="area").flatten(1) >= 0.5 for shape in layout.shapes]
+
+
+def _padded(rows: Tensor, num_padded: int) -> Tensor:
+    """Repeat the first row at the end, up to a number of rows."""
+    return torch.cat([rows, rows[:1].expand(num_padded - len(rows), *rows.shape[1:])])
 
 
 def _check_request(num_images_per_label: int, batch_size: int | None, output_type: str) -> None:

@@ -9,6 +9,7 @@ Legend: N images, HxW pixels.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

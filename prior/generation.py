@@ -28,6 +28,7 @@ def generate_blocks(
     temperature: float,
     top_k: int,
     top_p: float,
+    given_idx_Bl: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Sample all blocks of a batch.
 
@@ -44,6 +45,7 @@ def generate_blocks(
         temperature: divides the logits.
         top_k: see `truncate_logits`.
         top_p: see `truncate_logits`.
+        given_idx_Bl: K tensors (B, L_k) of tokens that are not sampled, −1 where they are; None samples all.
 
     Returns:
         K tensors (B, L_k) int64.
@@ -66,7 +68,10 @@ def generate_blocks(
             attend = partial(_cached_attention, cache, i, layer.attn.scale, start, end)
             hidden_states = layer(hidden_states, tuple(m[:num_rows] for m in modulations[i]), attend)
         logits = _guided_logits(model, hidden_states, head_modulation, scales[k], B)
-        idx_Bl.append(sample_tokens(logits, uniforms[:, start:end], temperature, top_k, top_p))
+        idx = sample_tokens(logits, uniforms[:, start:end], temperature, top_k, top_p)
+        if given_idx_Bl is not None:
+            idx = torch.where(given_idx_Bl[k] >= 0, given_idx_Bl[k], idx)
+        idx_Bl.append(idx)
         if k + 1 < layout.num_blocks:
             next_input = idx_Bl[-1]
             if model.config.input_embedding == "codes":

@@ -97,7 +97,8 @@ class BlockPrior(PreTrainedModel):
             if module.is_normalized:
                 init.constant_(module.scale_mul_1H11, 1.3862943611198906)  # ln 4
         elif isinstance(module, PriorLayer) and self.config.use_shared_adaln:
-            init.copy_(module.ada_gss, self._gated(torch.empty_like(module.ada_gss).normal_(std=std * 3**0.5), dim=2))
+            offsets = torch.empty_like(module.ada_gss).normal_(std=self.config.hidden_size**-0.5)
+            init.copy_(module.ada_gss, self._gated(offsets, dim=2))
         elif isinstance(module, BlockPrior):
             init.trunc_normal_(module.pos_start, std=std)
             init.trunc_normal_(module.pos_1LC, std=std)
@@ -216,6 +217,7 @@ class BlockPrior(PreTrainedModel):
         top_k: int = 0,
         top_p: float = 1.0,
         generator: Generator | list[Generator] | None = None,
+        given_idx_Bl: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Sample the indices of a batch of images, block by block.
 
@@ -228,6 +230,8 @@ class BlockPrior(PreTrainedModel):
             top_k: keep the k likeliest codes; 0 keeps all.
             top_p: keep the smallest set of codes whose mass reaches p; 1 keeps all.
             generator: one for all images, or a list with one for each.
+            given_idx_Bl: K tensors (B, L_k) int64 of tokens that are already known, −1 for those to sample: a prefix to
+                go on from, or the surroundings of what is painted in. None samples all.
 
         Returns:
             K tensors (B, L_k) int64.
@@ -245,7 +249,10 @@ class BlockPrior(PreTrainedModel):
         if self.config.num_classes == 0 and guidance_scale != 1:
             raise ValueError(f"guidance_scale is {guidance_scale}; expected 1 for a model without classes")
         uniforms = draw_uniforms(image_generators(generator, len(class_labels)), self.layout.num_tokens)
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if given_idx_Bl is not None:
+            given_idx_Bl = [idx.to(self.device) for idx in given_idx_Bl]
+            self._check_given(given_idx_Bl, len(class_labels))
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "given_idx_Bl": given_idx_Bl}
         return generate_blocks(self, quantizer, class_labels, scales, uniforms.to(self.device), **options)
 
     def _check_inputs(self, var_input: Tensor, class_labels: Tensor, labels: Tensor | None) -> None:
@@ -274,6 +281,17 @@ class BlockPrior(PreTrainedModel):
         null = self.config.null_class
         if class_labels.numel() and not 0 <= class_labels.min().item() <= class_labels.max().item() <= null:
             raise ValueError(f"class_labels is {class_labels.tolist()}; expected 0 to {null} ({null}: no class)")
+
+    def _check_given(self, given_idx_Bl: list[Tensor], B: int) -> None:
+        """Refuse known tokens that do not fit the layout, the batch or the vocabulary."""
+        self.layout.check_blocks(given_idx_Bl, self.layout.num_blocks)
+        V = self.config.vocab_size
+        for k, idx in enumerate(given_idx_Bl):
+            if len(idx) != B or not -1 <= idx.min().item() <= idx.max().item() < V:
+                raise ValueError(
+                    f"given_idx_Bl[{k}] has {len(idx)} rows from {idx.min().item()} to {idx.max().item()}; "
+                    f"expected {B} rows from -1 (to sample) to {V - 1}"
+                )
 
     def check_quantizer(self, quantizer: nn.Module) -> None:
         """Refuse a quantizer of another layout or codebook.

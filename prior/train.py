@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from nextblock.training.optim import OptimizerConfig, build_optimizer, set_sched
 
 from .configuration_block_prior import BlockPriorConfig
 from .modeling_block_prior import BlockPrior, PriorOutput
+from .sampling import guidance_scales
 
 # What the tokens decide is no option of the run.
 BlockPriorOptions = options_dataclass(
@@ -57,7 +59,7 @@ class PriorTrainConfig:
     """Samples drawn of each class at an evaluation, of at most ten classes."""
     guidance_scale: float = 1.25
     """Guidance of those samples."""
-    guidance_schedule: str = "constant"
+    guidance_schedule: Literal["constant", "linear"] = "constant"
     """Guidance schedule of those samples."""
 
     def __post_init__(self):
@@ -66,6 +68,7 @@ class PriorTrainConfig:
         for name in ("eval_batch_size", "num_pictures_per_class"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        guidance_scales(self.guidance_scale, self.guidance_schedule, num_blocks=2)
 
 
 class PriorTask:
@@ -145,13 +148,14 @@ class PriorTask:
         accelerator = self.accelerator
         mine = range(accelerator.process_index, len(self.eval_data), accelerator.num_processes)
         sums: dict[str, Tensor] = {}
-        batches = BatchSampler(mine, self.config.eval_batch_size, drop_last=False)
+        # A process without a row of its own computes one that does not count, to have the same sums as the others.
+        batches = BatchSampler(mine or range(1), self.config.eval_batch_size, drop_last=False)
         for batch in DataLoader(self.eval_data, batch_sampler=batches, collate_fn=collate_tokens):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             output = self._predict(model, batch["labels"], batch["class_labels"])
             metrics = self._metrics(output) | {"loss": output.token_loss.mean()}
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.double() * len(batch["labels"])
+                sums[name] = sums.get(name, 0) + value.double() * (len(batch["labels"]) if mine else 0)
         totals = accelerator.reduce(torch.stack(list(sums.values()))) / len(self.eval_data)
         return dict(zip(sums, totals.tolist(), strict=True)), pictures
 

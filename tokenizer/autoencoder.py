@@ -3,6 +3,8 @@
 VQGAN: Esser et al. 2021, arXiv:2012.09841. Legend: B batch, C latent channels, H×W pixels, h×w latent cells.
 """
 
+import math
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -11,8 +13,8 @@ NORM_GROUPS = 32
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:
-    """Normalise in 32 groups, or in as many as there are channels where they are fewer."""
-    return nn.GroupNorm(min(NORM_GROUPS, num_channels), num_channels, eps=1e-6)
+    """Normalise in 32 groups, or in the largest power of two below that divides the channels."""
+    return nn.GroupNorm(math.gcd(NORM_GROUPS, num_channels), num_channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):

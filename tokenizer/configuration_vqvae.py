@@ -162,13 +162,6 @@ class VQVAEConfig(PreTrainedConfig):
             raise ValueError(f"codebook_ema_decay is {self.codebook_ema_decay}; expected a number in (0, 1)")
         if min(self.width_multipliers) < 1:
             raise ValueError(f"width_multipliers is {self.width_multipliers}; expected positive integers")
-        multipliers = [1] if self.autoencoder == "simple" else [1, *self.width_multipliers]
-        widths = [self.hidden_dim * m for m in multipliers] if self.num_res_blocks else []
-        if any(width > 32 and width % 32 for width in widths):
-            raise ValueError(
-                f"hidden_dim is {self.hidden_dim}, which gives widths {widths}; expected each at most 32 or a multiple "
-                "of 32 (GroupNorm)"
-            )
         if self.quant_conv_kernel_size == 0 and self.latent_channels != self.embedding_dim:
             raise ValueError(
                 f"z_channels is {self.z_channels} and embedding_dim {self.embedding_dim}; expected them equal "

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.evaluation.codebook import code_counts, perplexity, usage
+from nextblock.evaluation.codebook import code_counts, codebook_statistics
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
 from .codebook import Codebook, all_reduced
@@ -31,9 +31,9 @@ class VQVAEOutput(ModelOutput):
         reconstruction: (B, 3, H, W), about [-1, 1], not clamped.
         vq_loss: scalar codebook and commitment loss, float32.
         idx_Bl: K tensors (B, L_k) int64.
-        statistics: how the batch used the codes: `code_counts` (K, V), and from them `usage` and `perplexity` of each
-            block (K,). Summed over processes in training mode, this process's own in evaluation mode. More than 64
-            blocks are pooled into one row.
+        statistics: how the batch used the codes: `code_counts` (K, V); `usage`, `perplexity` and `num_dead_codes` of
+            all blocks together; and the same of each block (K,) as `block_usage` and so on. Summed over processes in
+            training mode, this process's own in evaluation mode. More than 64 blocks are pooled into one row.
     """
 
     reconstruction: Tensor | None = None
@@ -185,7 +185,7 @@ class VQVAE(PreTrainedModel):
             counts = counts.sum(0, keepdim=True)
         if self.training:
             counts = all_reduced(counts)
-        return {"code_counts": counts, "usage": usage(counts), "perplexity": perplexity(counts)}
+        return codebook_statistics(counts)
 
     @property
     def _conv_dtype(self) -> torch.dtype:

@@ -93,7 +93,10 @@ class TokenizerTask:
         # Every process takes the same images, so the codes start equal without communication.
         chosen = order[: self.config.num_init_images].tolist()
         batch = collate([self.train_data[(0, index)] for index in chosen])
+        # Dropout would give every process features of its own.
+        model.eval()
         model.initialize_codebook(batch["pixel_values"].to(self.accelerator.device), seed)
+        model.train()
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         """Take one optimizer step, then let the codebook follow."""
@@ -116,7 +119,7 @@ class TokenizerTask:
         self.optimizer.zero_grad()
         accelerator.unwrap_model(self.model).update_codebook(config.loop.seed, step)
         statistics = {
-            f"codebook/{name}": output.statistics[name].mean() for name in ("usage", "perplexity")
+            f"codebook/{name}": output.statistics[name] for name in ("usage", "perplexity", "num_dead_codes")
         }
         return metrics | statistics | {"learning_rate": learning_rate}
 

@@ -61,6 +61,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept:
             "num_processes": accelerator.num_processes,
             "sha256": {str(path.relative_to(temporary)): file_sha256(path) for path in files},
         }
+        manifest["own_sha256"] = _manifest_sha256(manifest)
         for path in files:
             flush_to_disk(path)
         write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest, indent=2))
@@ -69,22 +70,33 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept:
             shutil.rmtree(final)
         temporary.rename(final)
         flush_to_disk(folder)
-        for old in sorted(folder.glob("step_*"))[:-num_kept]:
-            shutil.rmtree(old)
+        # What lies beyond this step was left by a run that went on from an earlier checkpoint than its last.
+        known = sorted(folder.glob("step_*"))
+        kept = known[: known.index(final) + 1][-num_kept:]
+        for other in known:
+            if other not in kept:
+                shutil.rmtree(other)
     accelerator.wait_for_everyone()
+
+
+def _manifest_sha256(manifest: dict) -> str:
+    """Return the hexadecimal SHA-256 of all that a manifest says but this."""
+    fields = {name: value for name, value in manifest.items() if name != "own_sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def damage(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint, or None if it is whole."""
     try:
         manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-        checksums = dict(manifest["sha256"])
-        int(manifest["step"])
-    except FileNotFoundError:
+        is_whole = manifest["own_sha256"] == _manifest_sha256(manifest)
+    except (FileNotFoundError, NotADirectoryError):
         return f"{MANIFEST_NAME} is missing"
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_NAME} is unreadable ({error})"
-    for name, expected in checksums.items():
+    if not is_whole:
+        return f"{MANIFEST_NAME} has changed since it was saved"
+    for name, expected in manifest["sha256"].items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"

@@ -48,7 +48,7 @@ class LoopConfig:
     ema_decay: float | None = 0.999
     """Decay of the weight average that is evaluated and exported; null exports the raw weights."""
     log_every: int = 50
-    """Steps between log lines."""
+    """Steps between log lines; every checkpoint has one too."""
     eval_every: int | None = None
     """Steps between evaluations with pictures; null evaluates at the end alone."""
     save_every: int | None = None
@@ -177,11 +177,13 @@ def fit(
             average.update_parameters(raw_model)
         num_done = step + 1
         is_last = num_done == config.num_steps
-        if is_last or num_done % config.log_every == 0:
+        is_saved = is_last or _is_due(num_done, config.save_every)
+        # A line at every checkpoint: a resumed run then averages over the same steps as an uninterrupted one.
+        if is_saved or num_done % config.log_every == 0:
             progress.set_postfix(loss=recorder.log_training(num_done))
         if is_last or _is_due(num_done, config.eval_every):
             recorder.log_evaluation(num_done, *_evaluate(accelerator, task, average))
-        if is_last or _is_due(num_done, config.save_every):
+        if is_saved:
             save_checkpoint(accelerator, checkpoints, num_done, config.num_checkpoints)
     _finish(accelerator, task, average, recorder, first_step == config.num_steps)
 
@@ -194,6 +196,11 @@ def _is_due(num_done: int, every: int | None) -> bool:
 def _resume(accelerator: Accelerator, checkpoints: Path, config: LoopConfig) -> int:
     """Load the wanted checkpoint and return the number of steps it has taken, 0 without one."""
     if config.resume_from_checkpoint is None:
+        if any(checkpoints.glob("step_*")):
+            raise ValueError(
+                f"resume_from_checkpoint is null, but {checkpoints} holds checkpoints of an earlier run; expected "
+                "'latest' to go on with it, or another output_dir"
+            )
         return 0
     checkpoint = find_checkpoint(checkpoints, config.resume_from_checkpoint)
     if checkpoint is None:
@@ -240,7 +247,8 @@ def _evaluate(accelerator: Accelerator, task: Task, average: nn.Module | None) -
     model = accelerator.unwrap_model(task.model) if average is None else average.module
     was_training = model.training
     model.eval()
-    with torch.no_grad(), accelerator.autocast():
+    # Loaders draw from the global generator: an evaluation must not change the dropout of the steps after it.
+    with torch.random.fork_rng(devices=()), torch.no_grad(), accelerator.autocast():
         metrics, pictures = task.evaluate(model)
     model.train(was_training)
     return metrics, pictures

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from .checkpoint import write_atomically
+
 
 class Recorder:
     """Average training metrics between log lines and write them, on the main process alone.
@@ -36,9 +38,10 @@ class Recorder:
     def _keep_lines_up_to(self, step: int) -> None:
         """Drop the lines that a resumed run will write again."""
         path = self.output_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and step else []
+        # A crash may have cut the last line short.
+        whole = [line for line in lines if line.endswith("\n")]
+        write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
         """Add one step's metrics to the running sums, without waiting for the device."""

@@ -341,7 +341,7 @@ def test_an_unconditional_model_knows_label_zero_alone(make_prior):
         ({"label_smoothing": float("nan")}, "label_smoothing is nan"),
         ({"input_embedding": "words"}, "input_embedding is 'words'"),
         ({"layout": SCALES.to_dict(), "input_embedding": "tokens"}, "input_embedding is 'tokens'; expected 'codes'"),
-        ({"num_classes": 2, "class_names": ["a"]}, "class_names has 1 names; expected num_classes = 2"),
+        ({"num_classes": 2, "class_names": ["a"]}, "class_names has 1 names; expected .*2"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(options, message):

@@ -94,7 +94,9 @@ def test_indices_equal_those_of_a_slow_generator(
     layout, input_embedding = layout_and_input
     model, quantizer = make_prior(layout, input_embedding=input_embedding), make_quantizer(layout)
     class_labels = torch.tensor([1, 0])
-    uniforms = torch.stack([torch.rand(layout.num_tokens, generator=g, dtype=torch.float64) for g in generators([5, 6])])
+    uniforms = torch.stack(
+        [torch.rand(layout.num_tokens, generator=g, dtype=torch.float64) for g in generators([5, 6])]
+    )
     scales = guidance_scales(guidance_scale, schedule, layout.num_blocks)
     idx_Bl = model.generate(
         class_labels,
@@ -154,9 +156,7 @@ def test_the_quantizer_is_not_called_for_a_table_of_tokens(make_prior, make_quan
 
 
 @guidance
-def test_an_image_does_not_depend_on_the_batch_around_it(
-    layout, guidance_scale, schedule, make_prior, make_quantizer
-):
+def test_an_image_does_not_depend_on_the_batch_around_it(layout, guidance_scale, schedule, make_prior, make_quantizer):
     model, quantizer = make_prior(layout), make_quantizer(layout)
     class_labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 2])
     options = {"guidance_scale": guidance_scale, "guidance_schedule": schedule, "top_k": 8, "top_p": 0.95}

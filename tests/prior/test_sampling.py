@@ -150,7 +150,9 @@ def slow_draw(logits, uniform: float) -> int:
     raise AssertionError("uniform numbers lie below 1")
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 6, 0.7)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 6, 0.7)]
+)
 def test_draws_against_a_slow_loop(temperature, top_k, top_p):
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(4, 25, 9, generator=generator, dtype=torch.float64)

@@ -222,9 +222,9 @@ def test_statistics_describe_each_block(layout_options, make_vqvae, make_images)
     for k, idx in enumerate(output.idx_Bl):
         histogram = torch.bincount(idx.flatten(), minlength=24)
         assert torch.equal(counts[k], histogram)
-        assert output.statistics["usage"][k].item() == pytest.approx((histogram > 0).sum().item() / 24)
+        assert output.statistics["block_usage"][k].item() == pytest.approx((histogram > 0).sum().item() / 24)
         p = histogram[histogram > 0] / histogram.sum()
-        assert output.statistics["perplexity"][k].item() == pytest.approx((-(p * p.log()).sum()).exp().item())
+        assert output.statistics["block_perplexity"][k].item() == pytest.approx((-(p * p.log()).sum()).exp().item())
 
 
 def test_many_blocks_are_pooled_into_one_row(make_vqvae, make_images):

@@ -1,0 +1,175 @@
+"""Time and memory of guided VAR sampling beside a plain loop of the same model in the same run.
+
+The plain loop recomputes the AdaLN modulations at every block, grows its key/value cache by concatenation, and guides
+every block, as a direct transcription of the papers does. Weights are random: time does not depend on them.
+
+    python benchmarks/sampling.py --depth 16 --batch_sizes 1 8 --dtypes float32 bfloat16 --output benchmarks/sampling.json
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.sampling import guidance_scales, sample_tokens
+from nextblock.tokenizer import VQVAE, VQVAEConfig
+
+SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+GUIDANCE = {"guidance_scale": 2.5, "guidance_schedule": "linear"}
+TRUNCATION = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
+
+
+def build_models(depth: int, dtype: torch.dtype, device: str) -> tuple[BlockPrior, VQVAE]:
+    """Return a VAR-shaped prior and tokenizer with random weights."""
+    torch.manual_seed(0)
+    tokenizer = VQVAE(
+        VQVAEConfig(
+            image_size=256,
+            autoencoder="vqgan",
+            hidden_dim=160,
+            num_res_blocks=2,
+            vocab_size=4096,
+            embedding_dim=32,
+            quant_conv_kernel_size=3,
+            layout="scales",
+            scales=SCALES,
+        )
+    )
+    prior = BlockPrior(
+        BlockPriorConfig(
+            layout=tokenizer.layout.to_dict(),
+            vocab_size=4096,
+            embedding_dim=32,
+            num_classes=1000,
+            hidden_size=64 * depth,
+            num_layers=depth,
+            num_heads=depth,
+            use_normalized_attention=True,
+        )
+    )
+    return prior.to(device, dtype).eval(), tokenizer.to(device, dtype).eval()
+
+
+@torch.no_grad()
+def plain_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) -> torch.Tensor:
+    """Sample as a direct transcription does: nothing is prepared, nothing is skipped."""
+    B, layout, quantizer = len(class_labels), prior.layout, tokenizer.quantizer
+    scales = guidance_scales(*GUIDANCE.values(), layout.num_blocks)
+    rows = torch.cat([class_labels, torch.full_like(class_labels, prior.config.null_class)])
+    keys, values = [None] * len(prior.blocks), [None] * len(prior.blocks)
+    canvas, idx_Bl = quantizer.start(B), []
+    block_input = prior.first_input(prior.class_emb(rows))
+    for k, (start, end) in enumerate(layout.bounds):
+        condition, modulations, head_modulation = prior.condition(rows)
+        hidden_states = block_input + prior.positions()[:, start:end]
+        for i, layer in enumerate(prior.blocks):
+
+            def attend(q, key, value, i=i, scale=layer.attn.scale):
+                keys[i] = key if keys[i] is None else torch.cat([keys[i], key], dim=2)
+                values[i] = value if values[i] is None else torch.cat([values[i], value], dim=2)
+                return F.scaled_dot_product_attention(q, keys[i], values[i], scale=scale)
+
+            hidden_states = layer(hidden_states, modulations[i], attend)
+        conditional, unconditional = prior.logits(hidden_states, head_modulation).chunk(2)
+        logits = unconditional + scales[k] * (conditional - unconditional)
+        uniforms = torch.rand(B, end - start, dtype=torch.float64, device=logits.device)
+        idx_Bl.append(sample_tokens(logits, uniforms, **TRUNCATION))
+        if k + 1 < layout.num_blocks:
+            canvas, next_input = quantizer.advance(canvas, idx_Bl[-1], k)
+            block_input = prior.embed_input(next_input).repeat(2, 1, 1)
+    return tokenizer.idxBl_to_img(idx_Bl)
+
+
+@torch.no_grad()
+def nextblock_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) -> torch.Tensor:
+    """Sample as the pipeline does."""
+    idx_Bl = prior.generate(class_labels, tokenizer.quantizer, **GUIDANCE, **TRUNCATION)
+    return tokenizer.idxBl_to_img(idx_Bl)
+
+
+def seconds_of(function, *arguments, num_runs: int) -> list[float]:
+    """Return the wall times of several calls."""
+    times = []
+    for _ in range(num_runs):
+        start = time.perf_counter()
+        function(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def matmul_peak(dtype: torch.dtype, device: str) -> float:
+    """Return the operations a second of a large matrix product."""
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    seconds_of(torch.mm, a, a, num_runs=3)
+    return 2 * 2048**3 / min(seconds_of(torch.mm, a, a, num_runs=10))
+
+
+def sampling_operations(prior: BlockPrior, batch_size: int) -> float:
+    """Return the operations of the prior's matrix products for guided sampling, attention included."""
+    D, L, num_layers = prior.config.hidden_size, prior.layout.num_tokens, prior.config.num_layers
+    linear = 2 * L * (num_layers * 12 * D * D + D * prior.config.vocab_size)
+    attention = 4 * D * num_layers * sum((end - start) * end for start, end in prior.layout.bounds)
+    return 2 * batch_size * (linear + attention)
+
+
+def main() -> None:
+    """Run the comparison and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num_runs", type=int, default=3)
+    parser.add_argument("--output", default="benchmarks/sampling.json")
+    arguments = parser.parse_args()
+    results = {
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "depth": arguments.depth,
+        "rows": [],
+    }
+    for dtype_name in arguments.dtypes:
+        dtype = getattr(torch, dtype_name)
+        prior, tokenizer = build_models(arguments.depth, dtype, arguments.device)
+        peak = matmul_peak(dtype, arguments.device)
+        for batch_size in arguments.batch_sizes:
+            class_labels = torch.arange(batch_size, device=arguments.device)
+            loops = {"plain": plain_loop, "nextblock": nextblock_loop}
+            times = {name: [] for name in loops}
+            for loop in loops.values():
+                loop(prior, tokenizer, class_labels)
+            for _ in range(arguments.num_runs):  # in turn, so that a drifting machine drifts for both
+                for name, loop in loops.items():
+                    times[name] += seconds_of(loop, prior, tokenizer, class_labels, num_runs=1)
+            idx_Bl = prior.generate(class_labels, tokenizer.quantizer, **GUIDANCE, **TRUNCATION)
+            decoding = statistics.median(seconds_of(tokenizer.idxBl_to_img, idx_Bl, num_runs=arguments.num_runs))
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            tokens_seconds = medians["nextblock"] - decoding
+            row = {
+                "dtype": dtype_name,
+                "batch_size": batch_size,
+                "plain_seconds": round(medians["plain"], 3),
+                "nextblock_seconds": round(medians["nextblock"], 3),
+                "decoding_seconds": round(decoding, 3),
+                "speedup": round(medians["plain"] / medians["nextblock"], 3),
+                "share_of_matmul_peak": round(sampling_operations(prior, batch_size) / tokens_seconds / peak, 3),
+                "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            }
+            results["rows"].append(row)
+            print(row, flush=True)
+    with open(arguments.output, "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

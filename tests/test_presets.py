@@ -1,0 +1,74 @@
+"""Shipped configs: each parses as the run it is for, and the VAR presets have the published sizes."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from nextblock.data.blocks import BlockLayout
+from nextblock.pipelines.evaluate import EvaluateConfig
+from nextblock.pipelines.sample import SampleConfig
+from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.train import PriorTrainConfig
+from nextblock.tokenizer import VQVAE, VQVAEConfig
+from nextblock.tokenizer.evaluate import EvaluateTokenizerConfig
+from nextblock.tokenizer.tokenize_dataset import TokenizeConfig
+from nextblock.tokenizer.train import TokenizerTrainConfig
+from nextblock.training.config import parse_run_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RUNS = {
+    "tokenizer/evaluate": (EvaluateTokenizerConfig, ["--tokenizer=t", "--output_dir=o"]),
+    "tokenizer/tokenize": (TokenizeConfig, ["--tokenizer=t", "--output_dir=o"]),
+    "tokenizer/": (TokenizerTrainConfig, ["--output_dir=o"]),
+    "prior/": (PriorTrainConfig, ["--tokens=t", "--tokenizer=t", "--output_dir=o", "--pipeline_dir=p"]),
+    "pipelines/sample": (SampleConfig, ["--pipeline=p", "--output_dir=o"]),
+    "pipelines/evaluate": (EvaluateConfig, ["--pipeline=p", "--samples=s", "--run_dirs=[]", "--output_dir=o"]),
+}
+NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+SCALES_256 = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+SCALES_512 = [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]
+
+
+def parse(name: str):
+    """Read a shipped config as a user does, by its name."""
+    config_class, required = next(run for prefix, run in RUNS.items() if name.startswith(prefix))
+    return parse_run_config(config_class, prog="test", argv=["--config", name, *required])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_config_parses_as_its_run(name):
+    config = parse(name)
+    if isinstance(config, TokenizerTrainConfig):
+        VQVAEConfig(**asdict(config.model))
+    if isinstance(config, PriorTrainConfig):
+        layout = BlockLayout.scales([1, 2, 4, 8]) if config.model.input_embedding == "codes" else None
+        BlockPriorConfig(layout=layout and layout.to_dict(), **asdict(config.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "scales", "millions"),
+    [
+        ("var-d16", SCALES_256, 310.3),
+        ("var-d20", SCALES_256, 600.9),
+        ("var-d24", SCALES_256, 1033.4),
+        ("var-d30", SCALES_256, 2010.0),
+        ("var-d36-512", SCALES_512, 2353.9),
+    ],
+)
+def test_var_presets_have_the_published_sizes(name, scales, millions):
+    options = asdict(parse(f"prior/{name}").model)
+    sizes = {"vocab_size": 4096, "embedding_dim": 32, "num_classes": 1000}
+    config = BlockPriorConfig(layout=BlockLayout.scales(scales).to_dict(), **sizes, **options)
+    with torch.device("meta"):
+        model = BlockPrior(config)
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "scales"), [("var-256", SCALES_256), ("var-512", SCALES_512)])
+def test_var_tokenizer_presets_have_the_published_sizes(name, scales):
+    with torch.device("meta"):
+        model = VQVAE(VQVAEConfig(**asdict(parse(f"tokenizer/{name}").model)))
+    assert model.layout == BlockLayout.scales(scales)
+    assert model.num_parameters() / 1e6 == pytest.approx(108.95, rel=1e-3)
