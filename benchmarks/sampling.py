@@ -3,7 +3,7 @@
 The plain loop recomputes the AdaLN modulations at every block, grows its key/value cache by concatenation, and guides
 every block, as a direct transcription of the papers does. Weights are random: time does not depend on them.
 
-    python benchmarks/sampling.py --depth 16 --batch_sizes 1 8 --dtypes float32 bfloat16 --output benchmarks/sampling.json
+    python benchmarks/sampling.py --depth 16 --batch_sizes 1 8 --dtypes float32 bfloat16
 """
 
 import argparse

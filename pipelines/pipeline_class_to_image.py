@@ -107,6 +107,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         _check_request(num_images_per_label, batch_size, output_type)
         labels = [label for label in self.resolve_labels(class_labels) for _ in range(num_images_per_label)]
         generators = image_generators(generator, len(labels))
+        if idx_Bl is not None:
+            self.prior.check_given(idx_Bl, len(labels))
         options = {
             "guidance_scale": guidance_scale,
             "guidance_schedule": guidance_schedule,
@@ -114,15 +116,8 @@ class ClassToImagePipeline(DiffusionPipeline):
             "top_k": top_k,
             "top_p": top_p,
         }
-        # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
-        self.tokenizer.quantizer.to(self._execution_device)
         num_rows, num_padded = self._batch_rows(len(labels), batch_size)
-        batches = []
-        for start in self.progress_bar(range(0, len(labels), num_rows)):
-            rows = slice(start, start + num_rows)
-            given = None if idx_Bl is None else [_padded(idx[rows], num_padded) for idx in idx_Bl]
-            batches.append(self._sample_batch(labels[rows], generators[rows], num_padded, given, options))
-        images = idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
+        images = idx_Bl = self._sample(labels, generators, idx_Bl, num_rows, num_padded, options)
         if output_type != "latent":
             images = self._decode(idx_Bl, num_rows, num_padded, output_type)
         self.maybe_free_model_hooks()
@@ -225,23 +220,31 @@ class ClassToImagePipeline(DiffusionPipeline):
             return num_rows, -(-num_rows // 4) * 4
         return num_rows, num_rows
 
-    def _sample_batch(
+    def _sample(
         self,
         labels: list[int],
         generators: list[Generator],
-        num_padded: int,
         given_idx_Bl: list[Tensor] | None,
+        num_rows: int,
+        num_padded: int,
         options: dict,
     ) -> list[Tensor]:
-        """Sample one batch of indices; padded rows are computed and dropped."""
-        num_images = len(labels)
-        padding = num_padded - num_images
-        class_labels = torch.tensor(labels + labels[:1] * padding, device=self._execution_device)
-        generators = generators + [torch.Generator().manual_seed(0) for _ in range(padding)]
-        idx_Bl = self.prior.generate(
-            class_labels, self.tokenizer.quantizer, generator=generators, given_idx_Bl=given_idx_Bl, **options
-        )
-        return [idx[:num_images] for idx in idx_Bl]
+        """Sample the indices of all images in batches of one size; padded rows are computed and dropped."""
+        # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
+        quantizer = self.tokenizer.quantizer.to(self._execution_device)
+        class_labels, batches = torch.tensor(labels, device=self._execution_device), []
+        for start in self.progress_bar(range(0, len(labels), num_rows)):
+            rows = slice(start, start + num_rows)
+            own = generators[rows]
+            idx_Bl = self.prior.generate(
+                _padded(class_labels[rows], num_padded),
+                quantizer,
+                generator=own + [torch.Generator().manual_seed(0) for _ in range(num_padded - len(own))],
+                given_idx_Bl=given_idx_Bl and [_padded(idx[rows], num_padded) for idx in given_idx_Bl],
+                **options,
+            )
+            batches.append([idx[: len(own)] for idx in idx_Bl])
+        return [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
 
     def _decode(self, idx_Bl: list[Tensor], num_rows: int, num_padded: int, output_type: str):
         """Decode indices in batches of the size they were sampled in."""

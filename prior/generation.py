@@ -57,9 +57,7 @@ def generate_blocks(
         rows = torch.cat([class_labels, torch.full_like(class_labels, model.config.null_class)])
     condition, modulations, head_modulation = model.condition(rows)
     block_input, positions = model.first_input(condition), model.positions()
-    num_heads, D = model.config.num_heads, model.config.hidden_size
-    cache_shape = (len(rows), num_heads, layout.num_tokens, D // num_heads)
-    cache = KeyValueCache(model.config.num_layers, cache_shape, block_input.dtype, block_input.device)
+    cache = _empty_cache(model, len(rows), block_input)
     canvas, idx_Bl = quantizer.start(B), []
     for k, (start, end) in enumerate(layout.bounds):
         num_rows = len(rows) if k < num_guided else B
@@ -79,6 +77,13 @@ def generate_blocks(
             # Unconditional rows see the same tokens as the conditional ones.
             block_input = model.embed_input(next_input).repeat(num_rows // B, 1, 1)
     return idx_Bl
+
+
+def _empty_cache(model, num_rows: int, like: Tensor) -> KeyValueCache:
+    """Allocate keys and values of all layers and tokens."""
+    num_heads, D = model.config.num_heads, model.config.hidden_size
+    shape = (num_rows, num_heads, model.layout.num_tokens, D // num_heads)
+    return KeyValueCache(model.config.num_layers, shape, like.dtype, like.device)
 
 
 def _cached_attention(

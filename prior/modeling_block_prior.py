@@ -251,7 +251,7 @@ class BlockPrior(PreTrainedModel):
         uniforms = draw_uniforms(image_generators(generator, len(class_labels)), self.layout.num_tokens)
         if given_idx_Bl is not None:
             given_idx_Bl = [idx.to(self.device) for idx in given_idx_Bl]
-            self._check_given(given_idx_Bl, len(class_labels))
+            self.check_given(given_idx_Bl, len(class_labels))
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "given_idx_Bl": given_idx_Bl}
         return generate_blocks(self, quantizer, class_labels, scales, uniforms.to(self.device), **options)
 
@@ -282,8 +282,16 @@ class BlockPrior(PreTrainedModel):
         if class_labels.numel() and not 0 <= class_labels.min().item() <= class_labels.max().item() <= null:
             raise ValueError(f"class_labels is {class_labels.tolist()}; expected 0 to {null} ({null}: no class)")
 
-    def _check_given(self, given_idx_Bl: list[Tensor], B: int) -> None:
-        """Refuse known tokens that do not fit the layout, the batch or the vocabulary."""
+    def check_given(self, given_idx_Bl: list[Tensor], B: int) -> None:
+        """Refuse known tokens that do not fit the layout, the batch or the vocabulary.
+
+        Args:
+            given_idx_Bl: see `generate`.
+            B: number of images.
+
+        Raises:
+            ValueError: naming the block that does not fit.
+        """
         self.layout.check_blocks(given_idx_Bl, self.layout.num_blocks)
         V = self.config.vocab_size
         for k, idx in enumerate(given_idx_Bl):

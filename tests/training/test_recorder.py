@@ -1,0 +1,110 @@
+"""What a run leaves for people: metrics.jsonl, event files, pictures."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nextblock.training.recorder import Recorder
+
+
+@pytest.fixture
+def accelerator(fresh_accelerate, tmp_path) -> Accelerator:
+    logging_dir = str(tmp_path / "logs")
+    project = ProjectConfiguration(project_dir=str(tmp_path), logging_dir=logging_dir)
+    return Accelerator(cpu=True, log_with="tensorboard", project_config=project)
+
+
+def read_lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_metrics_are_means_since_the_last_line(accelerator, tmp_path):
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    recorder.add({"loss": torch.tensor(1.0, requires_grad=True), "codebook/usage": torch.tensor(0.5)})
+    recorder.add({"loss": torch.tensor(4.0), "codebook/usage": 1.0})
+    assert recorder.log_training(2) == 2.5
+    recorder.add({"loss": torch.tensor(7.0, dtype=torch.bfloat16), "codebook/usage": torch.tensor(0.25)})
+    assert recorder.log_training(3) == 7.0
+    assert read_lines(tmp_path) == [
+        {"step": 2, "train/codebook/usage": 0.75, "train/loss": 2.5},
+        {"step": 3, "train/codebook/usage": 0.25, "train/loss": 7.0},
+    ]
+
+
+def test_evaluations_and_pictures_reach_files_and_tensorboard(accelerator, tmp_path):
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    recorder.add({"loss": 3.0})
+    recorder.log_training(5)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    recorder.log_evaluation(5, {"psnr": 20.5}, {"samples": Image.fromarray(pixels)})
+    assert recorder.last_evaluation == {"eval/psnr": 20.5}
+    accelerator.end_training()
+
+    training, evaluation = read_lines(tmp_path)
+    assert training == {"step": 5, "train/loss": 3.0}
+    assert evaluation.pop("time/total") > 0 and evaluation == {"step": 5, "eval/psnr": 20.5}
+    with Image.open(tmp_path / "pictures" / "samples_00000005.png") as picture:
+        assert np.array_equal(np.asarray(picture), pixels)
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+
+    (events,) = (tmp_path / "logs" / "nextblock").glob("events.out.tfevents.*")
+    logged = EventAccumulator(str(events), {"tensors": 0, "images": 0, "scalars": 0}).Reload()
+    assert set(logged.Tags()["scalars"]) == {"train/loss", "eval/psnr", "time/total"}
+    (scalar,) = logged.Scalars("eval/psnr")
+    assert (scalar.step, scalar.value) == (5, 20.5)
+    assert logged.Tags()["images"] == ["samples"]
+    (image,) = logged.Images("samples")
+    assert (image.step, image.height, image.width) == (5, 6, 4)
+
+
+def test_without_a_tracker_the_files_are_still_written(fresh_accelerate, tmp_path):
+    recorder = Recorder(Accelerator(cpu=True), tmp_path, first_step=0)
+    recorder.log_evaluation(1, {"psnr": 1.0}, {"samples": Image.new("RGB", (2, 2))})
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "pictures"}
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(accelerator, tmp_path):
+    lines = [{"step": step, "train/loss": float(step)} for step in (1, 2, 3, 4)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    Recorder(accelerator, tmp_path, first_step=2)
+    assert read_lines(tmp_path) == lines[:2]
+    # A crash in the middle of a line.
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "tra')
+    recorder = Recorder(accelerator, tmp_path, first_step=4)
+    recorder.add({"loss": 9.0})
+    recorder.log_training(5)
+    assert read_lines(tmp_path) == [*lines, {"step": 5, "train/loss": 9.0}]
+
+
+def test_a_fresh_run_starts_a_new_file(accelerator, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+    Recorder(accelerator, tmp_path, first_step=0)
+    assert read_lines(tmp_path) == []
+
+
+def test_processes_are_averaged_and_only_the_first_writes(tmp_path):
+    reduced = []
+
+    def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
+        reduced.append((sums.clone(), reduction))
+        return sums / 2
+
+    accelerator = SimpleNamespace(
+        is_main_process=False, init_trackers=lambda name: None, reduce=reduce, device="cpu", log=lambda *a, **k: None
+    )
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    recorder.add({"loss": 4.0, "accuracy": 1.0})
+    assert recorder.log_training(1) == 2.0
+    ((sums, reduction),) = reduced
+    assert sums.tolist() == [1.0, 4.0] and reduction == "mean"
+    recorder.log_evaluation(1, {"psnr": 1.0}, {"samples": Image.new("RGB", (2, 2))})
+    assert list(tmp_path.iterdir()) == []
+    assert recorder.last_evaluation == {"eval/psnr": 1.0}
