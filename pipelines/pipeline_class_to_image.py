@@ -1,16 +1,15 @@
 """The pipeline: class labels to blocks of indices to images, on the `diffusers` surface.
 
-Legend: B images, K blocks, L_k tokens of block k, H×W pixels.
+Legend: B images, K blocks, L_k tokens of block k, C code channels, H×W pixels, h×w latent cells.
 """
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 
 import diffusers
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import snapshot_download
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
@@ -18,16 +17,17 @@ from transformers import PreTrainedModel
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
-from nextblock.data.blocks import BlockLayout
-from nextblock.prior.sampling import image_generators
+from nextblock.prior.sampling import SamplingOptions, image_generators
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# Without a batch_size, more images than this are sampled in several batches.
-MAX_BATCH_SIZE = 64
+from .block_loop import BlockLoop
+from .editing import PICTURE_TYPES, EditingMixin
+from .labels import resolve_labels
+from .sampling_request import BatchShape, SamplingRequest, check_callback, check_counts
+from .storage import StorageMixin, check_loading
 
 
-class ClassToImagePipeline(DiffusionPipeline):
-    """Sample images of given classes.
+class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
+    """Sample images of given classes, and edit images that are given.
 
     Args:
         tokenizer: a `VQVAE`.
@@ -35,14 +35,48 @@ class ClassToImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "prior->tokenizer"
+    _callback_tensor_inputs = ["idx", "logits"]
 
     def __init__(self, tokenizer: PreTrainedModel, prior: PreTrainedModel):
         super().__init__()
         if tokenizer is not None and prior is not None:
             prior.check_quantizer(tokenizer.quantizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
-        self.image_processor = VaeImageProcessor(do_convert_rgb=True)
-        self.mask_processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+        # A scale factor would round sizes down to its multiples.
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=True)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+        self._guidance_scale, self._interrupt = 1.0, False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of the batch at hand; a callback that sets `_guidance_scale` changes that batch's later blocks."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """K, the blocks of a batch: a callback sees as many steps."""
+        return self.prior.layout.num_blocks
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after the block at hand; set `_interrupt` to ask for it."""
+        return self._interrupt
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "ClassToImagePipeline":
+        """Load a pipeline from a folder or the hub; weights come from safetensors alone.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the repository.
+            kwargs: of `DiffusionPipeline.from_pretrained`: `dtype`, `variant`, `device_map`, `revision`, `token`, ….
+
+        Raises:
+            ValueError: if `use_safetensors` is False or `dtype` is none.
+        """
+        check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"use_safetensors": True})
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
@@ -73,30 +107,35 @@ class ClassToImagePipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         generator: Generator | list[Generator] | None = None,
         idx_Bl: list[Tensor] | None = None,
-        batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("idx",),
+        decode_batch_size: int | None = None,
+        batch_size: int | None = None,
+        guidance_power: float = 1.0,
+        is_smooth: bool = False,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
         Args:
-            class_labels: classes by number or name, one or several; None for an unconditional model.
+            class_labels: classes by number or name; None, or a number of images, for an unconditional model.
             num_images_per_label: images of each label, or of an unconditional model.
-            guidance_scale: s in logits = uncond + s·(cond − uncond); 1 is no guidance.
-            guidance_schedule: "constant", or "linear" from 1 at the first block to `guidance_scale` at the last.
-            temperature: divides the logits, above 0.
-            top_k: keep the k likeliest codes; 0 keeps all.
-            top_p: keep the smallest set of codes whose mass reaches p, in (0, 1].
-            generator: one for all images, or a list with one for each. Every image draws from a generator of its own,
-                so it does not depend on the others.
-            idx_Bl: tokens that are already known, K tensors (B, L_k) int64 over all images, −1 for those to sample.
-            batch_size: every batch has exactly this many rows, the last padded, so that rounding does not depend on the
-                size of the request; None takes up to 64 at a time. In float32 on the CPU all choices give equal images.
-            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent" for the indices, K tensors
-                (B, L_k).
+            guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p: see `prior.sampling.SamplingOptions`.
+            generator: one that seeds one for each image, or a list of those; an image depends on its own alone.
+            idx_Bl: known tokens, K tensors (B, L_k) int64, −1 for those to sample.
+            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent": K tensors (B, L_k).
             return_dict: False returns a tuple.
+            callback_on_step_end: called after each block with the pipeline, the block twice (as step and as timestep),
+                and a dict of tensors; returns a dict of those it replaces. It may set `_guidance_scale`, `_interrupt`.
+            callback_on_step_end_tensor_inputs: "idx" (n, L_k) and "logits" (n, L_k, V) of a batch's n images; other
+                logits redraw the tokens with the same random numbers.
+            decode_batch_size: images decoded at a time; None decodes in the batches that were sampled.
+            batch_size: images sampled at a time, up to 64 if None; the last batch is padded, so that all round alike.
+            guidance_power, is_smooth: see `prior.sampling.SamplingOptions`.
 
         Returns:
             An `ImagePipelineOutput` whose `images` hold all images of the first label, then of the second, and so on.
@@ -104,185 +143,144 @@ class ClassToImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range or a class name is unknown.
         """
-        _check_request(num_images_per_label, batch_size, output_type)
-        labels = [label for label in self.resolve_labels(class_labels) for _ in range(num_images_per_label)]
-        generators = image_generators(generator, len(labels))
-        if idx_Bl is not None:
-            self.prior.check_given(idx_Bl, len(labels))
-        options = {
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        num_rows, num_padded = self._batch_rows(len(labels), batch_size)
-        images = idx_Bl = self._sample(labels, generators, idx_Bl, num_rows, num_padded, options)
-        if output_type != "latent":
-            images = self._decode(idx_Bl, num_rows, num_padded, output_type)
-        self.maybe_free_model_hooks()
+        options = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "top_k": top_k}
+        options |= {"guidance_power": guidance_power, "temperature": temperature, "top_p": top_p, "min_p": min_p}
+        check_counts(output_type, decode_batch_size=decode_batch_size)
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        options |= {"is_smooth": is_smooth}
+        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        with self._hooks_freed():
+            images, maps = self._sample(request)
+            if output_type != "latent":
+                images = self._decode(maps[-1], decode_batch_size or request.batch.num_images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def inpaint(
+    def progressive(
         self,
-        image: PipelineImageInput,
-        mask_image: PipelineImageInput,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_images_per_label: int = 1,
+        *,
+        generator: Generator | list[Generator] | None = None,
+        idx_Bl: list[Tensor] | None = None,
+        output_type: str = "pil",
+        decode_batch_size: int | None = None,
+        batch_size: int | None = None,
         **options,
-    ) -> ImagePipelineOutput | tuple:
-        """Paint part of an image anew: in-painting, out-painting and class-conditional editing by a token mask (VAR).
-
-        In every block, tokens outside the mask come from the encoded image and tokens inside from the prior. A token is
-        inside if at least half of its area is.
+    ) -> list:
+        """Sample images and decode them after every block: scales so far, or tiles so far on an empty map.
 
         Args:
-            image: one image, or one for each label; PIL, array or tensor, resized to the tokenizer's size.
-            mask_image: one mask, or one for each image; white is painted anew, black is kept.
-            class_labels: see `__call__`.
-            num_images_per_label: see `__call__`.
-            options: further arguments of `__call__`.
+            class_labels: see `__call__`, as for the other arguments.
+            num_images_per_label: images of each label.
+            generator: one, or one for each image.
+            idx_Bl: known tokens.
+            output_type: "pil", "np" or "pt".
+            decode_batch_size: images decoded at a time.
+            batch_size: images sampled at a time.
+            options: fields of `prior.sampling.SamplingOptions`.
 
         Returns:
-            As `__call__`.
+            K entries, each what `__call__` has as `images`; the last equals `__call__`'s.
 
         Raises:
-            ValueError: if images, masks and labels do not fit each other, or an option is outside its range.
+            ValueError: if an argument is outside its range or a class name is unknown.
         """
-        H, W = self.tokenizer.config.image_size
-        pixel_values = self.image_processor.preprocess(image, H, W).to(self._execution_device)
-        mask = self.mask_processor.preprocess(mask_image, H, W).to(self._execution_device)
-        num_labels = len(self.resolve_labels(class_labels))
-        for name, tensor in {"image": pixel_values, "mask_image": mask}.items():
-            if len(tensor) not in (1, num_labels):
-                raise ValueError(f"{name} holds {len(tensor)} images; expected 1 or {num_labels}, one a label")
-        idx_Bl = self.tokenizer.img_to_idxBl(pixel_values)
-        is_inside_Bl = mask_blocks(self.tokenizer.layout, mask)
-        given = []
-        for idx, is_inside in zip(idx_Bl, is_inside_Bl, strict=True):
-            block = torch.where(is_inside, -1, idx).expand(num_labels, -1)
-            given.append(block.repeat_interleave(num_images_per_label, dim=0))
-        return self(class_labels, num_images_per_label, idx_Bl=given, **options)
+        check_counts(output_type, PICTURE_TYPES, decode_batch_size=decode_batch_size)
+        callback = None, ()
+        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        with self._hooks_freed():
+            _, maps = self._sample(request, keeps_maps=True)
+            num_decoded = decode_batch_size or request.batch.num_images
+            return [self._decode(features, num_decoded, output_type) for features in maps]
 
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
-        """Turn labels and class names into label numbers.
+        """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
+        return resolve_labels(class_labels, self.prior.config.num_classes, self.prior.config.class_names)
 
-        Args:
-            class_labels: see `__call__`. A name counts in any case; part of a name does where only one class has it.
+    def _request(
+        self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback: tuple, options: dict
+    ) -> SamplingRequest:
+        """Check a call as a whole."""
+        check_counts("pil", num_images_per_label=num_images_per_label, batch_size=batch_size)
+        config = self.prior.config
+        sampling = SamplingOptions(**options)
+        sampling.check(config.num_classes, config.vocab_size, self.prior.layout.is_scales)
+        tensor_inputs = check_callback(*callback, self._callback_tensor_inputs)
+        labels = [label for label in self.resolve_labels(class_labels) for _ in range(num_images_per_label)]
+        if idx_Bl is not None:
+            self.prior.check_given(idx_Bl, len(labels))
+        return SamplingRequest(
+            labels=labels,
+            # Last: a single generator moves on, which a refused call must not cause.
+            generators=image_generators(generator, len(labels)),
+            given_idx_Bl=idx_Bl,
+            options=sampling,
+            batch=BatchShape.choose(len(labels), batch_size, self.prior, self._execution_device),
+            callback=callback[0],
+            tensor_inputs=tensor_inputs,
+        )
 
-        Returns:
-            Label numbers; the null class alone for an unconditional model.
+    def _sample(self, request: SamplingRequest, keeps_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Sample all images in batches of one shape.
 
-        Raises:
-            ValueError: naming the label that is none.
+        Returns K tensors (B, L_k) of indices, −1 where a callback stopped before, and the maps (B, C, h, w) after each
+        block, or the last alone.
         """
-        num_classes = self.prior.config.num_classes
-        if num_classes == 0:
-            if class_labels is not None:
-                raise ValueError(f"class_labels is {class_labels!r}; expected None for an unconditional model")
-            return [self.prior.config.null_class]
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        if not isinstance(class_labels, Sequence) or not class_labels:
-            raise ValueError(f"class_labels is {class_labels!r}; expected a label, a class name, or a list of them")
-        return [self._label_number(label) for label in class_labels]
-
-    def _label_number(self, label: int | str) -> int:
-        """Turn one label or class name into a label number."""
-        num_classes, names = self.prior.config.num_classes, self.prior.config.class_names
-        if type(label) is int:
-            if not 0 <= label < num_classes:
-                raise ValueError(f"class_labels holds {label}; expected 0 to {num_classes - 1}")
-            return label
-        if not isinstance(label, str):
-            raise ValueError(f"class_labels holds {label!r}; expected integers and class names")
-        if names is None:
-            raise ValueError(f"class_labels holds {label!r}, but the prior has no class names; expected integers")
-        wanted, folded = label.strip().casefold(), [name.casefold() for name in names]
-        # ImageNet has a "Cardigan" that is a dog and a "cardigan" that is not.
-        matches = [n for n, name in enumerate(names) if name == label.strip()]
-        matches = matches or [n for n, name in enumerate(folded) if name == wanted]
-        matches = matches or [n for n, name in enumerate(folded) if wanted and wanted in name]
-        if len(matches) != 1:
-            near = [names[n] for n in matches[:5]] or difflib.get_close_matches(wanted, folded, n=5, cutoff=0.0)
-            found = f"{len(matches)} classes" if matches else "no class"
-            raise ValueError(f"class_labels holds {label!r}, which names {found}; did you mean one of {near}?")
-        return matches[0]
-
-    def _batch_rows(self, num_images: int, batch_size: int | None) -> tuple[int, int]:
-        """Return images a batch, and the rows that a batch is padded to."""
-        num_rows = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
-        if self._execution_device.type == "cpu" and self.prior.dtype == torch.float32:
-            # From four rows on, a CPU's float32 matrix products round alike for every number of rows.
-            return num_rows, -(-num_rows // 4) * 4
-        return num_rows, num_rows
-
-    def _sample(
-        self,
-        labels: list[int],
-        generators: list[Generator],
-        given_idx_Bl: list[Tensor] | None,
-        num_rows: int,
-        num_padded: int,
-        options: dict,
-    ) -> list[Tensor]:
-        """Sample the indices of all images in batches of one size; padded rows are computed and dropped."""
+        labels = torch.tensor(request.labels, device=self._execution_device)
         # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
-        quantizer = self.tokenizer.quantizer.to(self._execution_device)
-        class_labels, batches = torch.tensor(labels, device=self._execution_device), []
-        for start in self.progress_bar(range(0, len(labels), num_rows)):
-            rows = slice(start, start + num_rows)
-            own = generators[rows]
+        self.tokenizer.quantizer.to(self._execution_device)
+        starts, self._interrupt, batches, maps = range(0, len(labels), request.batch.num_images), False, [], []
+        with self.progress_bar(total=len(starts) * self.num_timesteps) as bar:
+            for start in starts:
+                idx_Bl, batch_maps = self._sample_batch(request, labels, start, bar, keeps_maps)
+                batches.append(idx_Bl)
+                maps.append(batch_maps)
+        idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
+        return idx_Bl, [torch.cat(features) for features in zip(*maps, strict=True)]
+
+    def _sample_batch(self, request: SamplingRequest, labels: Tensor, start: int, bar, keeps_maps: bool):
+        """Sample one batch; padded rows are computed and dropped."""
+        batch, rows = request.batch, slice(start, start + request.batch.num_images)
+        own, given = request.generators[rows], request.given_idx_Bl
+        n = len(own)
+        # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
+        self._guidance_scale = request.options.guidance_scale
+        loop, idx_Bl = BlockLoop(self, request, n, bar, keeps_maps), []
+        if not self.interrupt:
             idx_Bl = self.prior.generate(
-                _padded(class_labels[rows], num_padded),
-                quantizer,
-                generator=own + [torch.Generator().manual_seed(0) for _ in range(num_padded - len(own))],
-                given_idx_Bl=given_idx_Bl and [_padded(idx[rows], num_padded) for idx in given_idx_Bl],
-                **options,
+                batch.pad(labels[rows]),
+                self.tokenizer.quantizer,
+                generator=own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
+                given_idx_Bl=given and [batch.pad(idx[rows]) for idx in given],
+                on_block_end=loop,
+                is_guidance_fixed=request.callback is None,
+                **vars(request.options),
             )
-            batches.append([idx[: len(own)] for idx in idx_Bl])
-        return [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
+        lengths = self.prior.layout.block_lengths[len(idx_Bl) :]
+        rest, maps = [labels.new_full((n, length), -1) for length in lengths], loop.maps
+        # The last map stands for the blocks that an interruption left out.
+        maps += [loop.canvas[:n]] * ((self.num_timesteps if keeps_maps else 1) - len(maps))
+        return [idx[:n] for idx in idx_Bl] + rest, maps
 
-    def _decode(self, idx_Bl: list[Tensor], num_rows: int, num_padded: int, output_type: str):
-        """Decode indices in batches of the size they were sampled in."""
-        images = []
-        for blocks in zip(*(idx.split(num_rows) for idx in idx_Bl), strict=True):
-            decoded = self.tokenizer.idxBl_to_img([_padded(idx, num_padded) for idx in blocks])
-            images.append(decoded[: len(blocks[0])].float())
+    @contextmanager
+    def _hooks_freed(self):
+        """Offload the models again after work on them, also after work that failed."""
+        try:
+            yield
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _decode(self, features: Tensor, num_images: int | None, output_type: str):
+        """Decode maps (B, C, h, w) in batches of one shape."""
+        if hasattr(self.tokenizer, "_hf_hook"):
+            self.tokenizer._hf_hook.pre_forward(self.tokenizer)  # Offload hooks fire by themselves on `forward` only.
+        batch = BatchShape.choose(len(features), num_images, self.tokenizer, self._execution_device)
+        images = [
+            self.tokenizer.decode(batch.pad(part))[: len(part)].clamp(-1, 1).float()
+            for part in features.split(batch.num_images)
+        ]
         return self.image_processor.postprocess(torch.cat(images), output_type=output_type)
-
-
-def mask_blocks(layout: BlockLayout, mask: Tensor) -> list[Tensor]:
-    """Tell which tokens of each block lie inside a mask.
-
-    Args:
-        layout: the blocks.
-        mask: (B, 1, H, W) in [0, 1]; 1 is inside.
-
-    Returns:
-        K boolean tensors (B, L_k), true where at least half of the token's area is inside.
-    """
-    if not layout.is_scales:
-        cells = F.interpolate(mask, size=layout.grid, mode="area").flatten(1)
-        return layout.split(cells[:, layout.tile_cells.to(cells.device)] >= 0.5)
-    return [F.interpolate(mask, size=shape, mode="area").flatten(1) >= 0.5 for shape in layout.shapes]
-
-
-def _padded(rows: Tensor, num_padded: int) -> Tensor:
-    """Repeat the first row at the end, up to a number of rows."""
-    return torch.cat([rows, rows[:1].expand(num_padded - len(rows), *rows.shape[1:])])
-
-
-def _check_request(num_images_per_label: int, batch_size: int | None, output_type: str) -> None:
-    """Refuse counts and output types that are none."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}; expected one of {list(OUTPUT_TYPES)}")
-    for name, value in {"num_images_per_label": num_images_per_label, "batch_size": batch_size}.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} is {value!r}; expected a positive integer")
 
 
 # `DiffusionPipeline.from_pretrained` finds the class that a saved pipeline names among diffusers' own attributes.

@@ -41,21 +41,24 @@ class SampleConfig:
     """Images of each class."""
     guidance_scale: float = 1.25
     """Strength of classifier-free guidance; 1 is none."""
-    guidance_schedule: Literal["constant", "linear"] = "constant"
+    guidance_schedule: Literal["constant", "linear", "power-cosine"] = "constant"
     """Whether guidance is the same for all blocks or grows from none at the first to full at the last."""
+    guidance_power: float = 1.0
+    """Power of the schedule "power-cosine"; the larger, the later guidance sets in."""
     temperature: float = 1.0
     """Divides the logits; below 1 sharpens the distribution of tokens."""
     top_k: int = 0
     """Draw each token among the k likeliest codes; 0 among all."""
     top_p: float = 1.0
     """Draw each token among the likeliest codes that hold this share of the probability; 1 among all."""
+    min_p: float = 0.0
+    """Draw each token among the codes at least this many times as likely as the likeliest; 0 among all."""
     seed: int = 0
     """Key of all random numbers."""
     batch_size: int = 100
     """Images drawn at a time by each process."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the models; the quantizer stays in float32."""
-
     cpu: bool = False
     """Draw on the CPU even where there is a GPU."""
 
@@ -133,9 +136,11 @@ def _draw_part(pipe, class_labels, config: SampleConfig, state, path: Path) -> N
             num_images_per_label=1 if is_conditional else len(labels),
             guidance_scale=config.guidance_scale,
             guidance_schedule=config.guidance_schedule,
+            guidance_power=config.guidance_power,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
+            min_p=config.min_p,
             generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in batch],
             batch_size=config.batch_size,
             output_type="np",

@@ -80,6 +80,9 @@ class MultiScaleQuantizer(nn.Module):
             nn.Conv2d(embedding_dim, embedding_dim, 3, padding=1, dtype=torch.float32) for _ in range(num_phi)
         )
         self.phi_of_scale = phi_of_scale(layout.num_blocks, num_phi) if num_phi else None
+        for i, phi in enumerate(self.phi):
+            # With fewer scales than convolutions some serve no scale, and DDP waits for every gradient it is promised.
+            phi.requires_grad_(i in self.phi_of_scale)
 
     def get_codebook(self) -> Tensor:
         """Return the (V, C) table of code vectors."""
@@ -164,7 +167,7 @@ class MultiScaleQuantizer(nn.Module):
 
         Args:
             canvas: (B, C, h, w) after the blocks before k.
-            idx: (B, L_k) of block k.
+            idx: (B, L_k) of block k, or vectors (B, L_k, C) in place of single codes.
             k: block number, from 0.
 
         Returns:
@@ -191,7 +194,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def _scale_map(self, idx: Tensor, k: int) -> Tensor:
         """Return φ_k of scale k's code vectors at the full grid, (B, C, h, w)."""
-        h = self._to_grid(self.codebook.lookup(idx), k)
+        h = self._to_grid(idx if idx.is_floating_point() else self.codebook.lookup(idx), k)
         if self.phi_of_scale is None:
             return h
         phi = self.phi[self.phi_of_scale[k]]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.pipelines.pipeline_class_to_image import mask_blocks
+from nextblock.pipelines.editing import mask_blocks
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 

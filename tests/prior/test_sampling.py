@@ -5,10 +5,13 @@ import torch
 
 from nextblock.prior.sampling import (
     check_truncation,
+    draw_gumbels,
     draw_uniforms,
     guidance_scales,
     image_generators,
+    mix_codes,
     sample_tokens,
+    smooth_temperature,
     truncate_logits,
 )
 
@@ -86,7 +89,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, expected):
 
 
 def test_top_p_keeps_the_likeliest_code_whatever_p():
-    assert kept(log([0.2, 0.2, 0.4, 0.2]), top_p=1e-9) == [False, False, True, False]
+    # In float32, 1 − p rounds to 1: even the whole mass seems not to reach past it.
+    for dtype in (torch.float32, torch.float64):
+        truncated = truncate_logits(log([0.2, 0.2, 0.4, 0.2]).to(dtype), 0, 1e-9)
+        assert truncated.isfinite().tolist() == [False, False, True, False]
 
 
 def test_top_p_against_a_slow_loop():
@@ -243,3 +249,93 @@ def test_no_generator_means_torchs_own_and_a_generator_leaves_it_alone():
 def test_generators_that_do_not_fit_are_refused(generator, message):
     with pytest.raises(ValueError, match=message):
         image_generators(generator, 2)
+
+
+# Power-cosine guidance, the smallest share of the likeliest code
+
+
+@pytest.mark.parametrize(
+    ("power", "expected"),
+    [
+        # 1 + 2·(1 − cos(π·share^power))/2 at shares 0, 1/4, 1/2, 3/4, 1.
+        (1.0, [1, 1.2928932188, 2, 2.7071067812, 3]),
+        (2.0, [1, 1.0192147196, 1.2928932188, 2.1950903220, 3]),
+    ],
+)
+def test_power_cosine_schedule_is_mdts(power, expected):
+    assert guidance_scales(3.0, "power-cosine", 5, power) == pytest.approx(expected, abs=1e-9)
+    assert guidance_scales(3.0, "power-cosine", 1, power) == [3.0]
+
+
+@pytest.mark.parametrize("power", [0, -1.0, float("nan"), float("inf"), "2", True])
+def test_bad_guidance_power_is_refused(power):
+    with pytest.raises(ValueError, match="guidance_power is .*; expected a finite number above 0"):
+        guidance_scales(1.5, "constant", 3, power)
+
+
+@pytest.mark.parametrize(
+    ("min_p", "expected"),
+    [
+        (0.0, [True, True, True, True]),
+        (0.09, [True, True, True, True]),
+        (0.11, [True, True, False, True]),
+        (0.31, [False, True, False, True]),
+        (0.61, [False, True, False, False]),
+        (1.0, [False, True, False, False]),
+    ],
+)
+def test_min_p_keeps_codes_that_are_likely_beside_the_likeliest(min_p, expected):
+    # Shares of the likeliest code: 0.3, 1, 0.1, 0.6; whatever the other truncations removed, they stay the same.
+    logits = log([0.15, 0.5, 0.05, 0.3])
+    assert truncate_logits(logits, 0, 1.0, min_p).isfinite().tolist() == expected
+    assert truncate_logits(logits - 7, 3, 1.0, min_p).isfinite().tolist() == [
+        is_kept and v != 2 for v, is_kept in enumerate(expected)
+    ]
+
+
+def test_min_p_is_looked_at_in_drawing():
+    uniforms = torch.rand(1, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = log([0.15, 0.5, 0.05, 0.3]).expand(1, 500, 4)
+    assert sample_tokens(logits, uniforms, 1.0, 0, 1.0, 0.2).unique().tolist() == [0, 1, 3]
+    # Temperature comes first: at 2 the shares are 0.55, 1, 0.32, 0.77.
+    assert sample_tokens(logits, uniforms, 2.0, 0, 1.0, 0.4).unique().tolist() == [0, 1, 3]
+    assert sample_tokens(logits, uniforms, 2.0, 0, 1.0, 0.6).unique().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("min_p", [-0.1, 1.1, float("nan"), None])
+def test_bad_min_p_is_refused(min_p):
+    with pytest.raises(ValueError, match=r"min_p is .*; expected a number in \[0, 1\]"):
+        check_truncation(1.0, 0, 1.0, 11, min_p)
+
+
+# Mixtures of codes
+
+
+def test_gumbel_noise_comes_from_each_images_own_generator_and_is_gumbel():
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 9, 4)]
+    noise = draw_gumbels(generators, 50, 400)
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    assert noise.isfinite().all() and noise.shape == (3, 50, 400)
+    mean, deviation = 0.5772156649, 1.2825498302  # Euler's constant and π/√6
+    assert abs(noise[:2].mean() - mean) < 4 * deviation / 200
+    assert abs(noise[:2].std() - deviation) < 0.03
+
+
+def test_mixtures_are_gumbel_softmax_with_vars_temperatures():
+    assert [smooth_temperature(k / 9) for k in (0, 4)] == pytest.approx([0.27, 0.27 * (1 - 0.95 * 4 / 9)])
+    assert smooth_temperature(1.0) == pytest.approx(0.0135) and smooth_temperature(1.05) == 0.005
+    logits, gumbels = torch.tensor([[[1.0, 0.8, -torch.inf]]]), torch.tensor([[[0.1, 0.2, 9.0]]])
+    codes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+    idx, mixed = mix_codes(logits, gumbels, codes, 0.5)
+    # 1.5·(1, 0.8) + (0.1, 0.2) = (1.6, 1.4), at temperature 0.27·0.525.
+    share = 1 / (1 + torch.tensor(-0.2 / 0.14175).exp())
+    assert idx.tolist() == [[0]]
+    torch.testing.assert_close(mixed, torch.stack([share, 1 - share]).view(1, 1, 2))
+
+
+def test_the_heaviest_codes_of_mixtures_follow_the_distribution():
+    probabilities = torch.tensor([0.4, 0.0, 0.05, 0.25, 0.3])
+    gumbels = draw_gumbels([torch.Generator().manual_seed(0)], 40_000, 5)
+    idx, _ = mix_codes(probabilities.log().expand(1, 40_000, 5), gumbels, torch.eye(5), 0.0)
+    frequencies = torch.bincount(idx.flatten(), minlength=5) / 40_000
+    assert ((frequencies - probabilities).abs() <= 4 * (probabilities * (1 - probabilities) / 40_000).sqrt()).all()

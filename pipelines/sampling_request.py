@@ -1,0 +1,105 @@
+"""What one call of the pipeline asks for, checked as a whole before anything is computed.
+
+Legend: B images, K blocks, L_k tokens of block k.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Generator, Tensor
+
+from nextblock.prior.sampling import SamplingOptions
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Without a batch_size, more images than this are sampled in several batches.
+MAX_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """How many images go into a batch, and how many rows it is padded to.
+
+    Args:
+        num_images: images in every batch but the last.
+        num_rows: rows computed, the same for every batch.
+    """
+
+    num_images: int
+    num_rows: int
+
+    @classmethod
+    def choose(cls, num_images: int, batch_size: int | None, model: torch.nn.Module, device) -> "BatchShape":
+        """Split a number of images into batches of one shape."""
+        size = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
+        if device.type == "cpu" and model.dtype == torch.float32:
+            # From four rows on, a CPU's float32 matrix products round alike for every number of rows.
+            return cls(num_images=size, num_rows=-(-size // 4) * 4)
+        return cls(num_images=size, num_rows=size)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Repeat the first row at the end, up to the batch's rows."""
+        return torch.cat([rows, rows[:1].expand(self.num_rows - len(rows), *rows.shape[1:])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRequest:
+    """One call.
+
+    Args:
+        labels: B label numbers.
+        generators: B generators.
+        given_idx_Bl: K tensors (B, L_k) of known tokens, −1 for those to sample; or None.
+        options: how tokens are drawn.
+        batch: shape of a sampled batch.
+        callback: `callback_on_step_end`, or None.
+        tensor_inputs: names of the tensors that the callback receives.
+    """
+
+    labels: list[int]
+    generators: list[Generator]
+    given_idx_Bl: list[Tensor] | None
+    options: SamplingOptions
+    batch: BatchShape
+    callback: Callable | None
+    tensor_inputs: tuple[str, ...]
+
+
+def check_counts(output_type: str, output_types: Sequence[str] = OUTPUT_TYPES, **counts: int | None) -> None:
+    """Refuse counts that are not positive integers, and unknown output types; None passes for a count.
+
+    Raises:
+        ValueError: naming the argument, its value and what was expected.
+    """
+    if output_type not in output_types:
+        raise ValueError(f"output_type is {output_type!r}; expected one of {list(output_types)}")
+    for name, value in counts.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a positive integer")
+
+
+def check_callback(callback, tensor_inputs, allowed: Sequence[str]) -> tuple[str, ...]:
+    """Refuse a callback that cannot be called, or tensors that there are not.
+
+    Args:
+        callback: `callback_on_step_end`; one of diffusers' callback classes brings its own tensor inputs.
+        tensor_inputs: names asked for.
+        allowed: names there are.
+
+    Returns:
+        The names of the tensors that the callback receives.
+
+    Raises:
+        ValueError: naming the argument, its value and what was expected.
+    """
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end is {callback!r}; expected a function, or None")
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        tensor_inputs = callback.tensor_inputs
+    is_listed = isinstance(tensor_inputs, (list, tuple)) and all(name in allowed for name in tensor_inputs)
+    if not is_listed:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs is {tensor_inputs!r}; expected a list of names among {list(allowed)}"
+        )
+    return tuple(tensor_inputs)
