@@ -1,9 +1,21 @@
-"""Losses of tokenizer training, as pure functions."""
+"""Losses of tokenizer training, as pure functions.
+
+Codebook entropy: MAGVIT-v2 (arXiv:2310.05737). Legend: B batch, N features, V codes, C code channels, HxW pixels.
+"""
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .codebook import all_reduced, num_connected_processes
+from .quantizer import VectorQuantizer
+from .quantizer_multiscale import MultiScaleQuantizer
+
+# One chunk of the N×V assignment probabilities in bytes.
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(kw_only=True)
@@ -16,11 +28,17 @@ class TokenizerLossConfig:
     """Weight of the mean squared error of pixels."""
     vq_weight: float = 1.0
     """Weight of the quantizer's codebook and commitment loss."""
+    entropy_weight: float = 0.0
+    """Weight of the codebook entropy term, which makes each feature choose one code and all features use every code."""
+    entropy_temperature: float = 1.0
+    """Squared distance over which a soft assignment of the entropy term falls by a factor e."""
 
     def __post_init__(self):
-        for name in ("l1_weight", "l2_weight", "vq_weight"):
+        for name in ("l1_weight", "l2_weight", "vq_weight", "entropy_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if not self.entropy_temperature > 0:
+            raise ValueError(f"entropy_temperature is {self.entropy_temperature}; expected a number above 0")
         if self.l1_weight == self.l2_weight == 0:
             raise ValueError("l1_weight and l2_weight are 0; expected at least one of them above 0")
 
@@ -44,3 +62,67 @@ def tokenizer_losses(
     l1, l2 = F.l1_loss(reconstruction, pixel_values), F.mse_loss(reconstruction, pixel_values)
     loss = config.l1_weight * l1 + config.l2_weight * l2 + config.vq_weight * vq_loss
     return {"loss": loss, "l1": l1, "l2": l2, "vq": vq_loss}
+
+
+def reconstruction_loss(losses: dict[str, Tensor], config: TokenizerLossConfig) -> Tensor:
+    """Return the weighted sum of the pixel terms among `tokenizer_losses`."""
+    return config.l1_weight * losses["l1"] + config.l2_weight * losses["l2"]
+
+
+def assignment_entropy(
+    quantizer: VectorQuantizer | MultiScaleQuantizer, features: Tensor, temperature: float
+) -> Tensor:
+    """Compute `codebook_entropy` of a feature map under a quantizer's own codes and distance.
+
+    Args:
+        quantizer: of a tokenizer.
+        features: (B, C, h, w) before quantization.
+        temperature: above 0.
+
+    Returns:
+        Scalar in [−ln V, 0].
+    """
+    vectors = quantizer.training_features(features).flatten(0, 1)
+    codes = quantizer.get_codebook().to(vectors.dtype)
+    if quantizer.codebook.is_normalized:
+        epsilon = quantizer.codebook.epsilon
+        vectors, codes = F.normalize(vectors, dim=1, eps=epsilon), F.normalize(codes, dim=1, eps=epsilon)
+    return codebook_entropy(vectors, codes, temperature)
+
+
+def codebook_entropy(features: Tensor, codes: Tensor, temperature: float) -> Tensor:
+    """Compute the mean entropy of each feature's soft code assignment minus the entropy of their mean.
+
+    Assignments are softmax(−squared distance / temperature). Several processes share one mean. The whole N×V matrix
+    never exists: chunks of it are computed again in the backward pass.
+
+    Args:
+        features: (N, C), with gradient.
+        codes: (V, C) of the same dtype.
+        temperature: above 0.
+
+    Returns:
+        Scalar in [−ln V, 0].
+    """
+    rows = max(1, _CHUNK_BYTES // (len(codes) * features.element_size()))
+    entropy, mean = features.new_zeros(()), features.new_zeros(len(codes))
+    for chunk in features.split(rows):
+        chunk_entropy, chunk_mass = checkpoint(
+            _assignment_sums, chunk, codes, temperature, use_reentrant=False, preserve_rng_state=False
+        )
+        entropy, mean = entropy + chunk_entropy / len(features), mean + chunk_mass / len(features)
+    if num_connected_processes() > 1:
+        # The value of the mean over all processes with the gradient of this one's: averaged gradients are then exact.
+        shared = all_reduced(mean.detach().clone()) / num_connected_processes()
+        mean = shared + (mean - mean.detach())
+    # A probability that underflows to 0 would have an infinite gradient.
+    return entropy - torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
+
+
+def _assignment_sums(features: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the sum over features of the entropies of their assignments, and of the assignments (V,)."""
+    # |z|² is the same for every code and cancels.
+    logits = torch.addmm(codes.square().sum(1), features, codes.t(), alpha=-2.0) / -temperature
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    return -(p * log_p).sum(), p.sum(0)

@@ -34,12 +34,14 @@ class VQVAEOutput(ModelOutput):
         statistics: how the batch used the codes: `code_counts` (K, V); `usage`, `perplexity` and `num_dead_codes` of
             all blocks together; and the same of each block (K,) as `block_usage` and so on. Summed over processes in
             training mode, this process's own in evaluation mode. More than 64 blocks are pooled into one row.
+        features: (B, C, h, w) before quantization.
     """
 
     reconstruction: Tensor | None = None
     vq_loss: Tensor | None = None
     idx_Bl: list[Tensor] | None = None
     statistics: dict[str, Tensor] | None = None
+    features: Tensor | None = None
 
 
 class VQVAE(PreTrainedModel):
@@ -56,6 +58,7 @@ class VQVAE(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _keep_in_fp32_modules_strict = {"quantizer"}
+    supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock"]
 
     def __init__(self, config: VQVAEConfig):
@@ -92,7 +95,7 @@ class VQVAE(PreTrainedModel):
         reconstruction = self.decode(quantized)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return reconstruction, vq_loss, idx_Bl
-        return VQVAEOutput(reconstruction, vq_loss, idx_Bl, self._statistics(idx_Bl))
+        return VQVAEOutput(reconstruction, vq_loss, idx_Bl, self._statistics(idx_Bl), features)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the features (B, C, h, w) that the quantizer receives."""
@@ -201,7 +204,7 @@ class VQVAE(PreTrainedModel):
         """Refuse pixels that are no (B, 3, H, W) floats in [-1, 1]."""
         expected = (self.config.num_channels, *self.config.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch, {expected})")
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch, *{expected})")
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; expected floating point in [-1, 1]")
         if self.training and pixel_values.device.type != "cpu":

@@ -20,9 +20,11 @@ from nextblock.training.keyed_random import keyed_uniform
 from nextblock.training.loop import LoopConfig, build_accelerator, fit
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 
+from .adversarial import Adversary, DiscriminatorConfig, build_discriminator, last_weight
 from .configuration_vqvae import VQVAEConfig
-from .losses import TokenizerLossConfig, tokenizer_losses
-from .modeling_vqvae import VQVAE
+from .losses import TokenizerLossConfig, assignment_entropy, reconstruction_loss, tokenizer_losses
+from .modeling_vqvae import VQVAE, VQVAEOutput
+from .perceptual import PerceptualConfig, PerceptualLoss, load_perceptual_loss
 
 VQVAEOptions = options_dataclass(VQVAEConfig)
 
@@ -41,6 +43,10 @@ class TokenizerTrainConfig:
     """The tokenizer's architecture."""
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     """Weights of the loss terms."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """Perceptual term; off unless it has a weight."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """Adversarial term and its discriminator; off unless it has a weight."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning rate."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -56,17 +62,23 @@ class TokenizerTrainConfig:
         for name in ("eval_batch_size", "num_pictures", "num_init_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.perceptual.weight > 0 and self.model.num_channels != 3:
+            raise ValueError(
+                f"perceptual.weight is {self.perceptual.weight}; expected 0 with model.num_channels "
+                f"{self.model.num_channels}: backbones take three channels"
+            )
 
 
 class TokenizerTask:
     """What one step, one evaluation and the export of tokenizer training are.
 
     Args:
-        accelerator: prepares model and optimizer.
+        accelerator: prepares models and optimizers.
         config: the run.
         model: the tokenizer to train.
         train_data: images with augmentation.
         eval_data: held-out images without, or None.
+        perceptual: the perceptual term, or None.
     """
 
     def __init__(
@@ -76,12 +88,23 @@ class TokenizerTask:
         model: VQVAE,
         train_data: Dataset,
         eval_data: Dataset | None,
+        perceptual: PerceptualLoss | None = None,
     ):
         self.accelerator = accelerator
         self.config = config
         self.train_data = train_data
         self.eval_data = eval_data
+        self.perceptual = perceptual if perceptual is None else perceptual.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+        self.adversary = None
+        if config.discriminator.weight > 0:
+            options = config.discriminator
+            discriminator = build_discriminator(options, model.config.num_channels, model.config.image_size)
+            discriminator_optimizer = build_optimizer(discriminator.to(model.dtype), options.optimizer)
+            self.discriminator, self.discriminator_optimizer = accelerator.prepare(
+                discriminator, discriminator_optimizer
+            )
+            self.adversary = Adversary(accelerator, self.discriminator, options)
 
     def start(self) -> None:
         """Set the codes to features of training images, where the configuration says so."""
@@ -99,29 +122,85 @@ class TokenizerTask:
         model.train()
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
-        """Take one optimizer step, then let the codebook follow."""
+        """Take one step of the tokenizer, then one of the discriminator; then let the codebook follow."""
+        reconstructions, metrics = self._step_tokenizer(micro_batches, step)
+        # fp16's one loss scale changes after each optimizer step: all of a model's passes lie between two of them.
+        if self.adversary is not None and self.adversary.is_training_at(step):
+            metrics |= self._step_discriminator(micro_batches, reconstructions, step)
+        self.accelerator.unwrap_model(self.model).update_codebook(self.config.loop.seed, step)
+        return metrics
+
+    def _step_tokenizer(
+        self, micro_batches: list[dict[str, Tensor]], step: int
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Take one optimizer step of the tokenizer; return its reconstructions too."""
         config, accelerator, n = self.config, self.accelerator, len(micro_batches)
         loop = config.loop
         learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, config.optimizer)
         metrics: dict[str, Tensor] = {}
+        reconstructions = []
         for i, batch in enumerate(micro_batches):
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 output = self.model(batch["pixel_values"])
-                losses = tokenizer_losses(output.reconstruction, batch["pixel_values"], output.vq_loss, config.loss)
+                losses = self._losses(output, batch["pixel_values"], step)
                 accelerator.backward(losses["loss"] / n)
-            for name, value in losses.items():
-                metrics[name] = metrics.get(name, 0) + value.detach() / n
+            reconstructions.append(output.reconstruction.detach())
+            _add_mean(metrics, losses, n)
         if config.optimizer.max_grad_norm is not None:
             metrics["grad_norm"] = accelerator.clip_grad_norm_(
                 self.model.parameters(), config.optimizer.max_grad_norm
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        accelerator.unwrap_model(self.model).update_codebook(config.loop.seed, step)
         statistics = {
             f"codebook/{name}": output.statistics[name] for name in ("usage", "perplexity", "num_dead_codes")
         }
-        return metrics | statistics | {"learning_rate": learning_rate}
+        return reconstructions, metrics | statistics | {"learning_rate": learning_rate}
+
+    def _losses(self, output: VQVAEOutput, pixel_values: Tensor, step: int) -> dict[str, Tensor]:
+        """Compute every term of the tokenizer's loss, and as `loss` what it minimises."""
+        config, reconstruction = self.config, output.reconstruction
+        model = self.accelerator.unwrap_model(self.model)
+        losses = tokenizer_losses(reconstruction, pixel_values, output.vq_loss, config.loss)
+        compared = reconstruction_loss(losses, config.loss)
+        if self.perceptual is not None:
+            with self.accelerator.autocast():
+                losses["perceptual"] = self.perceptual(reconstruction, pixel_values)
+            perceptual = config.perceptual.weight * losses["perceptual"]
+            compared, losses["loss"] = compared + perceptual, losses["loss"] + perceptual
+        if config.loss.entropy_weight > 0:
+            losses["entropy"] = assignment_entropy(model.quantizer, output.features, config.loss.entropy_temperature)
+            losses["loss"] = losses["loss"] + config.loss.entropy_weight * losses["entropy"]
+        if self.adversary is not None:
+            weight = last_weight(model.decoder)
+            adversarial, terms = self.adversary.generator_terms(reconstruction, compared, weight, step)
+            losses |= terms | {"loss": losses["loss"] + adversarial}
+        return losses
+
+    def _step_discriminator(
+        self, micro_batches: list[dict[str, Tensor]], reconstructions: list[Tensor], step: int
+    ) -> dict[str, Tensor]:
+        """Take one optimizer step of the discriminator on the step's images and their reconstructions."""
+        config, accelerator, n = self.config.discriminator, self.accelerator, len(micro_batches)
+        loop, start = self.config.loop, config.start_step
+        learning_rate = set_schedules(
+            self.discriminator_optimizer, step - start, loop.num_steps - start, loop.batch_size, config.optimizer
+        )
+        metrics: dict[str, Tensor] = {}
+        for i, (batch, reconstruction) in enumerate(zip(micro_batches, reconstructions, strict=True)):
+            with accelerator.no_sync(self.discriminator) if i < n - 1 else nullcontext():
+                losses = self.adversary.discriminator_losses(batch["pixel_values"], reconstruction, step)
+                accelerator.backward(losses["loss"] / n)
+            _add_mean(metrics, losses, n)
+        if config.optimizer.max_grad_norm is not None:
+            metrics["grad_norm"] = accelerator.clip_grad_norm_(
+                self.discriminator.parameters(), config.optimizer.max_grad_norm
+            )
+        self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad()
+        self.adversary.update_averages(metrics["real"], metrics["fake"])
+        metrics["learning_rate"] = learning_rate
+        return {f"discriminator/{name}": value for name, value in metrics.items()}
 
     def evaluate(self, model: VQVAE) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """Measure reconstruction and codebook use on the held-out images and draw some of them."""
@@ -161,6 +240,12 @@ class TokenizerTask:
         model.save_pretrained(self.config.output_dir)
 
 
+def _add_mean(metrics: dict[str, Tensor], losses: dict[str, Tensor], num_micro_batches: int) -> None:
+    """Add a micro-batch's share of the step's mean losses."""
+    for name, value in losses.items():
+        metrics[name] = metrics.get(name, 0) + value.detach() / num_micro_batches
+
+
 def train(config: TokenizerTrainConfig) -> None:
     """Train a tokenizer and save it in `config.output_dir`.
 
@@ -182,7 +267,9 @@ def train(config: TokenizerTrainConfig) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_run_config(config, output_dir / "config.yaml")
-    task = TokenizerTask(accelerator, config, VQVAE(model_config), train_data, eval_data)
+    model = VQVAE(model_config)
+    perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None
+    task = TokenizerTask(accelerator, config, model, train_data, eval_data, perceptual)
     fit(accelerator, task, train_data, collate, config.loop, output_dir)
 
 

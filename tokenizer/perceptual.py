@@ -1,0 +1,159 @@
+"""Perceptual loss: distance of features of a frozen vision backbone of `transformers`.
+
+LPIPS (Zhang et al. 2018, arXiv:1801.03924) without its learned channel weights, on any backbone.
+Legend: B batch, D channels of a stage, HxW pixels, hxw cells, L tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class PerceptualConfig:
+    """Perceptual term of the tokenizer's loss."""
+
+    weight: float = 0.0
+    """Weight of the term; 0 loads no backbone."""
+    backbone: str = "facebook/convnext-small-224"
+    """A vision model of transformers: its id on the hub, or the folder of a downloaded one."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to for the backbone; null leaves them as they are."""
+    mean: list[float] | None = None
+    """Means of red, green and blue in [0, 1] that the backbone expects; null reads its preprocessor_config.json."""
+    std: list[float] | None = None
+    """Standard deviations of the same; null reads its preprocessor_config.json."""
+
+    def __post_init__(self):
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight is {self.weight}; expected a finite number of at least 0")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; expected at least 1, or null")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != 3:
+                raise ValueError(f"{name} is {values}; expected three numbers, or null")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}; expected numbers above 0")
+
+
+class PerceptualLoss(nn.Module):
+    """Compare images by the features of a frozen backbone.
+
+    Args:
+        backbone: a `transformers` model whose output has `feature_maps` or `hidden_states`.
+        mean: of the three channels in [0, 1].
+        std: of the three channels.
+        image_size: side that images are resized to, or None.
+    """
+
+    def __init__(self, backbone: nn.Module, mean: list[float], std: list[float], image_size: int | None = None):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.image_size = image_size
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stay in evaluation mode: dropout would make equal images differ."""
+        return super().train(False)
+
+    def forward(self, reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
+        """Return the distance as a scalar that reaches the reconstruction alone.
+
+        Args:
+            reconstruction: (B, 3, H, W).
+            pixel_values: (B, 3, H, W) in [-1, 1].
+        """
+        with torch.no_grad():
+            expected = self._features(pixel_values)
+        stages = [
+            feature_distance(stage, target)
+            for stage, target in zip(self._features(reconstruction), expected, strict=True)
+        ]
+        return torch.stack(stages).mean()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Return the backbone's stages, each (B, D, h, w) or (B, L, D)."""
+        images = (images + 1) / 2
+        if self.image_size is not None:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        images = (images - self.mean) / self.std
+        if hasattr(self.backbone, "out_features"):
+            return list(self.backbone(images).feature_maps)
+        # The first hidden state is the embedding of pixels and no feature yet.
+        return list(self.backbone(images, output_hidden_states=True).hidden_states[1:])
+
+
+def feature_distance(features: Tensor, expected: Tensor) -> Tensor:
+    """Return the mean over positions of the squared difference of unit-normalised feature vectors.
+
+    Args:
+        features: (B, D, h, w) or (B, L, D).
+        expected: the same shape.
+
+    Returns:
+        Scalar in [0, 4], in float32 at least.
+    """
+    dim = 1 if features.ndim == 4 else -1
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    difference = F.normalize(features.to(dtype), dim=dim) - F.normalize(expected.to(dtype), dim=dim)
+    return difference.square().sum(dim).mean()
+
+
+def load_perceptual_loss(config: PerceptualConfig) -> PerceptualLoss:
+    """Load the backbone and what it expects of its input.
+
+    Args:
+        config: names the backbone.
+
+    Returns:
+        The loss, on the CPU, in float32.
+
+    Raises:
+        ValueError: if there are no weights under that name, or nothing says how to normalise the input.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+
+    try:
+        backbone_config = AutoConfig.from_pretrained(config.backbone)
+        if type(backbone_config) in MODEL_FOR_BACKBONE_MAPPING:
+            # AutoBackbone itself asks the hub about every name, a folder's too.
+            backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
+            # The stem only embeds pixels.
+            names = backbone_config.stage_names[1:]
+            backbone = backbone_class.from_pretrained(config.backbone, out_features=names, dtype=torch.float32)
+        else:
+            backbone = AutoModel.from_pretrained(config.backbone, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"perceptual.backbone is {config.backbone!r}, which cannot be loaded; expected a vision model that is "
+            f"reachable: run `hf download {config.backbone}` where there is a network, or give the folder of a "
+            "downloaded model; perceptual.weight 0 trains without one"
+        ) from error
+    mean, std = _input_statistics(config)
+    return PerceptualLoss(backbone, mean, std, config.image_size)
+
+
+def _input_statistics(config: PerceptualConfig) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of the backbone's input, from the options or the backbone's own file."""
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std
+    from transformers import BaseImageProcessor
+
+    try:
+        saved, _ = BaseImageProcessor.get_image_processor_dict(config.backbone)
+    except OSError:
+        saved = {}
+    mean, std = config.mean or saved.get("image_mean"), config.std or saved.get("image_std")
+    if mean is None or std is None:
+        raise ValueError(
+            f"perceptual.mean is {config.mean} and perceptual.std {config.std}; expected both, since "
+            f"{config.backbone!r} has no preprocessor_config.json that gives image_mean and image_std"
+        )
+    return list(mean), list(std)
