@@ -5,9 +5,11 @@ Trainings run in this process or in two processes, always with deterministic ker
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +31,21 @@ TINY_PRIOR = """
     --loop.cpu true --loop.mixed_precision no --loop.log_every 1
     --loop.num_steps 6 --loop.save_every 3 --loop.batch_size 8
 """.split()
-# One of several processes: runs entry points one after another, each with a process group of its own.
+NO_TRACKER = ["--loop.tracker", "null"]
+# Two processes that share one import: they run entry points one after another, each with a process group of its own.
 WORKER = """
 import json, os, runpy, shutil, sys
-import torch
+import datasets, diffusers, torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+import nextblock.pipelines
 
+child = os.fork()
+rank = "1" if child else "0"
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 torch.use_deterministic_algorithms(True)
 for port, module, arguments in json.loads(sys.argv[1]):
     if module == "copy":
-        if os.environ["RANK"] == "0":
+        if rank == "0":
             shutil.copytree(*arguments, ignore=shutil.ignore_patterns("step_00000006"))
         continue
     os.environ["MASTER_PORT"] = str(port)
@@ -49,6 +56,8 @@ for port, module, arguments in json.loads(sys.argv[1]):
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -95,44 +104,46 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _run(command: list[str], cwd: Path) -> tuple[int, str]:
+    """Run a command and all that it starts; return its exit status and output."""
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=900)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
 @pytest.fixture(scope="session")
 def run_on_two():
     """Run entry points, or copies of folders without the last checkpoint, one after another on two processes."""
 
     def run(*jobs: tuple[str, list], cwd: Path) -> None:
-        numbered = json.dumps([(_free_port(), module, [str(a) for a in arguments]) for module, arguments in jobs])
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        workers = []
-        try:
-            for rank in range(2):
-                environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, "-c", WORKER, numbered]
-                workers.append(
-                    subprocess.Popen(command, env=environment, cwd=cwd, stderr=subprocess.PIPE, text=True)
-                )
-            errors = [worker.communicate(timeout=300)[1] for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-        assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+        numbered = [(_free_port(), module, [str(argument) for argument in arguments]) for module, arguments in jobs]
+        status, output = _run([sys.executable, "-c", WORKER, json.dumps(numbered)], cwd)
+        assert status == 0, output
 
     return run
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """Run a command as a user does, from a folder that is not the repository."""
+def launch_two():
+    """Launch an entry point on two processes as a user does."""
 
-    def run(*command: str, cwd: Path, is_refused: bool = False, num_processes: int = 1) -> str:
-        launcher = []
-        if num_processes > 1:
-            launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", num_processes]
-            launcher += ["--main_process_port", _free_port()]
-        command = [sys.executable, *map(str, launcher), "-m", *map(str, command)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-        assert (done.returncode != 0) == is_refused, done.stdout + done.stderr
-        return done.stdout + done.stderr
+    def run(module: str, *arguments: str, cwd: Path) -> None:
+        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        launcher += ["--main_process_port", str(_free_port())]
+        status, output = _run([sys.executable, "-m", *launcher, "-m", module, *arguments], cwd)
+        assert status == 0, output
 
     return run
 
@@ -221,7 +232,7 @@ def two_process_runs(
 ) -> Path:
     """Folders written by two processes.
 
-    `tokens`; `prior`; and for both stages, with dropout, `…_whole` and `…_resumed` from that one's checkpoint at step 3.
+    `tokens`; `prior`; and for both stages, with dropout, `…_whole` and `…_resumed` from its checkpoint at step 3.
     """
     root = tmp_path_factory.mktemp("two_processes")
     dropout = {
@@ -229,11 +240,11 @@ def two_process_runs(
         "prior": ["--model.dropout", "0.1", "--model.drop_path", "0.1"],
     }
     jobs = [("nextblock.tokenizer.tokenize_dataset", [*tokenize_arguments, "--output_dir", root / "tokens"])]
-    jobs.append(("nextblock.prior.train", [*prior_arguments, *_prior_folders(root / "prior")]))
+    jobs.append(("nextblock.prior.train", [*prior_arguments, *NO_TRACKER, *_prior_folders(root / "prior")]))
     for stage, arguments in (("tokenizer", tokenizer_arguments), ("prior", prior_arguments)):
         whole, resumed = root / f"{stage}_whole", root / f"{stage}_resumed"
         folders = _prior_folders if stage == "prior" else lambda folder: ["--output_dir", folder]
-        arguments = [*arguments, *dropout[stage], "--loop.gradient_accumulation_steps", "2"]
+        arguments = [*arguments, *dropout[stage], "--loop.gradient_accumulation_steps", "2", *NO_TRACKER]
         jobs.append((f"nextblock.{stage}.train", [*arguments, *folders(whole)]))
         jobs.append(("copy", [whole, resumed]))
         resume = ["--loop.resume_from_checkpoint", "latest"]
@@ -274,11 +285,9 @@ def assert_same_state():
             yield name, value
 
     def compare(run_dir: Path, expected_dir: Path, step: int, atol: float | None = None) -> None:
-        names = [f"checkpoints/step_{step:08d}/{file}" for file in ("model.safetensors", "optimizer.bin")]
-        names += [name for name in (names[0].replace("model.safetensors", "custom_checkpoint_0.pkl"),)]
-        assert len(names) == 3
-        for name in names:
-            read = load_file if name.endswith("safetensors") else lambda p: torch.load(p, weights_only=False)
+        for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+            name = f"checkpoints/step_{step:08d}/{file}"
+            read = load_file if file.endswith("safetensors") else torch.load
             got, expected = dict(flat(read(run_dir / name))), dict(flat(read(expected_dir / name)))
             assert got.keys() == expected.keys() and len(got) > 2
             for key, value in expected.items():

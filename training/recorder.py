@@ -1,6 +1,7 @@
-"""What a run leaves for people: metrics.jsonl, tracker entries, pictures."""
+"""What a run leaves for people: metrics.jsonl, alarms.jsonl, tracker entries, pictures."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -8,18 +9,26 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
 from .checkpoint import write_atomically
+from .sharding import whole_tensor
+
+logger = get_logger(__name__)
+
+ALARMS_NAME = "alarms.jsonl"
 
 
 class Recorder:
     """Average training metrics between log lines and write them, on the main process alone.
 
+    Values that are not finite count for no mean, and a figure that never was finite is left out of its line.
+
     Args:
         accelerator: sums over processes and holds the trackers.
-        output_dir: gets `metrics.jsonl` and `pictures/`.
+        output_dir: gets `metrics.jsonl`, `alarms.jsonl` and `pictures/`.
         first_step: steps already taken; later lines of an earlier run are dropped.
     """
 
@@ -29,36 +38,41 @@ class Recorder:
         self.first_step = first_step
         self.last_evaluation: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
-        self._num_added = 0
         if accelerator.is_main_process:
             (output_dir / "pictures").mkdir(parents=True, exist_ok=True)
-            self._keep_lines_up_to(first_step)
+            _keep_lines_up_to(output_dir / "metrics.jsonl", first_step)
+            if (output_dir / ALARMS_NAME).exists():
+                _keep_lines_up_to(output_dir / ALARMS_NAME, first_step)
         accelerator.init_trackers("nextblock")
-
-    def _keep_lines_up_to(self, step: int) -> None:
-        """Drop the lines that a resumed run will write again."""
-        path = self.output_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and step else []
-        # A crash may have cut the last line short.
-        whole = [line for line in lines if line.endswith("\n")]
-        write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
         """Add one step's metrics to the running sums, without waiting for the device."""
+        device = self.accelerator.device
         for name, value in metrics.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device).detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._num_added += 1
+            if isinstance(value, Tensor):
+                value = whole_tensor(value.detach()).to(device, torch.float64)
+            else:
+                # Filled, not copied: copying a number of the host's would wait for the device.
+                value = torch.full((), value, dtype=torch.float64, device=device)
+            is_finite = value.isfinite()
+            counted = torch.stack([torch.where(is_finite, value, 0.0), is_finite.double()])
+            self._sums[name] = self._sums[name] + counted if name in self._sums else counted
 
-    def log_training(self, step: int) -> float:
-        """Write the means since the last call, over steps and processes; return the loss."""
+    def log_training(self, step: int) -> dict[str, float]:
+        """Write the means since the last call, over steps and processes; return them, "train/loss" say."""
         names = sorted(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
-        means = (self.accelerator.reduce(sums, reduction="mean") / self._num_added).tolist()
-        self._sums, self._num_added = {}, 0
-        values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+        sums, counts = self.accelerator.reduce(torch.stack([self._sums[name] for name in names])).unbind(1)
+        means = (sums / counts).tolist()
+        self._sums = {}
+        values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True) if math.isfinite(mean)}
         self._write(step, values)
-        return values["train/loss"]
+        return values
+
+    def log_alarm(self, step: int, message: str) -> None:
+        """Warn in the log and keep the warning in alarms.jsonl."""
+        logger.warning(message)
+        if self.accelerator.is_main_process:
+            _append_line(self.output_dir / ALARMS_NAME, {"step": step, "alarm": message})
 
     def log_evaluation(self, step: int, metrics: dict[str, float], pictures: dict[str, Image.Image]) -> None:
         """Write held-out metrics and pictures.
@@ -80,9 +94,22 @@ class Recorder:
     def _write(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and tell the trackers."""
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            _append_line(self.output_dir / "metrics.jsonl", {"step": step, **values})
         self.accelerator.log(values, step=step)
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    """Drop the lines that a resumed run will write again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and step else []
+    # A crash may have cut the last line short.
+    whole = [line for line in lines if line.endswith("\n")]
+    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def _append_line(path: Path, content: dict) -> None:
+    """Append an object as one line of JSON."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
 
 
 def _image_options(tracker_name: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,13 +30,36 @@ def test_training_metrics_are_means_since_the_last_line(accelerator, tmp_path):
     recorder = Recorder(accelerator, tmp_path, first_step=0)
     recorder.add({"loss": torch.tensor(1.0, requires_grad=True), "codebook/usage": torch.tensor(0.5)})
     recorder.add({"loss": torch.tensor(4.0), "codebook/usage": 1.0})
-    assert recorder.log_training(2) == 2.5
+    assert recorder.log_training(2) == {"train/codebook/usage": 0.75, "train/loss": 2.5}
     recorder.add({"loss": torch.tensor(7.0, dtype=torch.bfloat16), "codebook/usage": torch.tensor(0.25)})
-    assert recorder.log_training(3) == 7.0
+    assert recorder.log_training(3)["train/loss"] == 7.0
     assert read_lines(tmp_path) == [
         {"step": 2, "train/codebook/usage": 0.75, "train/loss": 2.5},
         {"step": 3, "train/codebook/usage": 0.25, "train/loss": 7.0},
     ]
+
+
+def test_values_that_are_not_finite_count_for_no_mean(accelerator, tmp_path):
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    for loss in (1.0, float("nan"), 3.0, float("inf")):
+        recorder.add({"loss": torch.tensor(loss), "grad_norm": float("inf")})
+    assert recorder.log_training(4) == {"train/loss": 2.0}
+    recorder.add({"loss": 5.0, "grad_norm": 1.0})
+    assert recorder.log_training(5) == {"train/loss": 5.0, "train/grad_norm": 1.0}
+    assert read_lines(tmp_path)[0] == {"step": 4, "train/loss": 2.0}
+
+
+def test_alarms_reach_the_log_and_their_file(accelerator, tmp_path, caplog):
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    assert not (tmp_path / "alarms.jsonl").exists()
+    for step in (1, 2):
+        recorder.log_alarm(step, f"step {step}: look here")
+    assert ["look here" in record.getMessage() for record in caplog.records] == [True, True]
+    Recorder(accelerator, tmp_path, first_step=1)
+    lines = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "alarm": "step 1: look here"}]
+    Recorder(accelerator, tmp_path, first_step=0)
+    assert (tmp_path / "alarms.jsonl").read_text() == ""
 
 
 def test_evaluations_and_pictures_reach_files_and_tensorboard(accelerator, tmp_path):
@@ -93,18 +117,52 @@ def test_a_fresh_run_starts_a_new_file(accelerator, tmp_path):
 def test_processes_are_averaged_and_only_the_first_writes(tmp_path):
     reduced = []
 
-    def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
-        reduced.append((sums.clone(), reduction))
-        return sums / 2
+    def reduce(sums: torch.Tensor) -> torch.Tensor:
+        reduced.append(sums)
+        return sums + torch.tensor([[3.0, 1.0], [0.0, 0.0]])  # The other process has seen no finite loss.
 
     accelerator = SimpleNamespace(
         is_main_process=False, init_trackers=lambda name: None, reduce=reduce, device="cpu", log=lambda *a, **k: None
     )
     recorder = Recorder(accelerator, tmp_path, first_step=0)
     recorder.add({"loss": 4.0, "accuracy": 1.0})
-    assert recorder.log_training(1) == 2.0
-    ((sums, reduction),) = reduced
-    assert sums.tolist() == [1.0, 4.0] and reduction == "mean"
+    assert recorder.log_training(1) == {"train/accuracy": 2.0, "train/loss": 4.0}
+    assert [sums.tolist() for sums in reduced] == [[[1.0, 1.0], [4.0, 1.0]]]
     recorder.log_evaluation(1, {"psnr": 1.0}, {"samples": Image.new("RGB", (2, 2))})
     assert list(tmp_path.iterdir()) == []
     assert recorder.last_evaluation == {"eval/psnr": 1.0}
+
+
+def test_another_tracker_gets_the_same(fresh_accelerate, tmp_path):
+    """In place of Weights & Biases, which needs an account: a tracker with the same interface."""
+    calls = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "wandb", False, True
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **options):
+            calls.append((step, values))
+
+        def log_images(self, values, step=None, **options):
+            calls.append((step, {name: images.shape for name, images in values.items()}))
+            assert options == {}
+
+        def finish(self):
+            calls.append("finished")
+
+    accelerator = Accelerator(cpu=True, log_with=Tracker())
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    recorder.add({"loss": 1.5})
+    recorder.log_training(1)
+    recorder.log_evaluation(1, {"psnr": 20.0}, {"samples": Image.new("RGB", (4, 3))})
+    accelerator.end_training()
+    assert calls[0] == (1, {"train/loss": 1.5})
+    assert calls[1][1].keys() == {"eval/psnr", "time/total"}
+    assert calls[2:] == [(1, {"samples": (1, 3, 4, 3)}), "finished"]

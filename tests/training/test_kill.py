@@ -1,0 +1,134 @@
+"""Trainings that are killed or signalled, and go on as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from nextblock.training.checkpoint import file_sha256
+
+NUM_STEPS = 12
+# Two micro-batches a step, dropout; the tokenizer's codebook is a moving average with revival.
+HARD = ["--loop.gradient_accumulation_steps", "2", "--loop.num_steps", str(NUM_STEPS), "--loop.tracker", "null"]
+TOKENIZER = ["--model.num_res_blocks", "1", "--model.dropout", "0.1", "--model.hidden_dim", "16"]
+ADVERSARIAL = "--discriminator.weight 0.5 --discriminator.num_layers 1 --discriminator.base_width 8".split()
+ADVERSARIAL += "--discriminator.norm spectral --discriminator.lecam_weight 0.1 --discriminator.start_step 2".split()
+STAGES = {
+    "tokenizer": TOKENIZER,
+    "tokenizer against a discriminator": [*TOKENIZER, *ADVERSARIAL],
+    "prior": ["--model.dropout", "0.1", "--model.drop_path", "0.1"],
+}
+LATEST = ["--loop.resume_from_checkpoint", "latest"]
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture
+def attempts(tokenizer_arguments, request):
+    """Make attempts at a stage's training: `make(stage, num_processes, output_dir, ends, *options)`."""
+
+    def make(stage: str, num_processes: int, output_dir: Path, ends: dict, *options: str) -> dict:
+        arguments = list(request.getfixturevalue("prior_arguments") if stage == "prior" else tokenizer_arguments)
+        folders = ["--output_dir", str(output_dir)]
+        if stage == "prior":
+            folders += ["--pipeline_dir", str(output_dir / "pipeline")]
+        arguments += [*HARD, *STAGES[stage], *folders, *options]
+        return {
+            "module": f"nextblock.{stage.split()[0]}.train",
+            "arguments": [str(argument) for argument in arguments],
+            "num_processes": num_processes,
+            "ends": ends,
+        }
+
+    return make
+
+
+def run(*attempts: dict, cwd: Path) -> tuple[list[list[int]], str]:
+    """Make the attempts one after another; return exit codes by attempt and rank, and the log."""
+    script = Path(__file__).with_name("killed_training.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), json.dumps(attempts)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, log = process.communicate(timeout=900)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, log
+    return json.loads(output.splitlines()[-1]), log
+
+
+def state_hashes(run_dir: Path) -> dict[str, str]:
+    """Return the hashes of all that the last checkpoint and the export hold."""
+    manifest = json.loads((run_dir / "checkpoints" / f"step_{NUM_STEPS:08d}" / "checkpoint.json").read_text())
+    exported = {str(path.relative_to(run_dir)): file_sha256(path) for path in run_dir.glob("**/model.safetensors")}
+    return manifest["sha256"] | {name: value for name, value in exported.items() if "checkpoints" not in name}
+
+
+def outcomes(run_dir: Path) -> list[str | None]:
+    return [start["outcome"] for start in json.loads((run_dir / "run.json").read_text())["starts"]]
+
+
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(attempts, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    codes, log = run(
+        attempts("tokenizer", 1, whole, {}),
+        attempts("tokenizer", 1, killed, {"0": ["SIGKILL", 8, 0.0]}),
+        attempts("tokenizer", 1, killed, {}, *LATEST),
+        cwd=tmp_path,
+    )
+    assert codes == [[0], [KILLED], [0]], log
+    assert "resuming from" in log and "at step 6" in log
+    assert state_hashes(killed) == state_hashes(whole)
+    assert outcomes(killed) == [None, "finished"]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(attempts, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    codes, log = run(
+        attempts("tokenizer", 2, whole, {}),
+        attempts("tokenizer", 2, stopped, {"1": ["SIGTERM", 4, 0.0]}),
+        attempts("tokenizer", 2, stopped, {"0": ["SIGINT", 7, 0.0], "1": ["SIGINT", 7, 0.0]}, *LATEST),
+        cwd=tmp_path,
+    )
+    assert codes == [[0, 0]] * 3, log
+    for name, step in (("SIGTERM", 5), ("SIGINT", 8)):
+        assert f"stopped by {name} after step {step} of {NUM_STEPS}, which is saved" in log
+    assert [path.name for path in sorted((stopped / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+    assert not (stopped / "model.safetensors").exists()
+    assert run(attempts("tokenizer", 2, stopped, {}, *LATEST), cwd=tmp_path)[0] == [[0, 0]]
+    assert state_hashes(stopped) == state_hashes(whole)
+    assert outcomes(stopped) == ["stopped by SIGTERM", "stopped by SIGINT", "finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_killed_five_times_end_with_the_weights_of_undisturbed_ones(stage, attempts, tmp_path):
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"random.Random({seed})")  # noqa: T201 - shown when the test fails
+    draw = random.Random(seed)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    todo, saved = [attempts(stage, 2, whole, {})], 0
+    for number in range(5):
+        # Not beyond the last step but one, so that every attempt is killed before it has finished.
+        step = draw.randrange(saved, NUM_STEPS - 2)
+        ends = {str(draw.randrange(2)): ["SIGKILL", step, draw.choice([0.0, draw.uniform(0, 0.03)])]}
+        todo.append(attempts(stage, 2, killed, ends, *(LATEST if number else [])))
+        # What is saved after such an attempt at the latest.
+        saved = max(saved, step // 3 * 3)
+    todo.append(attempts(stage, 2, killed, {}, *LATEST))
+    codes, log = run(*todo, cwd=tmp_path)
+    assert codes[0] == codes[-1] == [0, 0], log
+    assert all(KILLED in pair for pair in codes[1:-1]), (seed, codes, log)
+    assert state_hashes(killed) == state_hashes(whole), seed

@@ -1,0 +1,82 @@
+"""Alarms about a codebook that the model no longer uses, from the figures of a log line."""
+
+import math
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+_USAGE = re.compile(r"train/codebook/(?:block_(?P<block>\d+)/)?usage")
+REMEDY = (
+    "set model.codebook_update ema, model.codebook_init data and model.revival_threshold 0.02 or more, make "
+    "model.vocab_size smaller or the batch larger; a collapsed codebook seldom recovers by itself"
+)
+
+
+def expected_usage(num_tokens: int, vocab_size: int) -> float:
+    """Return the share of codes that occurs among tokens drawn evenly from all codes.
+
+    Args:
+        num_tokens: drawn, at least 1.
+        vocab_size: number of codes.
+
+    Returns:
+        The expected share, in (0, 1].
+    """
+    if vocab_size == 1:
+        return 1.0
+    return -math.expm1(num_tokens * math.log1p(-1 / vocab_size))
+
+
+class UsageAlarm:
+    """Warn when the codebook, or one block's part in it, uses far fewer codes than it could.
+
+    Usage is that of a step's batch, so it is compared with what evenly used codes would reach in as many tokens: a
+    block of one token an image cannot use 4096 codes in a batch of 64.
+
+    Args:
+        model: its `layout` and `config.vocab_size`, where it has them, say how many tokens and codes there are.
+        batch_size: samples that usage is measured on at a time.
+        threshold: share of the attainable usage under which the alarm rings; None never rings.
+        cooldown: steps that the same figure then stays silent for.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int, threshold: float | None, cooldown: int):
+        self._threshold = threshold
+        self._cooldown = cooldown
+        self._rang_at: dict[str, int] = {}
+        layout = getattr(model, "layout", None)
+        self._vocab_size = None if layout is None else model.config.vocab_size
+        self._num_tokens = [] if layout is None else [batch_size * length for length in layout.block_lengths]
+
+    def messages(self, step: int, values: Mapping[str, float]) -> list[str]:
+        """Return a warning for every figure that is too low and not in its cooldown.
+
+        Args:
+            step: steps taken.
+            values: figures of a log line; "train/codebook/usage" and "train/codebook/block_3/usage" are looked at.
+        """
+        if self._threshold is None:
+            return []
+        found = []
+        for name, value in values.items():
+            match = _USAGE.fullmatch(name)
+            if match is None:
+                continue
+            attainable = self._attainable(match["block"])
+            is_silent = name in self._rang_at and step - self._rang_at[name] < self._cooldown
+            if value >= self._threshold * attainable or is_silent:
+                continue
+            self._rang_at[name] = step
+            where = "the codebook" if match["block"] is None else f"block {match['block']} of the codebook"
+            found.append(
+                f"step {step}: {where} uses {value:.1%} of the codes a batch, where evenly used codes would reach "
+                f"{attainable:.1%}: {REMEDY}"
+            )
+        return found
+
+    def _attainable(self, block: str | None) -> float:
+        if self._vocab_size is None:
+            return 1.0
+        num_tokens = sum(self._num_tokens) if block is None else self._num_tokens[int(block)]
+        return expected_usage(num_tokens, self._vocab_size)

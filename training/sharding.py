@@ -1,0 +1,42 @@
+"""Tensors and models that are spread over processes (FSDP2): their parts, and the whole of them."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .state_dicts import build_without_weights
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds, the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor whole; where it is sharded, all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether a process holds only a part of a model's parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@torch.no_grad()
+def whole_model(model: nn.Module) -> nn.Module:
+    """Copy a sharded model to a whole one on every process; all of them must call it.
+
+    Args:
+        model: sharded, with a `config` that its class is built from.
+
+    Returns:
+        The copy, in evaluation mode, without gradients.
+    """
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    # Sharding makes a model an instance of a class derived from FSDPModule and the model's own.
+    own_class = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    whole = build_without_weights(own_class, model.config)
+    whole.load_state_dict(state, assign=True)
+    return whole.requires_grad_(False).eval()
