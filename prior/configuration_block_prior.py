@@ -105,6 +105,9 @@ class BlockPriorConfig(PreTrainedConfig):
         for field in ("dropout", "drop_path", "label_smoothing"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1)")
+        for field in ("mlp_ratio", "norm_eps", "attention_scale"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected a number above 0")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a divisor of hidden_size {self.hidden_size}")
         if self.input_embedding not in ("codes", "tokens"):

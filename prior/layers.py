@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nextblock.data.blocks import BlockLayout
 
@@ -121,7 +122,7 @@ class FeedForward(nn.Module):
         return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
 
 
-class PriorLayer(nn.Module):
+class PriorLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, each scaled, shifted and gated by the class condition.
 
     Args:
@@ -169,17 +170,19 @@ class PriorLayer(nn.Module):
             return (self.ada_gss + condition).unbind(2)
         return rearrange(self.ada_lin(condition), "b (six d) -> b 1 six d", six=6).unbind(2)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], attend) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor | tuple[Tensor, ...], attend) -> Tensor:
         """Apply the layer.
 
         Args:
             x: (B, L, D).
-            modulation: what `modulation` returned.
+            modulation: what `modulation` returned, or what it takes.
             attend: function of queries, keys and values (B, heads, L, head width) that returns the attention's output.
 
         Returns:
             (B, L, D).
         """
+        if isinstance(modulation, Tensor):
+            modulation = self.modulation(modulation)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         h = torch.addcmul(shift1, self.norm(x), 1 + scale1)
         h = self.attn.merge_heads(attend(*self.attn.queries_keys_values(h)))

@@ -4,6 +4,7 @@ VAR (Tian et al. 2024, arXiv:2404.02905) for scales; next-token, next-row and ne
 Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +18,11 @@ from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
 
+from .chunked_loss import chunked_cross_entropy
 from .configuration_block_prior import BlockPriorConfig
-from .generation import generate_blocks
+from .generation import BlockStep, generate_blocks
 from .layers import BlockAttention, ModulatedHead, PriorLayer, block_causal_attention
-from .sampling import check_truncation, draw_uniforms, guidance_scales, image_generators
+from .sampling import SamplingOptions, draw_uniforms, image_generators
 
 
 @dataclass
@@ -29,8 +31,8 @@ class PriorOutput(ModelOutput):
 
     Args:
         loss: scalar mean cross-entropy in nats a token, with label smoothing; with labels only.
-        logits: (B, L, V) in float32, or float64 for a float64 model.
-        token_loss: (B, L) cross-entropy without label smoothing; with labels only.
+        logits: (B, L, V) in float32, or float64 for a float64 model; None where the loss was computed in chunks.
+        token_loss: (B, L) cross-entropy without label smoothing; with labels only; without gradient where in chunks.
         token_correct: (B, L) whether the most likely code is the label; with labels only.
     """
 
@@ -50,7 +52,9 @@ class BlockPrior(PreTrainedModel):
     config_class = BlockPriorConfig
     base_model_prefix = "prior"
     main_input_name = "var_input"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["PriorLayer"]
+    _input_embed_layer = "word_embed"
 
     def __init__(self, config: BlockPriorConfig):
         super().__init__(config)
@@ -128,6 +132,7 @@ class BlockPrior(PreTrainedModel):
         class_labels: Tensor,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        loss_chunk_size: int | None = None,
     ) -> PriorOutput | tuple:
         """Predict all blocks under teacher forcing.
 
@@ -136,37 +141,66 @@ class BlockPrior(PreTrainedModel):
                 "tokens".
             class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class.
             labels: (B, L) int64 indices to predict, in block order; gives the loss.
-            return_dict: False returns a tuple.
+            return_dict: False returns a tuple of what is not None.
+            loss_chunk_size: compute the loss this many tokens at a time and return no logits: those of all B·L tokens,
+                and their gradient, then never exist together. Needs labels; None computes all at once.
 
         Returns:
             A `PriorOutput`.
 
         Raises:
-            ValueError: if a shape, dtype or label does not fit the configuration.
+            ValueError: if a shape, dtype or label does not fit the configuration, or there are chunks but no labels.
         """
+        if loss_chunk_size is not None and labels is None:
+            raise ValueError(f"loss_chunk_size is {loss_chunk_size} but labels is None; expected None, or labels")
         self._check_inputs(var_input, class_labels, labels)
-        condition, modulations, head_modulation = self.condition(class_labels)
+        condition, shared = self.embed_class(class_labels)
         attend = partial(block_causal_attention, layout=self.layout, scale=self.blocks[0].attn.scale)
         hidden_states = torch.cat([self.first_input(condition), self.embed_input(var_input)], dim=1)
         hidden_states = hidden_states + self.positions().to(hidden_states.dtype)
-        for layer, modulation in zip(self.blocks, modulations, strict=True):
-            hidden_states = layer(hidden_states, modulation, attend)
-        logits = self.logits(hidden_states, head_modulation)
-        output = PriorOutput(logits=logits)
-        if labels is not None:
-            output = self._with_loss(logits, labels)
+        for layer in self.blocks:
+            # Its modulation is its own affair: where weights are sharded, they are there in its forward pass alone.
+            hidden_states = layer(hidden_states, shared, attend)
+        head_modulation = self.head_nm.modulation(condition)
+        if loss_chunk_size is not None:
+            output = self._chunked_loss(hidden_states, head_modulation, labels, loss_chunk_size)
+        else:
+            output = PriorOutput(logits=self.logits(hidden_states, head_modulation))
+            if labels is not None:
+                output = self._with_loss(output.logits, labels)
         is_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
         return output.to_tuple() if is_tuple else output
 
     def _with_loss(self, logits: Tensor, labels: Tensor) -> PriorOutput:
         """Compare logits with labels."""
-        flat, smoothing = rearrange(logits, "b l v -> b v l"), self.config.label_smoothing
-        token_loss = F.cross_entropy(flat, labels, reduction="none")
-        loss = F.cross_entropy(flat, labels, label_smoothing=smoothing) if smoothing else token_loss.mean()
+        # Not transposed to (B, V, L): that would copy all logits.
+        flat, smoothing = (logits.flatten(0, 1), labels.flatten()), self.config.label_smoothing
+        token_loss = F.cross_entropy(*flat, reduction="none").view_as(labels)
+        loss = F.cross_entropy(*flat, label_smoothing=smoothing) if smoothing else token_loss.mean()
         return PriorOutput(loss, logits, token_loss, logits.argmax(-1) == labels)
 
+    def _chunked_loss(self, hidden_states: Tensor, head_modulation, labels: Tensor, chunk_size: int) -> PriorOutput:
+        """Compare with labels a chunk of tokens at a time."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            loss, token_loss, token_correct = chunked_cross_entropy(
+                self._head_input(hidden_states, head_modulation),
+                self.head.weight,
+                self.head.bias,
+                labels,
+                label_smoothing=self.config.label_smoothing,
+                chunk_size=chunk_size,
+            )
+        return PriorOutput(loss=loss, token_loss=token_loss, token_correct=token_correct)
+
+    def embed_class(self, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the class embedding (B, D), and what layers make their modulation of: it, or (B, 1, 6, D) for all."""
+        condition = self.class_emb(class_labels)
+        if not self.config.use_shared_adaln:
+            return condition, condition
+        return condition, rearrange(self.shared_ada_lin(condition), "b (six d) -> b 1 six d", six=6)
+
     def condition(self, class_labels: Tensor) -> tuple[Tensor, list, tuple[Tensor, Tensor]]:
-        """Compute all that depends on the class alone.
+        """Compute all that depends on the class alone, once for all blocks.
 
         Args:
             class_labels: (B,) int64.
@@ -174,10 +208,7 @@ class BlockPrior(PreTrainedModel):
         Returns:
             The class embedding (B, D), each layer's modulation, and the head's.
         """
-        condition = self.class_emb(class_labels)
-        shared = condition
-        if self.config.use_shared_adaln:
-            shared = rearrange(self.shared_ada_lin(condition), "b (six d) -> b 1 six d", six=6)
+        condition, shared = self.embed_class(class_labels)
         return condition, [layer.modulation(shared) for layer in self.blocks], self.head_nm.modulation(condition)
 
     def first_input(self, condition: Tensor) -> Tensor:
@@ -199,11 +230,13 @@ class BlockPrior(PreTrainedModel):
     def logits(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
         """Return scores of all codes, (B, l, D) → (B, l, V), computed in float32 where the weights are."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            dtype = self.head.weight.dtype
-            scale, shift = head_modulation
-            h = self.head_nm(hidden_states.to(dtype), (scale.to(dtype), shift.to(dtype)))
-            logits = self.head(h)
-            return logits.to(torch.promote_types(dtype, torch.float32))
+            logits = self.head(self._head_input(hidden_states, head_modulation))
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _head_input(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
+        """Return what the output projection takes, in its own dtype."""
+        dtype = self.head.weight.dtype
+        return self.head_nm(hidden_states.to(dtype), tuple(modulation.to(dtype) for modulation in head_modulation))
 
     @torch.no_grad()
     def generate(
@@ -211,30 +244,27 @@ class BlockPrior(PreTrainedModel):
         class_labels: Tensor,
         quantizer: nn.Module,
         *,
-        guidance_scale: float = 1.0,
-        guidance_schedule: str = "constant",
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         generator: Generator | list[Generator] | None = None,
         given_idx_Bl: list[Tensor] | None = None,
+        on_block_end: Callable[[BlockStep], None] | None = None,
+        is_guidance_fixed: bool = True,
+        **options,
     ) -> list[Tensor]:
         """Sample the indices of a batch of images, block by block.
 
         Args:
             class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class.
             quantizer: the tokenizer's quantizer, which turns sampled indices into the next block's input.
-            guidance_scale: s in logits = uncond + s·(cond − uncond); 1 is no guidance.
-            guidance_schedule: "constant", or "linear" from 1 at the first block to `guidance_scale` at the last.
-            temperature: divides the logits, above 0.
-            top_k: keep the k likeliest codes; 0 keeps all.
-            top_p: keep the smallest set of codes whose mass reaches p; 1 keeps all.
             generator: one for all images, or a list with one for each.
             given_idx_Bl: K tensors (B, L_k) int64 of tokens that are already known, −1 for those to sample: a prefix to
                 go on from, or the surroundings of what is painted in. None samples all.
+            on_block_end: receives each block's `BlockStep`, and may change it.
+            is_guidance_fixed: whether `on_block_end` leaves the guidance alone; costs nothing where it does.
+            options: fields of `SamplingOptions`: `guidance_scale`, `guidance_schedule`, `guidance_power`,
+                `temperature`, `top_k`, `top_p`, `min_p`, `is_smooth`.
 
         Returns:
-            K tensors (B, L_k) int64.
+            K tensors (B, L_k) int64, fewer if `on_block_end` stops.
 
         Raises:
             ValueError: if an argument is outside its range or the quantizer does not fit.
@@ -244,16 +274,28 @@ class BlockPrior(PreTrainedModel):
         class_labels = torch.as_tensor(class_labels, device=self.device)
         self._check_labels(class_labels)
         self.check_quantizer(quantizer)
-        check_truncation(temperature, top_k, top_p, self.config.vocab_size)
-        scales = guidance_scales(guidance_scale, guidance_schedule, self.layout.num_blocks)
-        if self.config.num_classes == 0 and guidance_scale != 1:
-            raise ValueError(f"guidance_scale is {guidance_scale}; expected 1 for a model without classes")
-        uniforms = draw_uniforms(image_generators(generator, len(class_labels)), self.layout.num_tokens)
+        options = SamplingOptions(**options)
+        options.check(self.config.num_classes, self.config.vocab_size, self.layout.is_scales)
+        generators = image_generators(generator, len(class_labels))
+        uniforms = draw_uniforms(generators, self.layout.num_tokens).to(self.device)
         if given_idx_Bl is not None:
             given_idx_Bl = [idx.to(self.device) for idx in given_idx_Bl]
             self.check_given(given_idx_Bl, len(class_labels))
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "given_idx_Bl": given_idx_Bl}
-        return generate_blocks(self, quantizer, class_labels, scales, uniforms.to(self.device), **options)
+        return generate_blocks(
+            self,
+            quantizer,
+            class_labels,
+            options.scales(self.layout.num_blocks),
+            uniforms,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            given_idx_Bl=given_idx_Bl,
+            smooth_generators=generators if options.is_smooth else None,
+            on_block_end=on_block_end,
+            is_guidance_fixed=is_guidance_fixed or self.config.num_classes == 0,
+        )
 
     def _check_inputs(self, var_input: Tensor, class_labels: Tensor, labels: Tensor | None) -> None:
         """Refuse tensors that do not fit the layout or the vocabulary."""

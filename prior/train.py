@@ -1,5 +1,11 @@
-"""Train a prior on token shards: `accelerate launch -m nextblock.prior.train --config prior/digits-scales …`."""
+"""Train a prior on tokens or images: `accelerate launch -m nextblock.prior.train --config prior/digits-scales …`.
 
+Legend: B batch, K blocks, L all tokens, V codes, M metrics.
+"""
+
+import copy
+import math
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedModel
 
-from nextblock.data.tokens import TokenDataset, TokenManifest, collate_tokens
-from nextblock.evaluation.pictures import class_grid, to_uint8
+from nextblock.data.augment import TransformConfig
+from nextblock.data.blocks import BlockLayout
+from nextblock.data.images import ImageDataConfig
+from nextblock.evaluation.pictures import class_grid, image_grid, to_uint8
 from nextblock.training.config import options_dataclass, parse_run_config, save_run_config
 from nextblock.training.keyed_random import drop_class_labels
 from nextblock.training.loop import LoopConfig, build_accelerator, fit
@@ -22,6 +30,7 @@ from nextblock.training.optim import OptimizerConfig, build_optimizer, set_sched
 from .configuration_block_prior import BlockPriorConfig
 from .modeling_block_prior import BlockPrior, PriorOutput
 from .sampling import guidance_scales
+from .training_data import PriorData, image_data, token_data
 
 # What the tokens decide is no option of the run.
 BlockPriorOptions = options_dataclass(
@@ -31,16 +40,24 @@ BlockPriorOptions = options_dataclass(
 NO_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
 # Past this many blocks, a curve a block is no picture of anything.
 MAX_LOGGED_BLOCKS = 16
+# Training rows decoded to tokens_check.png, in columns of ten.
+NUM_CHECKED_ROWS = 20
 
 
 @dataclass(kw_only=True)
 class PriorTrainConfig:
-    """Train a prior on the shards of a tokenization job and export a pipeline."""
+    """Train a prior on the shards of a tokenization job, or straight on images, and export a pipeline."""
 
-    tokens: str
-    """Folder of token shards."""
+    tokens: str | None = None
+    """Folder of token shards. Exactly one of `tokens` and `data` is given."""
+    data: ImageDataConfig | None = None
+    """Images, which the tokenizer encodes at every step; augmentation is then new in every epoch."""
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    """How training images are varied; with `data` only."""
     tokenizer: str
-    """Folder of the tokenizer that made them."""
+    """Folder of the tokenizer: the one that made the tokens, or the one that encodes the images."""
+    tokenizer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which images are encoded, with `data` only; pictures and the exported tokenizer stay float32."""
     output_dir: str
     """Folder of the run."""
     pipeline_dir: str
@@ -51,6 +68,12 @@ class PriorTrainConfig:
     """Optimizer and learning rate."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length, precision, cadence."""
+    loss_chunk_size: int | None = None
+    """Tokens whose logits exist at a time; null computes those of the whole batch at once."""
+    gradient_checkpointing: bool = False
+    """Keep the input of every layer alone and compute the rest again in the backward pass."""
+    torch_compile: bool = False
+    """Compile the model's forward and backward pass at the first step."""
     class_dropout: float = 0.1
     """Share of labels replaced by the null class, which guidance needs."""
     eval_batch_size: int = 128
@@ -59,10 +82,18 @@ class PriorTrainConfig:
     """Samples drawn of each class at an evaluation, of at most ten classes."""
     guidance_scale: float = 1.25
     """Guidance of those samples."""
-    guidance_schedule: Literal["constant", "linear"] = "constant"
+    guidance_schedule: Literal["constant", "linear", "power-cosine"] = "constant"
     """Guidance schedule of those samples."""
 
     def __post_init__(self):
+        if (self.tokens is None) == (self.data is None):
+            raise ValueError(f"tokens is {self.tokens!r} and data is {self.data}; expected exactly one of them")
+        if self.data is None and self.transform != TransformConfig():
+            raise ValueError(f"transform is {self.transform}; expected the defaults with tokens, which are made")
+        if self.data is None and self.tokenizer_dtype != "float32":
+            raise ValueError(f"tokenizer_dtype is {self.tokenizer_dtype!r}; expected 'float32' with tokens")
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size is {self.loss_chunk_size}; expected at least 1, or null")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout is {self.class_dropout}; expected a number in [0, 1]")
         for name in ("eval_batch_size", "num_pictures_per_class"):
@@ -78,8 +109,8 @@ class PriorTask:
         accelerator: prepares model and optimizer.
         config: the run.
         model: the prior to train.
-        tokenizer: frozen; turns indices into the prior's input and samples into pictures.
-        eval_data: held-out rows, or None.
+        tokenizer: frozen, in float32; encodes images, turns indices into the prior's input and samples into pictures.
+        data: rows to train on and rows held out.
     """
 
     def __init__(
@@ -88,76 +119,92 @@ class PriorTask:
         config: PriorTrainConfig,
         model: BlockPrior,
         tokenizer: PreTrainedModel,
-        eval_data: TokenDataset | None,
+        data: PriorData,
     ):
         self.accelerator = accelerator
         self.config = config
-        self.tokenizer = tokenizer.to(accelerator.device)
-        self.eval_data = eval_data
+        self.tokenizer = self.encoder = tokenizer.to(accelerator.device)
+        if config.tokenizer_dtype != "float32":
+            self.encoder = copy.deepcopy(tokenizer).to(getattr(torch, config.tokenizer_dtype))
+        self.data = data
         self.layout = model.layout
+        self.vocab_size, self.null_class = model.config.vocab_size, model.config.null_class
+        self.takes_indices = model.config.input_embedding == "tokens"
+        self.metric_names, self.block_shares = _block_metrics(self.layout)
+        self.block_shares = self.block_shares.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, NO_DECAY))
 
     def start(self) -> None:
-        """Nothing comes before step 0."""
+        """Decode the first training rows to `tokens_check.png`: wrong tokens are seen before they are learned."""
+        if self.accelerator.is_main_process:
+            batch = self.data.first_rows(NUM_CHECKED_ROWS)
+            labels = self._labels({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+            images = to_uint8(self.tokenizer.idxBl_to_img(self.layout.split(labels)))
+            image_grid(images, num_columns=10).save(Path(self.config.output_dir) / "tokens_check.png")
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         """Take one optimizer step."""
         config, accelerator, n = self.config, self.accelerator, len(micro_batches)
-        loop = config.loop
-        learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, config.optimizer)
-        metrics: dict[str, Tensor] = {}
+        loop, optimizer = config.loop, config.optimizer
+        learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, optimizer)
+        sums = 0
         for i, batch in enumerate(micro_batches):
-            null_class = accelerator.unwrap_model(self.model).config.null_class
             class_labels = drop_class_labels(
-                batch["class_labels"], null_class, config.class_dropout, config.loop.seed, step, samples=batch["index"]
+                batch["class_labels"], self.null_class, config.class_dropout, loop.seed, step, samples=batch["index"]
             )
+            labels = self._labels(batch)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
-                output = self._predict(self.model, batch["labels"], class_labels)
+                output = self._predict(self.model, labels, class_labels)
                 accelerator.backward(output.loss / n)
-            for name, value in self._metrics(output).items():
-                metrics[name] = metrics.get(name, 0) + value.detach() / n
-        if config.optimizer.max_grad_norm is not None:
-            metrics["grad_norm"] = accelerator.clip_grad_norm_(
-                self.model.parameters(), config.optimizer.max_grad_norm
-            )
+            sums = sums + self._metrics(output, output.loss)
+        metrics = dict(zip(self.metric_names, (sums / n).unbind(), strict=True))
+        if optimizer.max_grad_norm is not None:
+            metrics["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics | {"learning_rate": learning_rate}
 
+    def _labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return a batch's indices (B, L), those of its images where it has no others."""
+        if "labels" in batch:
+            return batch["labels"]
+        # The tokenizer computes in a precision of its own, not in the prior's.
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            return self.layout.join(self.encoder.img_to_idxBl(batch["pixel_values"]))
+
     def _predict(self, model, labels: Tensor, class_labels: Tensor) -> PriorOutput:
         """Run the prior under teacher forcing on indices (B, L)."""
-        takes_indices = self.accelerator.unwrap_model(model).config.input_embedding == "tokens"
-        var_input = self.tokenizer.idxBl_to_var_input(self.layout.split(labels), as_indices=takes_indices)
-        return model(var_input, class_labels, labels)
+        var_input = self.tokenizer.idxBl_to_var_input(self.layout.split(labels), as_indices=self.takes_indices)
+        return model(var_input, class_labels, labels, loss_chunk_size=self.config.loss_chunk_size)
 
-    def _metrics(self, output: PriorOutput) -> dict[str, Tensor]:
-        """Average loss and accuracy over all tokens, and over each block where blocks are few."""
-        is_correct = output.token_correct.float()
-        metrics = {"loss": output.loss, "accuracy": is_correct.mean()}
-        if self.layout.num_blocks <= MAX_LOGGED_BLOCKS:
-            blocks = zip(self.layout.split(output.token_loss), self.layout.split(is_correct), strict=True)
-            for k, (token_loss, correct) in enumerate(blocks):
-                metrics |= {f"block_{k}/loss": token_loss.mean(), f"block_{k}/accuracy": correct.mean()}
-        return metrics
+    @torch.no_grad()
+    def _metrics(self, output: PriorOutput, loss: Tensor) -> Tensor:
+        """Average loss and accuracy over all tokens, and over each block where blocks are few, (M,)."""
+        # All of them at once: a small operation for every block and metric would cost a tiny model several percent.
+        by_token = torch.stack([output.token_loss.mean(0), output.token_correct.to(output.token_loss.dtype).mean(0)])
+        # Autocast, which evaluations run under, would average in bf16.
+        with torch.autocast(by_token.device.type, enabled=False):
+            by_block = by_token @ self.block_shares.to(by_token.dtype)
+        return torch.cat([loss.view(1), by_token[1].mean().view(1), by_block.T.flatten()])
 
     def evaluate(self, model: BlockPrior) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """Measure the held-out loss without label smoothing and draw samples with fixed seeds."""
         pictures = {"samples": self._draw(model)}
-        if self.eval_data is None:
+        heldout, accelerator = self.data.heldout, self.accelerator
+        if heldout is None:
             return {}, pictures
-        accelerator = self.accelerator
-        mine = range(accelerator.process_index, len(self.eval_data), accelerator.num_processes)
-        sums: dict[str, Tensor] = {}
+        mine = range(accelerator.process_index, len(heldout), accelerator.num_processes)
         # A process without a row of its own computes one that does not count, to have the same sums as the others.
         batches = BatchSampler(mine or range(1), self.config.eval_batch_size, drop_last=False)
-        for batch in DataLoader(self.eval_data, batch_sampler=batches, collate_fn=collate_tokens):
+        sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=accelerator.device)
+        for batch in DataLoader(heldout, batch_sampler=batches, collate_fn=self.data.collate):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            output = self._predict(model, batch["labels"], batch["class_labels"])
-            metrics = self._metrics(output) | {"loss": output.token_loss.mean()}
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.double() * (len(batch["labels"]) if mine else 0)
-        totals = accelerator.reduce(torch.stack(list(sums.values()))) / len(self.eval_data)
-        return dict(zip(sums, totals.tolist(), strict=True)), pictures
+            output = self._predict(model, self._labels(batch), batch["class_labels"])
+            sums += self._metrics(output, output.token_loss.mean()).double() * (len(batch["index"]) if mine else 0)
+        means = (accelerator.reduce(sums) / len(heldout)).tolist()
+        metrics = dict(zip(self.metric_names, means, strict=True))
+        # How far the prior is below guessing among V codes, which costs ln V nats a token.
+        return metrics | {"gain_nats": math.log(self.vocab_size) - metrics["loss"]}, pictures
 
     def _draw(self, model: BlockPrior) -> Image.Image:
         """Draw samples of the first classes, a row each; an unconditional model fills one row."""
@@ -182,6 +229,47 @@ class PriorTask:
         pipeline.save_pretrained(self.config.pipeline_dir)
 
 
+def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:
+    """Return the names of all metrics, and the matrix (L, K) that averages over blocks, K = 0 where blocks are many."""
+    names, blocks = ["loss", "accuracy"], layout.bounds if layout.num_blocks <= MAX_LOGGED_BLOCKS else []
+    shares = torch.zeros(layout.num_tokens, len(blocks), dtype=torch.float64)
+    for k, (start, end) in enumerate(blocks):
+        names += [f"block_{k}/loss", f"block_{k}/accuracy"]
+        shares[start:end, k] = 1 / (end - start)
+    return names, shares
+
+
+def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_names: list[str]) -> BlockPrior:
+    """Make the untrained prior of a run.
+
+    Args:
+        config: the run.
+        tokenizer: whose tokens it predicts.
+        class_names: names by label; empty for an unconditional prior.
+
+    Returns:
+        The prior, with gradient checkpointing and compilation where the run asks for them.
+    """
+    model = BlockPrior(
+        BlockPriorConfig(
+            layout=tokenizer.layout.to_dict(),
+            vocab_size=tokenizer.config.vocab_size,
+            embedding_dim=tokenizer.config.embedding_dim,
+            num_classes=len(class_names),
+            class_names=class_names or None,
+            **asdict(config.model),
+        )
+    )
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # Newer versions of transformers have another name for it, which the older ones supported here lack.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        model.compile()  # In place: names of weights, and with them checkpoints, stay what they are.
+    return model
+
+
 def train(config: PriorTrainConfig) -> None:
     """Train a prior and save a pipeline in `config.pipeline_dir`.
 
@@ -189,30 +277,22 @@ def train(config: PriorTrainConfig) -> None:
         config: the run.
 
     Raises:
-        ValueError: if the configuration or the tokens do not fit, or another tokenizer made the tokens.
+        ValueError: if the configuration or the data do not fit, or another tokenizer made the tokens.
     """
     from nextblock.tokenizer import VQVAE
 
     output_dir = Path(config.output_dir)
     tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
-    manifest = TokenManifest.load(Path(config.tokens))
-    manifest.check_tokenizer(tokenizer, Path(config.tokens))
-    train_data, eval_name = TokenDataset(config.tokens, manifest.data["split"]), manifest.data["eval_split"]
-    eval_data = None if eval_name is None else TokenDataset(config.tokens, eval_name)
-    model_config = BlockPriorConfig(
-        layout=manifest.layout,
-        vocab_size=manifest.vocab_size,
-        embedding_dim=manifest.embedding_dim,
-        num_classes=len(manifest.class_names),
-        class_names=manifest.class_names or None,
-        **asdict(config.model),
-    )
+    if config.tokens is not None:
+        data = token_data(config.tokens, tokenizer)
+    else:
+        data = image_data(config.data, config.transform, config.loop.seed, tuple(tokenizer.config.image_size))
     accelerator = build_accelerator(config.loop, output_dir)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_run_config(config, output_dir / "config.yaml")
-    task = PriorTask(accelerator, config, BlockPrior(model_config), tokenizer, eval_data)
-    fit(accelerator, task, train_data, collate_tokens, config.loop, output_dir)
+    task = PriorTask(accelerator, config, build_prior(config, tokenizer, data.class_names), tokenizer, data)
+    fit(accelerator, task, data.train, data.collate, config.loop, output_dir)
 
 
 def main() -> None:

@@ -280,7 +280,7 @@ def test_class_names_follow_the_option(num_classes, option, expected, tmp_path):
     ("options", "message"),
     [
         (["--class_names", "nowhere.txt"], "class_names is 'nowhere.txt'"),
-        (["--class_names", "imagenet"], "class_names has 1000 names; expected num_classes = 3"),
+        (["--class_names", "imagenet"], "class_names has 1000 names; expected 3"),
     ],
 )
 def test_class_names_that_do_not_fit_are_refused(options, message, tmp_path):

@@ -1,0 +1,98 @@
+"""Output projection and cross-entropy in one, a chunk of tokens at a time: the logits never exist whole.
+
+The gradient of a chunk is formed while its logits are there, so nothing is computed twice (as in Liger Kernel,
+arXiv:2410.10989). Legend: B batch, L all tokens, N = B·L, n tokens of a chunk, V codes, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def chunked_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `cross_entropy(linear(hidden_states, weight, bias), labels)` does, with (n, V) in place of (N, V).
+
+    Args:
+        hidden_states: (B, L, D).
+        weight: (V, D) of the output projection, in the same dtype.
+        bias: (V,) likewise.
+        labels: (B, L) int64 in [0, V).
+        label_smoothing: in [0, 1); of the loss alone.
+        chunk_size: n, tokens at a time, at least 1.
+
+    Returns:
+        The scalar mean loss, from which gradients flow back; each token's loss without label smoothing (B, L), from
+        which none do; and whether its most likely code is the label (B, L).
+
+    Raises:
+        ValueError: if `chunk_size` is below 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
+    # Without this question a validation would form gradients that nobody wants.
+    is_training = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, weight, bias))
+    loss, token_loss, token_correct = _HeadLoss.apply(
+        hidden_states.flatten(0, 1), weight, bias, labels.flatten(), label_smoothing, chunk_size, is_training
+    )
+    return loss, token_loss.view_as(labels), token_correct.view_as(labels)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of a linear map, (N, D) → scalar, with gradients taken in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels, label_smoothing, chunk_size, is_training):
+        N, dtype = len(hidden_states), torch.promote_types(weight.dtype, torch.float32)
+        token_loss = torch.empty(N, dtype=dtype, device=weight.device)
+        smooth_loss = torch.empty_like(token_loss) if label_smoothing else token_loss
+        token_correct = torch.empty(N, dtype=torch.bool, device=weight.device)
+        if is_training:
+            d_hidden_states = torch.empty_like(hidden_states)
+            d_weight, d_bias = (torch.zeros_like(tensor, dtype=dtype) for tensor in (weight, bias))
+        for start in range(0, N, chunk_size):
+            chunk = slice(start, min(start + chunk_size, N))
+            x, y = hidden_states[chunk], labels[chunk, None]
+            logits = F.linear(x, weight, bias).to(dtype)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            token_loss[chunk] = (log_sum - logits.gather(-1, y))[:, 0]
+            token_correct[chunk] = logits.argmax(-1, keepdim=True).eq(y)[:, 0]
+            if label_smoothing:
+                spread = log_sum[:, 0] - logits.mean(-1)
+                smooth_loss[chunk] = torch.lerp(token_loss[chunk], spread, label_smoothing)
+            if is_training:
+                d_logits = _logits_gradient(logits, log_sum, y, label_smoothing).to(weight.dtype)
+                d_hidden_states[chunk] = d_logits @ weight
+                if dtype == weight.dtype:
+                    d_weight.addmm_(d_logits.T, x)
+                else:
+                    d_weight += d_logits.T @ x
+                d_bias += d_logits.sum(0)
+        if is_training:
+            ctx.save_for_backward(d_hidden_states, d_weight, d_bias)
+            ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(token_loss, token_correct)
+        return smooth_loss.mean(), token_loss, token_correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        # The mean's 1/N comes last, after the loss scale: before it, half-precision gradients would vanish.
+        scale = d_loss / len(ctx.saved_tensors[0])
+        return *((gradient * scale).to(ctx.dtype) for gradient in ctx.saved_tensors), None, None, None, None
+
+
+def _logits_gradient(logits: Tensor, log_sum: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    """Turn logits (n, V), in place, into the gradient of their summed loss: probabilities less smoothed targets."""
+    probabilities = logits.sub_(log_sum).exp_()
+    if label_smoothing:
+        probabilities -= label_smoothing / logits.shape[-1]
+    return probabilities.scatter_add_(-1, y, torch.full_like(log_sum, label_smoothing - 1))
