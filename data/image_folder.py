@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .unreadable import UnreadableImageError, UnreadableModeError
+
 IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
 
@@ -37,8 +39,10 @@ class ImageFolderSource:
         try:
             with Image.open(file) as image:
                 return to_rgb(image)
+        except MemoryError:
+            raise
         except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
-            raise ValueError(f"cannot read the image file {file}: {type(error).__name__}: {error}") from error
+            raise UnreadableImageError(f"the image file {file}", str(file), error) from error
 
     def label(self, index: int) -> int:
         """The position of the file's class folder among the class names."""
@@ -89,7 +93,7 @@ def scan_image_folder(root: Path, split: str) -> ImageFolderSource:
             )
         folder = root
     visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    loose = [entry for entry in visible if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES]
+    loose = [entry for entry in visible if not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES]
     by_class = {entry.name: _images_below(entry) for entry in visible if entry.is_dir()}
     expected = f"expected images ({' '.join(IMAGE_SUFFIXES)}), or one sub-folder of them for each class"
     if loose and any(by_class.values()):
@@ -131,16 +135,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         RGB image.
 
     Raises:
-        ValueError: for floating-point images and integers beyond 16 bits, whose range is unknown.
+        UnreadableModeError: for floating-point images and integers beyond 16 bits, whose range is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"pixels from {levels.min()} to {levels.max()}; expected 16 bits, 0 to 65535")
+            raise UnreadableModeError(f"pixels from {levels.min()} to {levels.max()}; expected 16 bits, 0 to 65535")
         return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels (mode 'F'); expected 8 or 16 bits")
+        raise UnreadableModeError("floating-point pixels (mode 'F'); expected 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

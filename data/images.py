@@ -18,6 +18,8 @@ from .augment import TransformConfig, apply_transform
 from .blocks import as_shape
 from .digits import DigitsSource, load_digits_split
 from .image_folder import scan_image_folder, to_rgb
+from .tar_source import TarSource, scan_tars
+from .unreadable import UnreadableImageError
 
 IMAGE_DTYPES = ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
 
@@ -26,13 +28,14 @@ IMAGE_DTYPES = ("PIL.Image.Image", "binary", "large_binary", "string", "large_st
 class ImageDataConfig:
     """Where images come from."""
 
-    source: Literal["digits", "folder", "datasets"] = "digits"
-    """"digits" (scikit-learn's, 32x32), "folder" (image files) or "datasets" (a dataset of that library)."""
+    source: Literal["digits", "folder", "datasets", "webdataset"] = "digits"
+    """"digits" (scikit-learn's, 32x32), "folder" (image files), "datasets" (a dataset of that library) or
+    "webdataset" (tar files of images with .cls labels)."""
     path: str | None = None
-    """The image folder; or a dataset's name on the hub, its folder, or what save_to_disk wrote."""
+    """The image folder; a dataset's name on the hub, its folder, or what save_to_disk wrote; a folder of tar files."""
     split: str = "train"
     """The split to train on: for "folder" a sub-folder of path, or "train" for the whole path; for "datasets"
-    also a slice such as "train[:90%]"."""
+    also a slice such as "train[:90%]"; for "webdataset" split/*.tar or split*.tar in path."""
     eval_split: str | None = "test"
     """The split to evaluate on; none with null."""
     image_column: str = "image"
@@ -41,7 +44,7 @@ class ImageDataConfig:
     """The column of integer labels ("datasets" only); null for unconditional data."""
 
     def __post_init__(self):
-        sources = ("digits", "folder", "datasets")
+        sources = ("digits", "folder", "datasets", "webdataset")
         if self.source not in sources:
             raise ValueError(f"source={self.source!r}: expected one of {list(sources)}")
         if self.source == "digits" and self.path is not None:
@@ -88,6 +91,8 @@ def load_source(config: ImageDataConfig, split: str) -> ImageSource:
     if config.source == "datasets":
         return _open_dataset(config, split)
     root = Path(config.path)
+    if config.source == "webdataset":
+        return _open_tars(root, config, split)
     held_out = config.eval_split
     if held_out and (root / held_out).is_dir() and not (root / config.split).is_dir():
         # Else the whole path, held-out images included, would pass for the training split.
@@ -99,6 +104,20 @@ def load_source(config: ImageDataConfig, split: str) -> ImageSource:
     if split != config.split:
         # A class that has no image held out must not renumber the others.
         source = source.relabelled(scan_image_folder(root, config.split).class_names)
+    return source
+
+
+def _open_tars(root: Path, config: ImageDataConfig, split: str) -> TarSource:
+    """One split of tar files, with as many classes as the split that is trained on."""
+    source = scan_tars(root, split)
+    if split != config.split:
+        class_names = scan_tars(root, config.split).class_names
+        if len(source.class_names) > len(class_names) or bool(class_names) != bool(source.class_names):
+            raise ValueError(
+                f"path={config.path!r}: split {split!r} has {len(source.class_names)} classes, split "
+                f"{config.split!r} has {len(class_names)}; expected as many or fewer, or none in both"
+            )
+        source.class_names = class_names
     return source
 
 
@@ -130,10 +149,12 @@ class DatasetsSource:
         stored = self._rows[index][self._image_column]
         try:
             return to_rgb(ImageFeature().decode_example(stored))
+        except MemoryError:
+            raise
         except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
-            file = (stored or {}).get("path")
-            where = f"{self.identifier(index)} of column {self._image_column!r} (path {file})"
-            raise ValueError(f"cannot read the image {where}: {type(error).__name__}: {error}") from error
+            file = str((stored or {}).get("path"))
+            where = f"the image {self.identifier(index)} of column {self._image_column!r} (path {file})"
+            raise UnreadableImageError(where, file, error) from error
 
     def label(self, index: int) -> int:
         """The row's label."""

@@ -1,13 +1,14 @@
-"""Token shards: what tokenization jobs write and the prior reads.
+"""Token folders: their manifest, and the data set that the prior reads.
 
 A folder holds `manifest.json` and `data/<split>-00000-of-00003.parquet` files, one row an image and view.
-Legend: N rows, L all tokens, V codes.
+Legend: B batch, L all tokens, V codes.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .blocks import BlockLayout
+from .token_shards import open_rows
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+
+
+def tokenizer_options(model: torch.nn.Module) -> dict:
+    """Return a tokenizer's configuration without what its tokens do not depend on, such as paths and versions."""
+    options = {k: v for k, v in model.config.to_diff_dict().items() if not k.startswith(("_", "transformers"))}
+    return {name: value for name, value in options.items() if name not in ("architectures", "dtype")}
 
 
 def tokenizer_fingerprint(model: torch.nn.Module) -> str:
@@ -31,19 +39,11 @@ def tokenizer_fingerprint(model: torch.nn.Module) -> str:
         A hexadecimal SHA-256 over architecture, names, dtypes, shapes and values.
     """
     digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_diff_dict().items() if not k.startswith(("_", "transformers"))}
-    for irrelevant in ("architectures", "dtype"):
-        config.pop(irrelevant, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    digest.update(json.dumps(tokenizer_options(model), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def index_dtype(vocab_size: int) -> str:
-    """Return the narrowest Parquet type for indices: "uint16", or "uint32" for more than 65 536 codes."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 @dataclass(kw_only=True)
@@ -70,8 +70,19 @@ class TokenManifest:
     """Augmented copies of each training image, besides the original."""
     seed: int
     """Key of the augmentation."""
+    views: list[str] = field(default_factory=list)
+    """What the numbers in the column `view` mean."""
+    min_image_side: int = 1
+    """Images with a shorter side under this many pixels were rejected."""
+    rows_per_shard: int = 0
+    """Rows of a full shard, those of rejected images included."""
+    encoding: dict = field(default_factory=dict)
+    """What else the bits of the result depend on: device, precision, batch size, threads."""
+    tokenizer_config: dict = field(default_factory=dict)
+    """The tokenizer's configuration."""
     splits: dict[str, dict] = field(default_factory=dict)
-    """Split → {"num_images", "num_views", "shards": [{"file", "num_rows", "sha256"}]}."""
+    """Split → {"num_images", "num_rejected", "num_views", "source_sha256", "shards"}, the last a list of
+    {"file", "num_rows", "sha256"}."""
     format_version: int = FORMAT_VERSION
     """Version of this format."""
 
@@ -79,7 +90,7 @@ class TokenManifest:
         """Write the manifest into a folder of tokens; it comes last, so a folder without one is unfinished."""
         from nextblock.training.checkpoint import write_atomically
 
-        write_atomically(folder / MANIFEST_NAME, json.dumps(asdict(self), indent=2))
+        write_atomically(folder / MANIFEST_NAME, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "TokenManifest":
@@ -122,35 +133,53 @@ class TokenManifest:
 
 
 class TokenDataset(Dataset):
-    """The rows of one split, held in memory as one integer array.
+    """The rows of one split, or one view of each image an epoch, memory-mapped where they are many.
 
     Args:
         folder: of tokens.
         split: name of the split.
+        samples_views: give every image once an epoch, in a view drawn from (view_seed, epoch, image); otherwise every
+            view of every image is a row of its own.
+        view_seed: key of that draw.
+        max_memory: a split of up to so many bytes is read into memory; a larger one is unpacked once into the cache
+            folder of `datasets` and mapped from there.
 
     Raises:
         ValueError: if the split is not there or a shard does not fit the manifest.
     """
 
-    def __init__(self, folder: str | Path, split: str):
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        samples_views: bool = False,
+        view_seed: int = 0,
+        max_memory: int = 1 << 28,
+    ):
+        self._arguments = (folder, split, samples_views, view_seed, max_memory)
         folder = Path(folder)
         self.manifest = TokenManifest.load(folder)
         if split not in self.manifest.splits:
             raise ValueError(f"split is {split!r}; {folder} has the splits {list(self.manifest.splits)}")
-        listed = self.manifest.splits[split]["shards"]
-        shards = [_read_shard(folder / shard["file"], shard["num_rows"], shard["sha256"]) for shard in listed]
-        self.idx = np.concatenate([idx for idx, _ in shards])
-        self.class_labels = np.concatenate([labels for _, labels in shards])
         self.layout = BlockLayout.from_dict(self.manifest.layout)
-        num_tokens, V = self.layout.num_tokens, self.manifest.vocab_size
-        if self.idx.shape[1] != num_tokens or self.idx.max() >= V:
-            raise ValueError(
-                f"split {split!r} of {folder} has rows of {self.idx.shape[1]} tokens up to {self.idx.max()}; "
-                f"expected {num_tokens} tokens under {V}"
-            )
+        self.samples_views = samples_views
+        self.view_seed = view_seed
+        self._idx, self.class_labels, views = open_rows(folder, self.manifest, split, max_memory)
+        self._starts = np.cumsum([0, *(len(part) for part in self._idx)])
+        self.num_views = self.manifest.splits[split]["num_views"]
+        images_per_view = len(views) // self.num_views
+        if samples_views and not np.array_equal(views, np.repeat(np.arange(self.num_views), images_per_view)):
+            raise ValueError(f"split {split!r} of {folder} does not hold {self.num_views} views of every image in turn")
+        self._length = images_per_view if samples_views else len(views)
 
     def __len__(self) -> int:
-        return len(self.idx)
+        return self._length
+
+    def __reduce__(self):
+        folder, split, samples_views, view_seed, max_memory = self._arguments
+        options = {"samples_views": samples_views, "view_seed": view_seed, "max_memory": max_memory}
+        return partial(TokenDataset, **options), (folder, split)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
         """Return one row as a batch of one; see `__getitems__`."""
@@ -160,85 +189,42 @@ class TokenDataset(Dataset):
         """Return a batch of rows.
 
         Args:
-            keys: row numbers, or (epoch, row number) pairs.
+            keys: numbers of rows, or of images where views are sampled; or (epoch, number) pairs.
 
         Returns:
-            `labels` (B, L), `class_labels` (B,) and `index` (B,), all int64.
+            `labels` (B, L), `class_labels` (B,) and `index` (B,), all int64; `index` is what the keys say.
         """
-        rows = np.array([key[1] if isinstance(key, tuple) else key for key in keys])
+        index = np.array([key[1] if isinstance(key, tuple) else key for key in keys], np.int64)
+        if not len(index) or not -self._length <= index.min() <= index.max() < self._length:
+            raise IndexError(f"rows {index} are not all in 0..{self._length - 1}")
+        index %= self._length
+        rows = index
+        if self.samples_views:
+            epochs = np.array([key[0] if isinstance(key, tuple) else 0 for key in keys])
+            rows = index + self._length * self._draw_views(epochs, index)
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        places = rows - self._starts[parts]
+        labels = np.empty((len(rows), self.layout.num_tokens), np.int64)
+        for n, (part, place) in enumerate(zip(parts.tolist(), places.tolist(), strict=True)):
+            labels[n] = self._idx[part][place]
         return {
-            "labels": torch.from_numpy(self.idx[rows].astype(np.int64)),
+            "labels": torch.from_numpy(labels),
             "class_labels": torch.from_numpy(self.class_labels[rows]),
-            "index": torch.from_numpy(rows),
+            "index": torch.from_numpy(index),
         }
+
+    def _draw_views(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return a view for each image, (B,) int64."""
+        from nextblock.training.keyed_random import keyed_uniform
+
+        views = np.empty(len(index), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            is_here = epochs == epoch
+            draws = keyed_uniform(self.view_seed, epoch, samples=torch.from_numpy(index[is_here]))
+            views[is_here] = (draws.numpy() * self.num_views).astype(np.int64)
+        return views
 
 
 def collate_tokens(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Pass on what `TokenDataset.__getitems__` has already put together."""
     return batch
-
-
-def _read_shard(path: Path, num_rows: int, sha256: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a shard's indices (N, L) and labels (N,)."""
-    import pyarrow.parquet as pq
-
-    from nextblock.training.checkpoint import file_sha256
-
-    if not path.is_file():
-        raise ValueError(f"shard {path} is missing; its manifest lists it")
-    if file_sha256(path) != sha256:
-        raise ValueError(f"shard {path} has changed since it was written; expected the checksum of its manifest")
-    table = pq.read_table(path, columns=["idx", "label"]).combine_chunks()
-    if table.num_rows != num_rows:
-        raise ValueError(f"shard {path} has {table.num_rows} rows; expected {num_rows} as in its manifest")
-    flat = table["idx"].combine_chunks().flatten().to_numpy()
-    return flat.reshape(num_rows, -1), table["label"].to_numpy().astype(np.int64)
-
-
-def write_shard(
-    path: Path,
-    idx: np.ndarray,
-    class_labels: np.ndarray,
-    image_ids: Sequence[str],
-    views: np.ndarray,
-    class_names: Sequence[str],
-    vocab_size: int,
-) -> None:
-    """Write one Parquet shard under a temporary name, flush it, and rename it into place.
-
-    Args:
-        path: final name.
-        idx: (N, L) integers in block order.
-        class_labels: (N,) integers.
-        image_ids: N identifiers.
-        views: (N,) 0 for the original, v for the v-th augmented copy.
-        class_names: names by label; empty for unconditional data.
-        vocab_size: V.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import ClassLabel, Features, List, Value
-
-    from nextblock.training.checkpoint import flush_to_disk
-
-    dtype = index_dtype(vocab_size)
-    features = Features(
-        {
-            "idx": List(Value(dtype)),
-            "label": ClassLabel(names=list(class_names)) if class_names else Value("int64"),
-            "image_id": Value("string"),
-            "view": Value("int32"),
-        }
-    )
-    N, L = idx.shape
-    offsets = pa.array(np.arange(0, (N + 1) * L, L, dtype=np.int32))
-    columns = [
-        pa.ListArray.from_arrays(offsets, pa.array(idx.astype(dtype).reshape(-1))),
-        pa.array(class_labels.astype(np.int64)),
-        pa.array(list(image_ids), pa.string()),
-        pa.array(views.astype(np.int32)),
-    ]
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_arrays(columns, schema=features.arrow_schema), temporary)
-    flush_to_disk(temporary)
-    temporary.replace(path)

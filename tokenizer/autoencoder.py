@@ -8,6 +8,7 @@ import math
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 NORM_GROUPS = 32
 
@@ -17,7 +18,7 @@ def group_norm(num_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(NORM_GROUPS, num_channels), num_channels, eps=1e-6)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(GradientCheckpointingLayer):
     """norm1-SiLU-conv1-norm2-SiLU-dropout-conv2 around a skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):

@@ -71,7 +71,7 @@ class VQVAEConfig(PreTrainedConfig):
         self.num_channels = num_channels
         self.autoencoder = autoencoder
         self.hidden_dim = hidden_dim
-        self.width_multipliers = list(width_multipliers or [1, 1, 2, 2, 4])
+        self.width_multipliers = [1, 1, 2, 2, 4] if width_multipliers is None else list(width_multipliers)
         self.num_res_blocks = num_res_blocks
         self.dropout = dropout
         self.vocab_size = vocab_size
@@ -122,6 +122,8 @@ class VQVAEConfig(PreTrainedConfig):
             )
         grid = (H // factor, W // factor)
         if self.layout == "tiles":
+            if self.scales is not None:
+                raise ValueError(f"scales is {self.scales}; expected None for the layout 'tiles'")
             return BlockLayout.tiles(self.tile, grid)
         layout = BlockLayout.scales(self.scales)
         if layout.grid != grid:
@@ -160,7 +162,11 @@ class VQVAEConfig(PreTrainedConfig):
                 raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1]")
         if not 0 < self.codebook_ema_decay < 1:
             raise ValueError(f"codebook_ema_decay is {self.codebook_ema_decay}; expected a number in (0, 1)")
-        if min(self.width_multipliers) < 1:
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon is {self.epsilon}; expected a number above 0")
+        if self.codebook_init_scale is not None and not self.codebook_init_scale > 0:
+            raise ValueError(f"codebook_init_scale is {self.codebook_init_scale}; expected a number above 0, or None")
+        if not self.width_multipliers or min(self.width_multipliers) < 1:
             raise ValueError(f"width_multipliers is {self.width_multipliers}; expected positive integers")
         if self.quant_conv_kernel_size == 0 and self.latent_channels != self.embedding_dim:
             raise ValueError(

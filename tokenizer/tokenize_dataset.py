@@ -1,25 +1,28 @@
-"""Turn images into token shards.
+"""Turn images into token shards; a killed job goes on where it was when it is started again.
 
 accelerate launch -m nextblock.tokenizer.tokenize_dataset --config tokenizer/tokenize-digits --tokenizer DIR …
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, ImageDataset, ImageSource, collate, load_source
-from nextblock.data.tokens import MANIFEST_NAME, TokenManifest, tokenizer_fingerprint, write_shard
-from nextblock.training.checkpoint import file_sha256
+from nextblock.data.images import ImageDataConfig, load_source
+from nextblock.data.tokens import MANIFEST_NAME, TokenManifest, tokenizer_fingerprint, tokenizer_options
+from nextblock.data.views import ViewSet
 from nextblock.training.config import parse_run_config
 from nextblock.training.processes import connect_processes
 
+from .job_folder import check_finished, claimed_folder, finish
 from .modeling_vqvae import VQVAE
+from .shard_jobs import Encoder, Progress, RowDataset, Shard, write_shards
 
 
 @dataclass(kw_only=True)
@@ -29,31 +32,53 @@ class TokenizeConfig:
     tokenizer: str
     """Folder of the tokenizer."""
     output_dir: str
-    """Folder of the shards and their manifest."""
+    """Folder of the shards and their manifest; an unfinished one is finished, one of another job refused."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     """Where images come from; the held-out split is encoded too."""
     transform: TransformConfig = field(default_factory=TransformConfig)
     """How the augmented views of training images are made; the original is always a plain center crop."""
     num_augmented_views: int = 0
     """Augmented copies of each training image, besides the original."""
+    has_flipped_view: bool = False
+    """Encode the mirrored center crop of each training image too."""
+    ten_crop_ratio: float | None = None
+    """Encode ten crops of each training image too, corners and center, plain and mirrored: the shorter side is resized
+    to this multiple (1 or more) of the tokenizer's image size first; none with null."""
+    min_image_side: int = 1
+    """Images with a shorter side under this many pixels are too small."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At an image that cannot be used: "stop" the job, or "skip" it and list it in rejected.jsonl."""
     rows_per_shard: int = 65536
-    """Rows of a full shard."""
+    """Rows of a full shard, which is what a killed process loses at most."""
     batch_size: int = 128
     """Images encoded at a time by each process."""
     num_workers: int = 0
     """Processes that decode images, for each encoding process; 0 decodes in the encoding process."""
+    num_threads: int = 1
+    """CPU threads that each process encodes with; part of the job, because rounding depends on it."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """"bf16" encodes under autocast; the nearest code is searched in float32 either way."""
+    is_channels_last: bool = False
+    """Lay images out pixel by pixel in memory, which many convolutions are faster with."""
+    is_compiled: bool = False
+    """Compile the encoder with torch.compile."""
     seed: int = 0
     """Key of the augmentation."""
     cpu: bool = False
     """Encode on the CPU even where there is a GPU."""
 
     def __post_init__(self):
-        for name in ("rows_per_shard", "batch_size"):
+        for name in ("rows_per_shard", "batch_size", "num_threads", "min_image_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("num_augmented_views", "num_workers"):
+        for name in ("num_augmented_views", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+        if self.ten_crop_ratio is not None and not 1 <= self.ten_crop_ratio < float("inf"):
+            raise ValueError(f"ten_crop_ratio is {self.ten_crop_ratio}; expected a number of 1 or more, or null")
+        for name, values in (("on_error", ("stop", "skip")), ("mixed_precision", ("no", "bf16"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
         if self.num_augmented_views and not self.transform.is_random:
             raise ValueError(
                 f"num_augmented_views is {self.num_augmented_views} but transform changes nothing at random; "
@@ -61,128 +86,151 @@ class TokenizeConfig:
             )
 
 
-class ViewDataset(Dataset):
-    """The rows of a split, view by view: row r is image r mod N in view r div N; view 0 is the plain center crop.
-
-    Args:
-        originals: the images without augmentation, N of them.
-        augmented: the same images with augmentation; view v is its epoch v.
-        num_views: views of each image.
-    """
-
-    def __init__(self, originals: ImageDataset, augmented: ImageDataset, num_views: int):
-        self.originals = originals
-        self.augmented = augmented
-        self.num_views = num_views
-
-    def __len__(self) -> int:
-        return len(self.originals) * self.num_views
-
-    def __getitem__(self, row: int) -> dict:
-        view, index = divmod(row, len(self.originals))
-        return self.augmented[(view, index)] if view else self.originals[index]
-
-
 def tokenize(config: TokenizeConfig) -> None:
     """Encode a data set, each process its own shards, and write the manifest once all are there.
+
+    Shards that are there already stay, whatever number of processes wrote them; the result is the same to the byte.
 
     Args:
         config: the job.
 
     Raises:
-        ValueError: if the output folder holds a finished job, or the configuration or data does not fit.
+        ValueError: if the output folder holds another job, the configuration or data does not fit, or an image cannot
+            be used while `on_error` is "stop".
     """
     state = connect_processes(config.cpu)
     folder = Path(config.output_dir)
-    if (folder / MANIFEST_NAME).exists():
-        raise ValueError(f"output_dir {folder} already holds tokens; expected a new folder")
     model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
-    train_source = load_source(config.data, config.data.split)
-    sources = {config.data.split: train_source}
-    if config.data.eval_split is not None:
-        sources[config.data.eval_split] = load_source(config.data, config.data.eval_split)
-    if state.is_main_process:
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-    state.wait_for_everyone()
-    manifest = TokenManifest(
+    if config.rows_per_shard * model.layout.num_tokens >= 1 << 31:
+        raise ValueError(
+            f"rows_per_shard is {config.rows_per_shard}; expected under {(1 << 31) // model.layout.num_tokens}, as a "
+            f"shard of rows of {model.layout.num_tokens} tokens holds fewer than 2³¹ of them"
+        )
+    plans = _plan(config, model)
+    job = _describe(config, model, plans, state)
+    with claimed_folder(folder, job, state):
+        missing = {
+            split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
+            for split, (_, shards) in plans.items()
+        }
+        is_finished = (folder / MANIFEST_NAME).is_file() and not any(missing.values())
+        # Nobody writes before everybody has looked.
+        state.wait_for_everyone()
+        if not is_finished:
+            with fixed_threads(config.num_threads):
+                _write_missing(config, state, model, plans, missing)
+        if state.is_main_process:
+            totals = check_finished(folder) if is_finished else finish(folder, job, plans)
+            rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
+            print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+
+
+def _plan(config: TokenizeConfig, model: VQVAE) -> dict[str, tuple[RowDataset, list[Shard]]]:
+    """Open the splits and cut them into shards."""
+    views = _views(config)
+    plans: dict[str, tuple[RowDataset, list[Shard]]] = {}
+    for split in (config.data.split, config.data.eval_split):
+        if split is None or split in plans:
+            continue
+        num_views = len(views.names) if split == config.data.split else 1
+        source = load_source(config.data, split)
+        size = (model.config.image_size, config.min_image_side, config.batch_size)
+        dataset = RowDataset(source, views, num_views, *size)
+        plans[split] = (dataset, Shard.plan(split, len(dataset), config.rows_per_shard))
+    names = [shards[0].name.partition("-")[0] for _, shards in plans.values()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.split and data.eval_split would both be written as {names[0]!r}; expected other names")
+    return plans
+
+
+def _views(config: TokenizeConfig) -> ViewSet:
+    """The views of a training image."""
+    return ViewSet(
+        transform=config.transform,
+        num_augmented=config.num_augmented_views,
+        has_flip=config.has_flipped_view,
+        ten_crop_ratio=config.ten_crop_ratio,
+        seed=config.seed,
+    )
+
+
+def _describe(
+    config: TokenizeConfig, model: VQVAE, plans: dict[str, tuple[RowDataset, list[Shard]]], state: PartialState
+) -> TokenManifest:
+    """All that the bytes of the result depend on, without what differs from place to place."""
+    data = asdict(config.data)
+    if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
+        data["path"] = None
+    return TokenManifest(
         layout=model.layout.to_dict(),
         vocab_size=model.config.vocab_size,
         embedding_dim=model.config.embedding_dim,
         tokenizer_sha256=tokenizer_fingerprint(model),
         image_size=list(model.config.image_size),
-        class_names=train_source.class_names,
-        data=asdict(config.data),
+        class_names=list(plans[config.data.split][0].source.class_names),
+        data=data,
         transform=asdict(config.transform),
         num_augmented_views=config.num_augmented_views,
         seed=config.seed,
+        views=_views(config).names,
+        min_image_side=config.min_image_side,
+        rows_per_shard=config.rows_per_shard,
+        encoding={
+            "device": state.device.type,
+            "mixed_precision": config.mixed_precision,
+            "is_channels_last": config.is_channels_last,
+            "is_compiled": config.is_compiled,
+            "batch_size": config.batch_size,
+            "num_threads": config.num_threads,
+        },
+        tokenizer_config=tokenizer_options(model),
+        splits={
+            split: {
+                "num_images": len(dataset.source),
+                "num_views": dataset.num_views,
+                "source_sha256": dataset.fingerprint(),
+            }
+            for split, (dataset, _) in plans.items()
+        },
     )
-    for split, source in sources.items():
-        num_views = 1 + config.num_augmented_views if split == config.data.split else 1
-        files = _encode_split(config, state, model, source, split, num_views)
-        state.wait_for_everyone()
-        manifest.splits[split] = {
-            "num_images": len(source),
-            "num_views": num_views,
-            "shards": [
-                {"file": str(path.relative_to(folder)), "num_rows": num_rows, "sha256": file_sha256(path)}
-                for path, num_rows in files
-            ],
-        }
-    if state.is_main_process:
-        manifest.save(folder)
-        totals = {split: sum(s["num_rows"] for s in entry["shards"]) for split, entry in manifest.splits.items()}
-        print(f"{folder}: " + ", ".join(f"{n} rows of {split}" for split, n in totals.items()))
-    state.wait_for_everyone()
 
 
-def _encode_split(
-    config: TokenizeConfig, state: PartialState, model: VQVAE, source: ImageSource, split: str, num_views: int
-) -> list[tuple[Path, int]]:
-    """Write this process's shards of a split and return the names and rows of all processes' shards."""
-    image_size = model.config.image_size
-    views = ViewDataset(
-        ImageDataset(source, image_size, TransformConfig(), config.seed),
-        ImageDataset(source, image_size, config.transform, config.seed),
-        num_views,
-    )
-    starts = range(0, len(views), config.rows_per_shard)
-    files = []
-    for shard, start in enumerate(starts):
-        rows = range(start, min(start + config.rows_per_shard, len(views)))
-        name = f"{split}-{shard:05d}-of-{len(starts):05d}.parquet"
-        files.append((Path(config.output_dir) / "data" / name, len(rows)))
-        if shard % state.num_processes == state.process_index:
-            idx, class_labels = _encode_rows(config, state, model, views, rows, name)
-            row_views, row_images = np.divmod(np.array(rows), len(source))
-            write_shard(
-                files[-1][0],
-                idx,
-                class_labels,
-                [source.identifier(int(index)) for index in row_images],
-                row_views,
-                source.class_names,
-                model.config.vocab_size,
-            )
-    return files
+def _write_missing(
+    config: TokenizeConfig,
+    state: PartialState,
+    model: VQVAE,
+    plans: dict[str, tuple[RowDataset, list[Shard]]],
+    missing: dict[str, list[Shard]],
+) -> None:
+    """Write this process's share of the missing shards; the main process then waits for the others'."""
+    folder = Path(config.output_dir) / "data"
+    encoder = Encoder(model, config.mixed_precision == "bf16", config.is_channels_last, config.is_compiled)
+    num_rows = sum(len(dataset) for dataset, _ in plans.values())
+    num_missing = sum(len(shard.rows) for shards in missing.values() for shard in shards)
+    progress = Progress(state, num_rows, num_rows - num_missing)
+    for split, shards in missing.items():
+        mine = shards[state.process_index :: state.num_processes]
+        options = {"num_workers": config.num_workers, "skips_errors": config.on_error == "skip"}
+        if mine:
+            write_shards(folder, mine, plans[split][0], encoder, progress, **options)
+    awaited = [folder / shard.name for shards in missing.values() for shard in shards] if state.is_main_process else []
+    # Files and no barrier: a barrier gives up after minutes, and the last shard of a process may take hours.
+    while not all(path.is_file() for path in awaited):
+        time.sleep(0.2)
+        progress.add(0)
+    progress.add(0)
+    progress.close()
 
 
-def _encode_rows(
-    config: TokenizeConfig, state: PartialState, model: VQVAE, views: ViewDataset, rows: range, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices (N, L) and labels (N,) of a range of rows."""
-    loader = DataLoader(
-        Subset(views, rows),
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        collate_fn=collate,
-        pin_memory=state.device.type == "cuda",
-    )
-    idx, class_labels = [], []
-    for batch in tqdm(loader, desc=name, disable=not state.is_local_main_process, mininterval=1.0):
-        idx_Bl = model.img_to_idxBl(batch["pixel_values"].to(state.device, non_blocking=True))
-        idx.append(model.layout.join(idx_Bl).cpu().numpy())
-        class_labels.append(batch["class_labels"].numpy())
-    return np.concatenate(idx), np.concatenate(class_labels)
+@contextmanager
+def fixed_threads(num_threads: int) -> Iterator[None]:
+    """Compute with so many CPU threads."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ LAYOUTS = {
     "raster": {"image_size": 16, "tile": 1},
     "rows": {"image_size": [16, 24], "tile": [1, 6]},
     "quadrants": {"image_size": 16, "tile": 2},
-    "patches not square": {"image_size": [16, 32], "tile": [2, 4]},
+    "patches not square": {"image_size": [16, 24], "tile": [4, 2]},
 }
 SIZES = {"hidden_dim": 8, "vocab_size": 24, "embedding_dim": 4, "codebook_init_scale": 0.3}
 

@@ -269,7 +269,7 @@ def test_options_that_do_not_go_together_are_refused(arguments, message, capsys)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "tiles"}, "layout is 'tiles'; expected 'scales'"),
+        ({"layout": "tiles", "scales": None}, "layout is 'tiles'; expected 'scales'"),
         ({"num_channels": 1}, "num_channels is 1; expected 3"),
         ({"hidden_dim": 16}, "hidden_dim is 16; expected a multiple of 32"),
         ({"z_channels": 8}, "z_channels is 8, embedding_dim 4"),

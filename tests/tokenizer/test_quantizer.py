@@ -13,6 +13,8 @@ LAYOUTS = {
     "rows": BlockLayout.tiles((1, 6), (4, 6)),
     "quadrants": BlockLayout.tiles(2, (4, 4)),
     "wide patches": BlockLayout.tiles((2, 4), (4, 8)),
+    # Not its own inverse as a permutation, unlike those above.
+    "three columns": BlockLayout.tiles(2, (4, 6)),
     "one tile": BlockLayout.tiles((2, 3), (2, 3)),
 }
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

@@ -264,6 +264,16 @@ def test_vqgan_halves_once_between_levels(make_vqvae, make_images, quant_conv_ke
     assert [f"decoder.up.{i}.upsample.conv.weight" in names for i in range(3)] == [False, True, True]
 
 
+def test_any_width_can_be_normalised(make_vqvae, make_images):
+    model = make_vqvae(
+        image_size=8, autoencoder="vqgan", hidden_dim=24, width_multipliers=[1, 2], num_res_blocks=1, tile=2
+    )
+    assert [level.block[0].norm2.num_groups for level in model.encoder.down] == [8, 16]
+    assert model(make_images(model)).reconstruction.isfinite().all()
+    published = make_vqvae(image_size=8, num_res_blocks=1, hidden_dim=64)
+    assert published.encoder[1].norm1.num_groups == 32
+
+
 def test_residual_blocks_in_the_simple_autoencoder(make_vqvae, make_images):
     model = make_vqvae(image_size=[16, 24], num_res_blocks=2, dropout=0.5)
     pixel_values = make_images(model)

@@ -1,0 +1,237 @@
+"""Parquet shards of tokens: written whole or not at all, and opened as arrays.
+
+Legend: N rows, L all tokens, V codes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .blocks import BlockLayout
+
+if TYPE_CHECKING:
+    from .tokens import TokenManifest
+
+_REJECTED_KEY = b"nextblock.rejected"
+
+
+class ShardRows(NamedTuple):
+    """Some rows of a shard."""
+
+    idx: np.ndarray
+    """(N, L) uint16 or uint32."""
+    class_labels: np.ndarray
+    """(N,) int64."""
+    views: np.ndarray
+    """(N,) int32."""
+
+
+def index_dtype(vocab_size: int) -> str:
+    """Return the narrowest Parquet type for indices: "uint16", or "uint32" for more than 65 536 codes."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def split_identifier(split: str) -> str:
+    """Return a split's name as file names and the hub take it: letters, digits and underscores."""
+    return re.sub(r"\W", "_", split, flags=re.ASCII)
+
+
+def write_shard(
+    path: Path,
+    idx: np.ndarray,
+    class_labels: np.ndarray,
+    image_ids: Sequence[str],
+    views: np.ndarray,
+    class_names: Sequence[str],
+    vocab_size: int,
+    rejected: Sequence[dict] = (),
+) -> None:
+    """Write one Parquet shard under a temporary name, flush it, and rename it into place.
+
+    Args:
+        path: final name.
+        idx: (N, L) integers in block order.
+        class_labels: (N,) integers.
+        image_ids: N identifiers.
+        views: (N,) 0 for the original, v for the v-th augmented copy.
+        class_names: names by label; empty for unconditional data.
+        vocab_size: V.
+        rejected: what keeps the shard's other images out, kept in its footer.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import ClassLabel, Features, List, Value
+
+    from nextblock.training.checkpoint import flush_to_disk
+
+    dtype = index_dtype(vocab_size)
+    features = Features(
+        {
+            "idx": List(Value(dtype)),
+            "label": ClassLabel(names=list(class_names)) if class_names else Value("int64"),
+            "image_id": Value("string"),
+            "view": Value("int32"),
+        }
+    )
+    N, L = idx.shape
+    columns = [
+        pa.ListArray.from_arrays(
+            pa.array(np.arange(N + 1, dtype=np.int32) * L), pa.array(idx.astype(dtype).reshape(-1))
+        ),
+        pa.array(class_labels.astype(np.int64)),
+        pa.array(list(image_ids), pa.string()),
+        pa.array(views.astype(np.int32)),
+    ]
+    schema = features.arrow_schema
+    schema = schema.with_metadata({**(schema.metadata or {}), _REJECTED_KEY: json.dumps(list(rejected)).encode()})
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary)
+    flush_to_disk(temporary)
+    temporary.replace(path)
+    flush_to_disk(path.parent)
+
+
+def read_footer(path: Path) -> tuple[int, list[dict]]:
+    """Return a shard's number of rows and the images that were rejected from it.
+
+    Raises:
+        ValueError: if it is no Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"shard {path} cannot be read: {error}") from error
+    return footer.num_rows, json.loads((footer.metadata or {}).get(_REJECTED_KEY, b"[]"))
+
+
+def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
+    """Read one shard.
+
+    Args:
+        path: the file.
+        num_rows: N, as its manifest says.
+        sha256: its checksum there.
+
+    Raises:
+        ValueError: if the file is missing, has changed, or holds something else.
+    """
+    import pyarrow.parquet as pq
+
+    from nextblock.training.checkpoint import file_sha256
+
+    if not path.is_file():
+        raise ValueError(f"shard {path} is missing; its manifest lists it")
+    if file_sha256(path) != sha256:
+        raise ValueError(f"shard {path} has changed since it was written; expected the checksum of its manifest")
+    table = pq.read_table(path, columns=["idx", "label", "view"]).combine_chunks()
+    if table.num_rows != num_rows:
+        raise ValueError(f"shard {path} has {table.num_rows} rows; expected {num_rows} as in its manifest")
+    column = table["idx"].combine_chunks()
+    lengths = np.unique(np.diff(column.offsets.to_numpy()))
+    if len(lengths) > 1:
+        raise ValueError(f"shard {path} has rows of {lengths.min()} to {lengths.max()} tokens; expected equal lengths")
+    idx = column.flatten().to_numpy().reshape(num_rows, lengths[0] if len(lengths) else 0)
+    return ShardRows(idx, table["label"].to_numpy().astype(np.int64), table["view"].to_numpy())
+
+
+def open_rows(
+    folder: Path, manifest: "TokenManifest", split: str, max_memory: int
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Open all rows of a split.
+
+    Args:
+        folder: of tokens.
+        manifest: that of the folder.
+        split: one of its splits.
+        max_memory: largest size in bytes that is read into memory rather than mapped.
+
+    Returns:
+        The indices in parts (N_part, L), the labels (N,) int64 and the views (N,) int32.
+
+    Raises:
+        ValueError: if a shard is missing, has changed or does not fit the manifest.
+    """
+    shards = [shard for shard in manifest.splits[split]["shards"] if shard["num_rows"]]
+    num_tokens = BlockLayout.from_dict(manifest.layout).num_tokens
+    size = sum(shard["num_rows"] for shard in shards) * num_tokens * np.dtype(index_dtype(manifest.vocab_size)).itemsize
+    if size <= max_memory:
+        parts = list(_checked_shards(folder, manifest, split, shards, num_tokens))
+    else:
+        parts = _mapped_shards(folder, manifest, split, shards, num_tokens)
+    labels, views = (np.concatenate([part[column] for part in parts]) for column in (1, 2))
+    return [part.idx for part in parts], labels, views
+
+
+def _checked_shards(
+    folder: Path, manifest: "TokenManifest", split: str, shards: list[dict], num_tokens: int
+) -> Iterator[ShardRows]:
+    """Read shards one after the other and refuse indices that are no codes."""
+    for shard in shards:
+        rows = read_shard(folder / shard["file"], shard["num_rows"], shard["sha256"])
+        if rows.idx.shape[1] != num_tokens or rows.idx.max() >= manifest.vocab_size:
+            raise ValueError(
+                f"split {split!r} of {folder} has rows of {rows.idx.shape[1]} tokens up to {rows.idx.max()}; "
+                f"expected {num_tokens} tokens under {manifest.vocab_size}"
+            )
+        yield rows
+
+
+def _mapped_shards(
+    folder: Path, manifest: "TokenManifest", split: str, shards: list[dict], num_tokens: int
+) -> list[ShardRows]:
+    """Unpack checked shards into one Arrow file of the cache, where it is not there yet, and map that into memory."""
+    import datasets
+    import pyarrow as pa
+
+    features = datasets.Features(
+        {
+            "idx": datasets.List(datasets.Value(index_dtype(manifest.vocab_size)), length=num_tokens),
+            "label": datasets.Value("int64"),
+            "view": datasets.Value("int32"),
+        }
+    )
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "nextblock-tokens" / f"{_state_of(folder, shards)}.arrow"
+    if not cache.is_file():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+                for rows in _checked_shards(folder, manifest, split, shards, num_tokens):
+                    idx = pa.FixedSizeListArray.from_arrays(pa.array(rows.idx.reshape(-1)), num_tokens)
+                    columns = [idx, pa.array(rows.class_labels), pa.array(rows.views)]
+                    writer.write_table(pa.Table.from_arrays(columns, schema=features.arrow_schema))
+            os.replace(temporary, cache)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    table = datasets.Dataset.from_file(str(cache)).data.table
+    return [
+        ShardRows(
+            batch.column(0).flatten().to_numpy(zero_copy_only=True).reshape(batch.num_rows, num_tokens),
+            batch.column(1).to_numpy(zero_copy_only=True),
+            batch.column(2).to_numpy(zero_copy_only=True),
+        )
+        for batch in table.to_batches()
+    ]
+
+
+def _state_of(folder: Path, shards: list[dict]) -> str:
+    """Hash what tells the shards' content apart: checksums, and sizes and times so that a changed file is noticed."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        path = folder / shard["file"]
+        if not path.is_file():
+            raise ValueError(f"shard {path} is missing; its manifest lists it")
+        status = path.stat()
+        digest.update(f"{shard['sha256']} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]

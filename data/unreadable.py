@@ -1,0 +1,65 @@
+"""Why an image cannot be used, in words that are the same on every machine and in every run."""
+
+import errno
+import re
+
+from PIL import Image, UnidentifiedImageError
+
+REASONS = ("corrupt", "truncated", "too small", "unreadable mode", "decompression bomb", "missing")
+_TRUNCATED = re.compile(r"truncated|unexpected end|not enough (image )?data|end of file", re.IGNORECASE)
+_ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
+
+
+class UnreadableModeError(ValueError):
+    """Pixels whose range is unknown, so that they cannot become 8-bit RGB."""
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be used.
+
+    Args:
+        where: the image in words for a person, its path among them.
+        path: what is cut out of the detail, so that it says the same wherever the images lie.
+        error: what reading it raised.
+    """
+
+    def __init__(self, where: str, path: str, error: Exception):
+        super().__init__(f"cannot read {where}: {type(error).__name__}: {error}")
+        self.reason = rejection_reason(error)
+        message = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+        if isinstance(error, UnidentifiedImageError):
+            message = "cannot identify image file"
+        self.detail = f"{type(error).__name__}: {_ADDRESS.sub('', message.replace(path, '…'))}"
+
+    def __reduce__(self):
+        return _restored, (str(self), self.reason, self.detail)
+
+
+def _restored(message: str, reason: str, detail: str) -> UnreadableImageError:
+    """Rebuild an error that comes from another process."""
+    error = UnreadableImageError.__new__(UnreadableImageError, message)
+    error.args, error.reason, error.detail = (message,), reason, detail
+    return error
+
+
+def rejection_reason(error: Exception) -> str | None:
+    """Sort what reading an image raised into one of `REASONS`.
+
+    Args:
+        error: from PIL or from `to_rgb`.
+
+    Returns:
+        The reason, or None where the machine is at fault and not the image, such as for too many open files.
+    """
+    if isinstance(error, Image.DecompressionBombError):
+        return "decompression bomb"
+    if isinstance(error, UnreadableModeError):
+        return "unreadable mode"
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return "missing"
+    # A broken file can ask for a seek to nowhere, which is EINVAL.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return None
+    if isinstance(error, EOFError) or _TRUNCATED.search(str(error)):
+        return "truncated"
+    return "corrupt"

@@ -1,0 +1,54 @@
+"""The dataset card of a folder of tokens, a function of its manifest alone."""
+
+import re
+
+from nextblock.data.blocks import BlockLayout
+from nextblock.data.token_shards import index_dtype, split_identifier
+from nextblock.data.tokens import TokenManifest
+
+
+def token_card(manifest: TokenManifest) -> str:
+    """Write the card, with the header by which the hub and `datasets` find the splits.
+
+    Args:
+        manifest: complete.
+
+    Returns:
+        Markdown.
+    """
+    layout = BlockLayout.from_dict(manifest.layout)
+    header = ["---", "tags:", "- nextblock", "- image-tokens", "configs:", "- config_name: default", "  data_files:"]
+    table = ["| split | images | rejected | views | rows | shards |", "|---|---|---|---|---|---|"]
+    for split, entry in manifest.splits.items():
+        header += [f"  - split: {split_identifier(split)}"]
+        header += [f"    path: {re.sub('-[0-9]{5}-of-', '-?????-of-', entry['shards'][0]['file'])}"]
+        num_rows = sum(shard["num_rows"] for shard in entry["shards"])
+        counts = [entry["num_images"], entry["num_rejected"], entry["num_views"], num_rows, len(entry["shards"])]
+        table.append(f"| {split} | " + " | ".join(map(str, counts)) + " |")
+    height, width = manifest.image_size
+    views = [f"{number}. {name}" for number, name in enumerate(manifest.views)]
+    return "\n".join(
+        [
+            *header,
+            "---",
+            "# Image tokens",
+            "",
+            f"Codebook indices of images of {height}×{width} pixels, made with nextblock's `tokenize_dataset`.",
+            "",
+            f"- `idx`: {layout.num_tokens} indices below {manifest.vocab_size} ({index_dtype(manifest.vocab_size)}), "
+            f"{layout.num_blocks} blocks one after the other",
+            "- `label`: the class" if manifest.class_names else "- `label`: always 0, the images have no classes",
+            "- `image_id`: the image's name in its source",
+            "- `view`: which view of the image, as listed below",
+            "",
+            *table,
+            "",
+            "Views of the training split (other splits have view 0 alone):",
+            "",
+            *views,
+            "",
+            f"Tokenizer: SHA-256 `{manifest.tokenizer_sha256}`, configuration in `manifest.json` with layout, "
+            "transform and the shards' checksums. Images that could not be used are listed in `rejected.jsonl`.",
+            "",
+        ]
+    )
