@@ -6,8 +6,8 @@ LAYOUTS := scales raster rows quadrants
 LAYOUT ?= scales
 # override: the quickstart removes this folder, so no variable of the caller may name it.
 override OUT := out/quickstart$(if $(filter-out scales,$(LAYOUT)),-$(LAYOUT))
-# Such as PYTEST_OPTIONS='-n 2' for two processes.
-PYTEST_OPTIONS ?=
+# Two test processes, each with one thread; PYTEST_OPTIONS= runs a single one.
+PYTEST_OPTIONS ?= -n 2
 
 # Recipes call the python and the tools of .venv.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

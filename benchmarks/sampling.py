@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.sampling import guidance_scales, sample_tokens
+from nextblock.prior.sampling import guidance_scales
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
@@ -78,12 +78,22 @@ def plain_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) 
             hidden_states = layer(hidden_states, modulations[i], attend)
         conditional, unconditional = prior.logits(hidden_states, head_modulation).chunk(2)
         logits = unconditional + scales[k] * (conditional - unconditional)
-        uniforms = torch.rand(B, end - start, dtype=torch.float64, device=logits.device)
-        idx_Bl.append(sample_tokens(logits, uniforms, **TRUNCATION))
+        idx_Bl.append(plain_tokens(logits))
         if k + 1 < layout.num_blocks:
             canvas, next_input = quantizer.advance(canvas, idx_Bl[-1], k)
             block_input = prior.embed_input(next_input).repeat(2, 1, 1)
     return tokenizer.idxBl_to_img(idx_Bl)
+
+
+def plain_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """Truncate and draw as the published code does: top-k, a sort of all codes for top-p, a multinomial."""
+    logits = logits / TRUNCATION["temperature"]
+    logits = logits.masked_fill(logits < logits.topk(TRUNCATION["top_k"], dim=-1).values[..., -1:], -torch.inf)
+    ascending, order = logits.sort(dim=-1)
+    is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - TRUNCATION["top_p"]
+    is_tail[..., -1] = False
+    logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
+    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
 
 
 @torch.no_grad()

@@ -150,13 +150,18 @@ def compare(size: str, num_segments: int, segment: int, folder: Path) -> dict:
     task = TimedTask(accelerator, config, build_prior(config, tokenizer, names), tokenizer, data)
     task.compare_with(PlainLoop(build_prior(config, tokenizer, names), tokenizer, rows, accelerator.device), segment)
     fit(accelerator, task, rows, collate_tokens, config.loop, folder)
+    if len(task.times["nextblock"]) < num_segments:
+        raise RuntimeError(f"stopped after {len(task.times['nextblock'])} of {num_segments} segments; no figures")
     row = {"size": size, **SIZES[size], "batch_size": BATCH_SIZE, "num_tokens": tokenizer.layout.num_tokens}
     for i, clock in enumerate(("wall", "processor")):
         # The first segment of each warms caches and allocators up.
         segments = {name: [both[i] for both in times[1:num_segments]] for name, times in task.times.items()}
         medians = {name: float(statistics.median(values)) / segment for name, values in segments.items()}
         row |= {f"{name}_{clock}_ms_a_step": round(1000 * median, 3) for name, median in medians.items()}
-        row[f"{clock}_overhead_percent"] = round(100 * (medians["nextblock"] / medians["plain"] - 1), 2)
+        # Of neighbouring segments, whose spread tells how far the machine is to be believed.
+        pairs = zip(segments["nextblock"], segments["plain"], strict=True)
+        quartiles = statistics.quantiles([float(100 * (ours / other - 1)) for ours, other in pairs], n=4)
+        row[f"{clock}_overhead_percent_quartiles"] = [round(quartile, 2) for quartile in quartiles]
     return row
 
 

@@ -149,20 +149,22 @@ def truncate_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0
     Args:
         logits: (…, V).
         top_k: codes kept, ties included; 0 keeps all.
-        top_p: mass kept, in (0, 1]; 1 keeps all.
+        top_p: mass kept, in (0, 1], ties included; 1 keeps all.
         min_p: share of the likeliest code's probability under which a code is removed; 0 removes none.
 
     Returns:
         (…, V) with −inf in place of what is removed.
     """
+    descending = None
     if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        descending = logits.topk(top_k, dim=-1).values
+        logits = logits.masked_fill(logits < descending[..., -1:], -torch.inf)
     if top_p < 1:
-        ascending, order = logits.sort(dim=-1)
+        # The top k come sorted: their mass needs no sort of all codes.
+        ascending = logits.sort(dim=-1).values if descending is None else descending.flip(-1)
         is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        is_tail[..., -1] = False
-        logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
+        num_removed = is_tail[..., :-1].sum(dim=-1, keepdim=True)
+        logits = logits.masked_fill(logits < ascending.gather(-1, num_removed), -torch.inf)
     if min_p > 0:
         # Compared as logits, a ratio needs no normalisation.
         threshold = logits.amax(dim=-1, keepdim=True) + math.log(min_p)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
-from nextblock.evaluation.codebook import code_counts, perplexity, usage
+from nextblock.evaluation.codebook import code_counts, codebook_statistics, perplexity, usage
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid, to_uint8
 from nextblock.training.config import options_dataclass, parse_run_config, save_run_config
@@ -138,13 +138,14 @@ class TokenizerTask:
         loop = config.loop
         learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, config.optimizer)
         metrics: dict[str, Tensor] = {}
-        reconstructions = []
+        reconstructions, counts = [], 0
         for i, batch in enumerate(micro_batches):
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 output = self.model(batch["pixel_values"])
                 losses = self._losses(output, batch["pixel_values"], step)
                 accelerator.backward(losses["loss"] / n)
             reconstructions.append(output.reconstruction.detach())
+            counts = counts + output.statistics["code_counts"]
             _add_mean(metrics, losses, n)
         if config.optimizer.max_grad_norm is not None:
             metrics["grad_norm"] = accelerator.clip_grad_norm_(
@@ -152,10 +153,9 @@ class TokenizerTask:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        statistics = {
-            f"codebook/{name}": output.statistics[name] for name in ("usage", "perplexity", "num_dead_codes")
-        }
-        return reconstructions, metrics | statistics | {"learning_rate": learning_rate}
+        statistics = codebook_statistics(counts)
+        metrics |= {f"codebook/{name}": statistics[name] for name in ("usage", "perplexity", "num_dead_codes")}
+        return reconstructions, metrics | {"learning_rate": learning_rate}
 
     def _losses(self, output: VQVAEOutput, pixel_values: Tensor, step: int) -> dict[str, Tensor]:
         """Compute every term of the tokenizer's loss, and as `loss` what it minimises."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,8 +17,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     learning_rate_batch_size: int | None = None
     """Batch size that `learning_rate` is meant for: another batch size scales it in proportion; null never."""
-    betas: list[float] = None
-    """AdamW's two decay rates; null means [0.9, 0.95]."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two decay rates."""
     weight_decay: float = 0.05
     """Decay of matrices, tables and convolutions; biases, norms and positions have none."""
     final_weight_decay: float | None = None
@@ -37,23 +37,22 @@ class OptimizerConfig:
     """Learning rate at the last step over the peak."""
 
     def __post_init__(self):
-        self.betas = [0.9, 0.95] if self.betas is None else list(self.betas)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}; expected two numbers in [0, 1)")
-        for field in ("weight_decay", "final_weight_decay"):
-            if getattr(self, field) is not None and getattr(self, field) < 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected at least 0")
+        for name in ("weight_decay", "final_weight_decay"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}; expected a number above 0, or null")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; expected at least 0")
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"schedule is {self.schedule!r}; expected 'constant', 'cosine' or 'linear'")
-        for field in ("final_lr_ratio", "warmup_start_ratio", "hold_ratio"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1]")
+        for name in ("final_lr_ratio", "warmup_start_ratio", "hold_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number in [0, 1]")
         if self.learning_rate_batch_size is not None and self.learning_rate_batch_size < 1:
             raise ValueError(
                 f"learning_rate_batch_size is {self.learning_rate_batch_size}; expected at least 1, or null"

@@ -1,22 +1,22 @@
 """Run trainings in processes of their own and kill or signal them in the middle; a script that test_kill.py starts.
 
-It reads a JSON list of attempts, each {"module", "arguments", "num_processes", "ends"}: "ends" maps a rank to [signal,
-step, seconds], the signal that the rank gets so many seconds into that step. The ranks' exit codes go to stdout.
+It reads a JSON list of attempts, each {"module", "arguments", "output_dir", "num_processes", "ends"}: "ends" maps a
+rank to [signal, step, seconds], the signal that the rank gets so many seconds into that step. For each attempt the
+ranks' exit codes and what then lies in output_dir go to stdout.
 """
 
+import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
 import threading
 import traceback
+from pathlib import Path
 
-import datasets  # noqa: F401 - imported once here rather than in every process
 import torch
 
-import nextblock.pipelines  # noqa: F401
 from nextblock.training.loop import _Training
 
 
@@ -45,14 +45,14 @@ def run_rank(attempt: dict, rank: int, port: int) -> int:
     torch.use_deterministic_algorithms(True)
     sys.argv = [attempt["module"], *attempt["arguments"]]
     try:
-        runpy.run_module(attempt["module"], run_name="__main__", alter_sys=True)
+        importlib.import_module(attempt["module"]).main()
     except BaseException:
         traceback.print_exc()
         return 1
     return 0
 
 
-def run(attempt: dict) -> list[int]:
+def run(attempt: dict) -> tuple[list[int], list[str]]:
     """Start all ranks; once one has ended badly, kill the others, which wait for it in vain."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -72,8 +72,12 @@ def run(attempt: dict) -> list[int]:
         if any(codes):
             for other in ranks:
                 os.kill(other, signal.SIGKILL)
-    return codes
+    folder = Path(attempt["output_dir"])
+    return codes, sorted(str(path.relative_to(folder)) for path in (*folder.glob("*"), *folder.glob("checkpoints/*")))
 
 
 if __name__ == "__main__":
-    print(json.dumps([run(attempt) for attempt in json.loads(sys.argv[1])]))
+    attempts = json.loads(sys.argv[1])
+    for attempt in attempts:
+        importlib.import_module(attempt["module"])  # Once, before the processes fork, rather than in each of them.
+    print(json.dumps([run(attempt) for attempt in attempts]))

@@ -41,6 +41,7 @@ def attempts(tokenizer_arguments, request):
         return {
             "module": f"nextblock.{stage.split()[0]}.train",
             "arguments": [str(argument) for argument in arguments],
+            "output_dir": str(output_dir),
             "num_processes": num_processes,
             "ends": ends,
         }
@@ -48,8 +49,8 @@ def attempts(tokenizer_arguments, request):
     return make
 
 
-def run(*attempts: dict, cwd: Path) -> tuple[list[list[int]], str]:
-    """Make the attempts one after another; return exit codes by attempt and rank, and the log."""
+def run(*attempts: dict, cwd: Path) -> tuple[list[list[int]], list[list[str]], str]:
+    """Make the attempts one after another; return exit codes by attempt and rank, files by attempt, and the log."""
     script = Path(__file__).with_name("killed_training.py")
     process = subprocess.Popen(
         [sys.executable, str(script), json.dumps(attempts)],
@@ -66,7 +67,8 @@ def run(*attempts: dict, cwd: Path) -> tuple[list[list[int]], str]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, log
-    return json.loads(output.splitlines()[-1]), log
+    codes, files = zip(*json.loads(output.splitlines()[-1]), strict=True)
+    return list(codes), list(files), log
 
 
 def state_hashes(run_dir: Path) -> dict[str, str]:
@@ -82,13 +84,14 @@ def outcomes(run_dir: Path) -> list[str | None]:
 
 def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(attempts, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    codes, log = run(
+    codes, files, log = run(
         attempts("tokenizer", 1, whole, {}),
         attempts("tokenizer", 1, killed, {"0": ["SIGKILL", 8, 0.0]}),
         attempts("tokenizer", 1, killed, {}, *LATEST),
         cwd=tmp_path,
     )
     assert codes == [[0], [KILLED], [0]], log
+    assert "checkpoints/step_00000006" in files[1] and "model.safetensors" not in files[1]
     assert "resuming from" in log and "at step 6" in log
     assert state_hashes(killed) == state_hashes(whole)
     assert outcomes(killed) == [None, "finished"]
@@ -96,18 +99,18 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(attempts,
 
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(attempts, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    codes, log = run(
+    codes, files, log = run(
         attempts("tokenizer", 2, whole, {}),
         attempts("tokenizer", 2, stopped, {"1": ["SIGTERM", 4, 0.0]}),
         attempts("tokenizer", 2, stopped, {"0": ["SIGINT", 7, 0.0], "1": ["SIGINT", 7, 0.0]}, *LATEST),
+        attempts("tokenizer", 2, stopped, {}, *LATEST),
         cwd=tmp_path,
     )
-    assert codes == [[0, 0]] * 3, log
+    assert codes == [[0, 0]] * 4, log
     for name, step in (("SIGTERM", 5), ("SIGINT", 8)):
         assert f"stopped by {name} after step {step} of {NUM_STEPS}, which is saved" in log
-    assert [path.name for path in sorted((stopped / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
-    assert not (stopped / "model.safetensors").exists()
-    assert run(attempts("tokenizer", 2, stopped, {}, *LATEST), cwd=tmp_path)[0] == [[0, 0]]
+    assert [name for name in files[2] if "step_" in name] == [f"checkpoints/step_0000000{step}" for step in (6, 8)]
+    assert ["model.safetensors" in names for names in files] == [True, False, False, True]
     assert state_hashes(stopped) == state_hashes(whole)
     assert outcomes(stopped) == ["stopped by SIGTERM", "stopped by SIGINT", "finished"]
 
@@ -128,7 +131,7 @@ def test_two_processes_killed_five_times_end_with_the_weights_of_undisturbed_one
         # What is saved after such an attempt at the latest.
         saved = max(saved, step // 3 * 3)
     todo.append(attempts(stage, 2, killed, {}, *LATEST))
-    codes, log = run(*todo, cwd=tmp_path)
+    codes, _, log = run(*todo, cwd=tmp_path)
     assert codes[0] == codes[-1] == [0, 0], log
     assert all(KILLED in pair for pair in codes[1:-1]), (seed, codes, log)
     assert state_hashes(killed) == state_hashes(whole), seed

@@ -149,7 +149,7 @@ def test_a_step_without_gradient_shrinks_the_decayed_group_alone():
 
 
 def test_defaults_and_errors_name_the_field():
-    assert OptimizerConfig().betas == [0.9, 0.95]
+    assert OptimizerConfig().betas == [0.9, 0.95] and OptimizerConfig().betas is not OptimizerConfig().betas
     for field, value, expected in (
         ("learning_rate", 0.0, "above 0"),
         ("learning_rate", math.nan, "above 0"),

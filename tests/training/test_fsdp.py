@@ -1,0 +1,117 @@
+"""A prior sharded over two CPU processes (FSDP2) trains, stops, resumes, is drawn from and exported like a whole one.
+
+Run as a script, this file is both processes: `test_fsdp.py JOBS`, a JSON list of command lines of prior training.
+accelerate turns FSDP into DDP on a CPU; the script makes it shard there as on a GPU.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+@pytest.mark.slow
+def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_path):
+    def arguments(name: str, *options: str) -> list[str]:
+        folders = ["--output_dir", tmp_path / name, "--pipeline_dir", tmp_path / name / "pipeline"]
+        fixed = ["--loop.ema_decay", "null", "--loop.tracker", "null", *folders, *options]
+        return [str(argument) for argument in [*prior_arguments, *fixed]]
+
+    run_on_two(("nextblock.prior.train", arguments("whole")), cwd=tmp_path)
+    resume = ["--loop.resume_from_checkpoint", "latest"]
+    jobs = [arguments("sharded"), arguments("stopped"), arguments("stopped", *resume)]
+    process = subprocess.Popen(
+        [sys.executable, __file__, json.dumps(jobs)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        log = process.communicate(timeout=200)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, log
+    assert "stopped by SIGTERM after step 4 of 6" in log
+    exported = {name: load_file(tmp_path / name / "pipeline/prior/model.safetensors") for name in ("whole", "sharded")}
+    for name, tensor in exported["whole"].items():
+        torch.testing.assert_close(exported["sharded"][name], tensor, rtol=0, atol=1e-4, msg=name)
+    stopped = load_file(tmp_path / "stopped" / "pipeline/prior/model.safetensors")
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in exported["sharded"].items())
+    assert (tmp_path / "sharded" / "pictures" / "samples_00000006.png").is_file()
+
+
+def main() -> None:
+    """Train in two processes, the second job up to a signal."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    child = os.fork()
+    rank = "1" if child else "0"
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    torch.use_deterministic_algorithms(True)
+    for number, arguments in enumerate(json.loads(sys.argv[1])):
+        train_sharded(arguments, is_signalled=number == 1 and rank == "1")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0
+    # What follows is the interpreter taking down the communication threads of a forked process: no part of this test.
+    os._exit(code)
+
+
+def train_sharded(arguments: list[str], is_signalled: bool) -> None:
+    """Train a prior of which this process holds a part."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    from nextblock.prior import train as prior_train
+    from nextblock.training import loop
+    from nextblock.training.config import parse_run_config
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    build_accelerator, take_step = loop.build_accelerator, loop._Training._step
+
+    def build_sharding_accelerator(*args):
+        accelerator = build_accelerator(*args)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["PriorLayer"],
+            reshard_after_forward=True,
+            state_dict_type="SHARDED_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+        return accelerator
+
+    def step_of_sharded(self, micro_batches, step):
+        assert all(isinstance(parameter, DTensor) for parameter in self.raw_model.parameters())
+        if is_signalled and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        take_step(self, micro_batches, step)
+
+    prior_train.build_accelerator, loop._Training._step = build_sharding_accelerator, step_of_sharded
+    try:
+        prior_train.train(parse_run_config(prior_train.PriorTrainConfig, prog="test", argv=arguments))
+    finally:
+        prior_train.build_accelerator, loop._Training._step = build_accelerator, take_step
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+if __name__ == "__main__":
+    main()
