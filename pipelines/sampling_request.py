@@ -34,7 +34,7 @@ class BatchShape:
         """Split a number of images into batches of one shape."""
         size = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
         if device.type == "cpu" and model.dtype == torch.float32:
-            # From four rows on, a CPU's float32 matrix products round alike for every number of rows.
+            # Odd numbers of rows take other kernels, which round differently; multiples of four mostly agree.
             return cls(num_images=size, num_rows=-(-size // 4) * 4)
         return cls(num_images=size, num_rows=size)
 
