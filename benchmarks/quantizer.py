@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/quantizer.py
 
-Times are the least of several runs. Peak memory is what a process holds at most beyond what it held before the search.
+Times are the least of several runs. Peak memory is what a process holds at most beyond what it held before.
 The one-hot form of the original quantizer needs N·V floats three times over and runs on fewer vectors; its time and
 memory are then scaled up, and the result says so.
 """

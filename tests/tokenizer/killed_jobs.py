@@ -91,7 +91,7 @@ def main() -> None:
             if num_kills == options["num_kills"]:
                 break
             pids = start(2, arguments)
-            time.sleep(rng.uniform(0, seconds))
+            time.sleep(rng.uniform(0, 0.9 * seconds))
             if kill(pids):
                 num_kills += 1
                 shards = len(list(folder.glob("data/[!.]*"))) if folder.exists() else -1
