@@ -53,21 +53,22 @@ def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_pat
 
 def main() -> None:
     """Train in two processes, the second job up to a signal."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    jobs = [(free_port(), arguments) for arguments in json.loads(sys.argv[1])]
     child = os.fork()
     rank = "1" if child else "0"
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
     torch.use_deterministic_algorithms(True)
-    for number, arguments in enumerate(json.loads(sys.argv[1])):
+    for number, (port, arguments) in enumerate(jobs):
+        os.environ["MASTER_PORT"] = str(port)
         train_sharded(arguments, is_signalled=number == 1 and rank == "1")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0
-    # What follows is the interpreter taking down the communication threads of a forked process: no part of this test.
-    os._exit(code)
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def train_sharded(arguments: list[str], is_signalled: bool) -> None:
@@ -81,7 +82,7 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
     from nextblock.training import loop
     from nextblock.training.config import parse_run_config
 
-    AcceleratorState._reset_state(reset_partial_state=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     build_accelerator, take_step = loop.build_accelerator, loop._Training._step
 
@@ -110,7 +111,6 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
         prior_train.train(parse_run_config(prior_train.PriorTrainConfig, prog="test", argv=arguments))
     finally:
         prior_train.build_accelerator, loop._Training._step = build_accelerator, take_step
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 if __name__ == "__main__":
