@@ -26,7 +26,9 @@ from nextblock.data.tokens import collate_tokens
 from nextblock.prior.train import NO_DECAY, BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.training.loop import LoopConfig, build_accelerator, fit
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.loop import fit
+from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer
 
 SIZES = {
@@ -149,7 +151,7 @@ def compare(size: str, num_segments: int, segment: int, folder: Path) -> dict:
     data = PriorData(train=rows, heldout=None, collate=collate_tokens, class_names=names)
     task = TimedTask(accelerator, config, build_prior(config, tokenizer, names), tokenizer, data)
     task.compare_with(PlainLoop(build_prior(config, tokenizer, names), tokenizer, rows, accelerator.device), segment)
-    fit(accelerator, task, rows, collate_tokens, config.loop, folder)
+    fit(accelerator, task, rows, collate_tokens, config, folder)
     if len(task.times["nextblock"]) < num_segments:
         raise RuntimeError(f"stopped after {len(task.times['nextblock'])} of {num_segments} segments; no figures")
     row = {"size": size, **SIZES[size], "batch_size": BATCH_SIZE, "num_tokens": tokenizer.layout.num_tokens}

@@ -6,11 +6,13 @@ Legend: B batch, K blocks, L all tokens, V codes, M metrics.
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -22,9 +24,11 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.images import ImageDataConfig
 from nextblock.evaluation.pictures import class_grid, image_grid, to_uint8
-from nextblock.training.config import options_dataclass, parse_run_config, save_run_config
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.config import options_dataclass, parse_run_config
 from nextblock.training.keyed_random import drop_class_labels
-from nextblock.training.loop import LoopConfig, build_accelerator, fit
+from nextblock.training.loop import fit
+from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 
 from .configuration_block_prior import BlockPriorConfig
@@ -50,6 +54,8 @@ class PriorTrainConfig:
 
     tokens: str | None = None
     """Folder of token shards. Exactly one of `tokens` and `data` is given."""
+    samples_views: bool = False
+    """Draw one of an image's views in every epoch, instead of all of them; with `tokens` only."""
     data: ImageDataConfig | None = None
     """Images, which the tokenizer encodes at every step; augmentation is then new in every epoch."""
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -88,6 +94,8 @@ class PriorTrainConfig:
     def __post_init__(self):
         if (self.tokens is None) == (self.data is None):
             raise ValueError(f"tokens is {self.tokens!r} and data is {self.data}; expected exactly one of them")
+        if self.samples_views and self.tokens is None:
+            raise ValueError("samples_views is true; expected false without tokens: images have their transform")
         if self.data is None and self.transform != TransformConfig():
             raise ValueError(f"transform is {self.transform}; expected the defaults with tokens, which are made")
         if self.data is None and self.tokenizer_dtype != "float32":
@@ -208,9 +216,13 @@ class PriorTask:
 
     def _draw(self, model: BlockPrior) -> Image.Image:
         """Draw samples of the first classes, a row each; an unconditional model fills one row."""
-        num_columns = self.config.num_pictures_per_class
+        images, class_labels = self._sample(model)
+        return class_grid(images, class_labels.numpy(), num_columns=self.config.num_pictures_per_class)
+
+    def _sample(self, model: BlockPrior) -> tuple[np.ndarray, Tensor]:
+        """Return images (N, H, W, 3) of the first classes, always with the same random numbers, and their labels."""
         classes = torch.arange(min(model.config.num_classes, 10)) if model.config.num_classes else torch.zeros(1)
-        class_labels = classes.long().repeat_interleave(num_columns)
+        class_labels = classes.long().repeat_interleave(self.config.num_pictures_per_class)
         idx_Bl = model.generate(
             class_labels,
             self.tokenizer.quantizer,
@@ -218,15 +230,21 @@ class PriorTask:
             guidance_schedule=self.config.guidance_schedule,
             generator=torch.Generator().manual_seed(self.config.loop.seed),
         )
-        images = to_uint8(self.tokenizer.idxBl_to_img(idx_Bl))
-        return class_grid(images, class_labels.numpy(), num_columns=num_columns)
+        return to_uint8(self.tokenizer.idxBl_to_img(idx_Bl)), class_labels
 
     def export(self, model: BlockPrior, metrics: dict[str, float]) -> None:
-        """Save prior and tokenizer together as a pipeline."""
+        """Save prior and tokenizer together as a pipeline, whose card says how it was trained and what it reached."""
         from nextblock.pipelines import ClassToImagePipeline
 
-        pipeline = ClassToImagePipeline(tokenizer=self.tokenizer, prior=model)
-        pipeline.save_pretrained(self.config.pipeline_dir)
+        config = self.config
+        recipe = {"steps": config.loop.num_steps, "batch size": config.loop.batch_size, "seed": config.loop.seed}
+        recipe |= {"learning rate": config.optimizer.learning_rate, "class dropout": config.class_dropout}
+        recipe |= {"guidance of the samples": f"{config.guidance_scale} ({config.guidance_schedule})"}
+        with torch.no_grad():
+            images = [Image.fromarray(image) for image in self._sample(model)[0]]
+        ClassToImagePipeline(tokenizer=self.tokenizer, prior=model).save_pretrained(
+            config.pipeline_dir, recipe=recipe, metrics=metrics, sample_images=images
+        )
 
 
 def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:
@@ -284,20 +302,17 @@ def train(config: PriorTrainConfig) -> None:
     output_dir = Path(config.output_dir)
     tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
     if config.tokens is not None:
-        data = token_data(config.tokens, tokenizer)
+        data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
     else:
         data = image_data(config.data, config.transform, config.loop.seed, tuple(tokenizer.config.image_size))
     accelerator = build_accelerator(config.loop, output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_run_config(config, output_dir / "config.yaml")
     task = PriorTask(accelerator, config, build_prior(config, tokenizer, data.class_names), tokenizer, data)
-    fit(accelerator, task, data.train, data.collate, config.loop, output_dir)
+    fit(accelerator, task, data.train, data.collate, config, output_dir)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and train."""
-    train(parse_run_config(PriorTrainConfig, prog="python -m nextblock.prior.train"))
+    train(parse_run_config(PriorTrainConfig, prog="python -m nextblock.prior.train", argv=argv))
 
 
 if __name__ == "__main__":

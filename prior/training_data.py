@@ -32,12 +32,14 @@ class PriorData:
         return self.collate(self.train.__getitems__(keys))
 
 
-def token_data(folder: str, tokenizer: PreTrainedModel) -> PriorData:
+def token_data(folder: str, tokenizer: PreTrainedModel, samples_views: bool = False, seed: int = 0) -> PriorData:
     """Open token shards.
 
     Args:
         folder: of the shards.
         tokenizer: in float32; must be the one that made them.
+        samples_views: whether a training row is an image in a view drawn anew in every epoch, and not one view.
+        seed: key of the views drawn.
 
     Raises:
         ValueError: if the shards are damaged, or another tokenizer made them.
@@ -46,7 +48,7 @@ def token_data(folder: str, tokenizer: PreTrainedModel) -> PriorData:
     manifest.check_tokenizer(tokenizer, Path(folder))
     heldout = manifest.data["eval_split"]
     return PriorData(
-        train=TokenDataset(folder, manifest.data["split"]),
+        train=TokenDataset(folder, manifest.data["split"], samples_views=samples_views, view_seed=seed),
         heldout=None if heldout is None else TokenDataset(folder, heldout),
         collate=collate_tokens,
         class_names=manifest.class_names,

@@ -32,12 +32,13 @@ class UsageAlarm:
     """Warn when the codebook, or one block's part in it, uses far fewer codes than it could.
 
     Usage is that of a step's batch, so it is compared with what evenly used codes would reach in as many tokens: a
-    block of one token an image cannot use 4096 codes in a batch of 64.
+    block of one token an image cannot use 4096 codes in a batch of 64. A block is compared with the most it has used
+    since the start, where that is less: coarse scales of images that are alike need few codes.
 
     Args:
         model: its `layout` and `config.vocab_size`, where it has them, say how many tokens and codes there are.
         batch_size: samples that usage is measured on at a time.
-        threshold: share of the attainable usage under which the alarm rings; None never rings.
+        threshold: share of that usage under which the alarm rings; None never rings.
         cooldown: steps that the same figure then stays silent for.
     """
 
@@ -45,6 +46,7 @@ class UsageAlarm:
         self._threshold = threshold
         self._cooldown = cooldown
         self._rang_at: dict[str, int] = {}
+        self._highest: dict[str, float] = {}
         layout = getattr(model, "layout", None)
         self._vocab_size = None if layout is None else model.config.vocab_size
         self._num_tokens = [] if layout is None else [batch_size * length for length in layout.block_lengths]
@@ -63,15 +65,19 @@ class UsageAlarm:
             match = _USAGE.fullmatch(name)
             if match is None:
                 continue
-            attainable = self._attainable(match["block"])
+            expected = attainable = self._attainable(match["block"])
+            if match["block"] is not None:
+                self._highest[name] = max(value, self._highest.get(name, 0.0))
+                expected = min(attainable, self._highest[name])
             is_silent = name in self._rang_at and step - self._rang_at[name] < self._cooldown
-            if value >= self._threshold * attainable or is_silent:
+            if value >= self._threshold * expected or is_silent:
                 continue
             self._rang_at[name] = step
             where = "the codebook" if match["block"] is None else f"block {match['block']} of the codebook"
+            past = f"it has used {expected:.1%} and " if expected < attainable else ""
             found.append(
-                f"step {step}: {where} uses {value:.1%} of the codes a batch, where evenly used codes would reach "
-                f"{attainable:.1%}: {REMEDY}"
+                f"step {step}: {where} uses {value:.1%} of the codes a batch, where {past}evenly used codes would "
+                f"reach {attainable:.1%}: {REMEDY}"
             )
         return found
 

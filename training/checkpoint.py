@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 logger = get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint.json"
+RUN_CONFIG_NAME = "config.yaml"
 
 
 def file_sha256(path: Path) -> str:
@@ -37,7 +38,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept: int) -> None:
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept: int, run_config: str) -> None:
     """Save the whole training state; every process must call it.
 
     Args:
@@ -45,12 +46,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept:
         folder: where checkpoints lie, one sub-folder each.
         step: number of steps taken.
         num_kept: newest checkpoints that stay.
+        run_config: the run's options as YAML, kept beside the state.
     """
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
     if accelerator.is_main_process:
         for leftover in folder.glob(".step_*.tmp"):
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
+        (temporary / RUN_CONFIG_NAME).write_text(run_config, encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()

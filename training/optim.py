@@ -20,7 +20,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's two decay rates."""
     weight_decay: float = 0.05
-    """Decay of matrices, tables and convolutions; biases, norms and positions have none."""
+    """Decay of matrices, tables and convolutions; biases, norms, positions and codes have none."""
     final_weight_decay: float | None = None
     """Weight decay at the last step, reached along a cosine; null keeps it constant."""
     max_grad_norm: float | None = 1.0

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 
@@ -30,40 +32,55 @@ class Recorder:
         accelerator: sums over processes and holds the trackers.
         output_dir: gets `metrics.jsonl`, `alarms.jsonl` and `pictures/`.
         first_step: steps already taken; later lines of an earlier run are dropped.
+        options: the run's, for the tracker that shows them (Weights & Biases).
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int, options: Mapping | None = None):
         self.accelerator = accelerator
         self.output_dir = output_dir
-        self.first_step = first_step
-        self.last_evaluation: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
+        self.last_evaluation: dict[str, float] | None = None
+        """Held-out metrics of the newest step, None before any; a resumed run finds those of its first step."""
+        self._seconds_before = 0.0
+        self._sums: dict[tuple[str, ...], Tensor] = {}
         if accelerator.is_main_process:
             (output_dir / "pictures").mkdir(parents=True, exist_ok=True)
-            _keep_lines_up_to(output_dir / "metrics.jsonl", first_step)
             if (output_dir / ALARMS_NAME).exists():
                 _keep_lines_up_to(output_dir / ALARMS_NAME, first_step)
-        accelerator.init_trackers("nextblock")
+            lines = _keep_lines_up_to(output_dir / "metrics.jsonl", first_step)
+            self._seconds_before = max((line.get("time/total", 0.0) for line in lines), default=0.0)
+            self.last_evaluation = _evaluation_at(lines, first_step)
+        if first_step:
+            # Whether the first step still has to be evaluated must be agreed on.
+            [self.last_evaluation] = broadcast_object_list([self.last_evaluation])
+        accelerator.init_trackers("nextblock", init_kwargs={"wandb": {"dir": str(output_dir), "config": options}})
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
         """Add one step's metrics to the running sums, without waiting for the device."""
         device = self.accelerator.device
-        for name, value in metrics.items():
-            if isinstance(value, Tensor):
-                value = whole_tensor(value.detach()).to(device, torch.float64)
-            else:
-                # Filled, not copied: copying a number of the host's would wait for the device.
-                value = torch.full((), value, dtype=torch.float64, device=device)
-            is_finite = value.isfinite()
-            counted = torch.stack([torch.where(is_finite, value, 0.0), is_finite.double()])
-            self._sums[name] = self._sums[name] + counted if name in self._sums else counted
+        # Filled, not copied: copying a number of the host's would wait for the device.
+        values = [
+            whole_tensor(value.detach()).to(device, torch.float64)
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float64, device=device)
+            for value in metrics.values()
+        ]
+        # All at once: many small operations a step would cost a tiny model several percent.
+        values = torch.stack(values)
+        is_finite = values.isfinite()
+        counted = torch.stack([values.where(is_finite, 0.0), is_finite.double()], dim=1)
+        names = tuple(metrics)
+        self._sums[names] = self._sums[names] + counted if names in self._sums else counted
 
     def log_training(self, step: int) -> dict[str, float]:
         """Write the means since the last call, over steps and processes; return them, "train/loss" say."""
-        names = sorted(self._sums)
-        sums, counts = self.accelerator.reduce(torch.stack([self._sums[name] for name in names])).unbind(1)
-        means = (sums / counts).tolist()
+        by_name: dict[str, Tensor] = {}
+        for step_names, rows in self._sums.items():
+            for name, row in zip(step_names, rows, strict=True):
+                by_name[name] = by_name[name] + row if name in by_name else row
         self._sums = {}
+        names = sorted(by_name)
+        sums, counts = self.accelerator.reduce(torch.stack([by_name[name] for name in names])).unbind(1)
+        means = (sums / counts).tolist()
         values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True) if math.isfinite(mean)}
         self._write(step, values)
         return values
@@ -83,7 +100,7 @@ class Recorder:
             pictures: RGB images by name.
         """
         self.last_evaluation = {f"eval/{name}": value for name, value in metrics.items()}
-        self._write(step, self.last_evaluation | {"time/total": _seconds_since_process_start()})
+        self._write(step, self.last_evaluation)
         if not self.accelerator.is_main_process:
             return
         for name, picture in pictures.items():
@@ -93,17 +110,29 @@ class Recorder:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and tell the trackers."""
+        values = values | {"time/total": self._seconds_before + _seconds_since_process_start()}
         if self.accelerator.is_main_process:
             _append_line(self.output_dir / "metrics.jsonl", {"step": step, **values})
         self.accelerator.log(values, step=step)
 
 
-def _keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop the lines that a resumed run will write again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and step else []
+def _keep_lines_up_to(path: Path, step: int) -> list[dict]:
+    """Drop the lines that a resumed run will write again, and return the others."""
+    texts = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and step else []
     # A crash may have cut the last line short.
-    whole = [line for line in lines if line.endswith("\n")]
-    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    lines = [(text, json.loads(text)) for text in texts if text.endswith("\n")]
+    kept = [(text, line) for text, line in lines if line["step"] <= step]
+    write_atomically(path, "".join(text for text, _ in kept))
+    return [line for _, line in kept]
+
+
+def _evaluation_at(lines: list[dict], step: int) -> dict[str, float] | None:
+    """Return the held-out metrics of a step, None if it has none."""
+    for line in reversed(lines):
+        metrics = {name: value for name, value in line.items() if name.startswith("eval/")}
+        if metrics and line["step"] == step:
+            return metrics
+    return None
 
 
 def _append_line(path: Path, content: dict) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from nextblock.evaluation.training_log import read_log, series
 
 from .checkpoint import write_atomically
+from .commands import program_and_example
 from .recorder import ALARMS_NAME
 from .run_record import RECORD_NAME
 
@@ -229,10 +230,12 @@ def _stacked_image(run_dir: Path) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and write the report."""
-    parser = argparse.ArgumentParser(prog="python -m nextblock.training.report")
+    prog, example = program_and_example("python -m nextblock.training.report")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, epilog=example, formatter_class=raw)
     parser.description = "Draw a run directory as one HTML page or PNG picture."
     parser.add_argument("run_dir", type=Path, help="output_dir of a training")
-    parser.add_argument("--output", type=Path, help=".html or .png file; report.html in the run directory if left out")
+    parser.add_argument("--output", type=Path, help=".html or .png file (default: report.html in the run directory)")
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run_dir / "report.html"
     try:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from nextblock.data.images import ImageDataConfig
 from nextblock.data.tokens import TokenDataset, collate_tokens
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
@@ -22,7 +23,8 @@ from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
 from nextblock.tokenizer.train import TokenizerTrainConfig
 from nextblock.tokenizer.train import train as train_tokenizer
-from nextblock.training.loop import LoopConfig
+from nextblock.training.loop_config import LoopConfig
+from nextblock.training.order import StepSampler
 
 # Two micro-batches a step, dropout of every kind, label smoothing.
 HARD = ["--loop.gradient_accumulation_steps", "2", "--model.dropout", "0.1", "--model.drop_path", "0.2"]
@@ -97,6 +99,27 @@ def test_two_processes_equal_one(two_process_runs, alone, assert_same_state, rea
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+def test_one_view_of_every_image_makes_an_epoch_where_views_are_sampled(train_here, tokens_dir, tmp_path, monkeypatch):
+    seen, num_rows = [], []
+    train_step = PriorTask.train_step
+
+    def noting(self, micro_batches, step):
+        seen.extend(batch["labels"] for batch in micro_batches)
+        num_rows.append(len(self.data.train))
+        return train_step(self, micro_batches, step)
+
+    monkeypatch.setattr(PriorTask, "train_step", noting)
+    train_here(tmp_path / "run", "--samples_views", "true", "--loop.seed", "5")
+    rows = TokenDataset(tokens_dir, "train", samples_views=True, view_seed=5)
+    assert set(num_rows) == {len(rows)} and len(rows) * 3 == len(TokenDataset(tokens_dir, "train"))
+    first = StepSampler(len(rows), len(seen[0]), num_micro_batches=1, seed=5, steps=range(1), rank=0, world_size=1)
+    assert torch.equal(seen[0], rows.__getitems__(next(iter(first)))["labels"])
+    with pytest.raises(ValueError, match="samples_views is true; expected false without tokens"):
+        PriorTrainConfig(
+            data=ImageDataConfig(), samples_views=True, tokenizer="t", output_dir="o", pipeline_dir="p"
+        )
+
+
 def test_two_processes_with_dropout_resume_exactly(two_process_runs, assert_same_state, read_metrics):
     whole, resumed = two_process_runs / "prior_whole", two_process_runs / "prior_resumed"
     assert num_processes(whole) == num_processes(resumed) == 2
@@ -149,6 +172,17 @@ def test_the_exported_prior_is_the_weight_average(alone, tokens_dir, read_metric
     assert pipe.prior.config.class_names == ["blue tit", "great tit", "wren"]
     loss = held_out_loss(pipe.prior, pipe.tokenizer, tokens_dir)
     assert read_metrics(alone)[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_exported_card_says_how_the_prior_was_trained_and_what_it_reached(alone, read_metrics):
+    card = (alone / "pipeline" / "README.md").read_text()
+    loss = next(line["eval/loss"] for line in reversed(read_metrics(alone)) if "eval/loss" in line)
+    assert "| steps | 6 |" in card and f"| eval/loss | {loss:.6g} |" in card and "![samples](samples.png)" in card
+    newest = sorted(alone.glob("pictures/*"))[-1]
+    with Image.open(alone / "pipeline" / "samples.png") as grid, Image.open(newest) as last:
+        # The same samples as at the last evaluation, in rows of eight instead of four with a margin around.
+        shown = np.asarray(grid.convert("RGB")).reshape(-1, 3)
+        assert {tuple(pixel) for pixel in shown} <= {tuple(pixel) for pixel in np.asarray(last).reshape(-1, 3)}
 
 
 def test_the_exported_pipeline_loads_by_either_class(alone, tokenizer_dir):

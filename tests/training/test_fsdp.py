@@ -84,7 +84,7 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    build_accelerator, take_step = loop.build_accelerator, loop._Training._step
+    build_accelerator, take_step = prior_train.build_accelerator, loop._Training._step
 
     def build_sharding_accelerator(*args):
         accelerator = build_accelerator(*args)

@@ -1,9 +1,10 @@
-"""Non-finite steps leave no trace and end a training when there are many; alarms about code use."""
+"""Non-finite steps leave no trace and end a training when there are many."""
 
 import json
 import math
 import os
 import signal
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import Dataset
 
-from nextblock.data.blocks import BlockLayout
-from nextblock.training.alarms import UsageAlarm, expected_usage
+from nextblock.training.accelerator import build_accelerator
 from nextblock.training.ema import build_weight_average, lerp_where, update_weight_average
 from nextblock.training.guards import NonFiniteError, StepGuard
-from nextblock.training.loop import LoopConfig, build_accelerator, fit
+from nextblock.training.loop import fit
+from nextblock.training.loop_config import LoopConfig
 
 
 class Codes(nn.Module):
@@ -82,6 +83,13 @@ class PoisonedTask:
         self.exported = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@dataclass(kw_only=True)
+class ToyRun:
+    """Options of a toy's run."""
+
+    loop: LoopConfig
+
+
 def train(folder, poison: dict[int, str] | None = None, is_fused: bool = True, **options):
     """Return the task and whether it reached its end."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -90,7 +98,7 @@ def train(folder, poison: dict[int, str] | None = None, is_fused: bool = True, *
     config = LoopConfig(**fixed | options)
     accelerator = build_accelerator(config, folder)
     task = PoisonedTask(accelerator, poison or {}, is_fused)
-    return task, fit(accelerator, task, Numbers(), collate, config, folder)
+    return task, fit(accelerator, task, Numbers(), collate, ToyRun(loop=config), folder)
 
 
 def lines(path) -> list[dict]:
@@ -209,7 +217,7 @@ def test_a_signal_saves_the_step_at_hand_and_exports_nothing(tmp_path, caplog):
     assert signal.getsignal(signal.SIGTERM) is handler
     assert "stopped by SIGTERM after step 5 of 9, which is saved" in caplog.text
     assert "--loop.resume_from_checkpoint latest goes on" in caplog.text
-    assert not any("time/total" in line for line in lines(tmp_path / "run" / "metrics.jsonl"))
+    assert all("train/loss" in line for line in lines(tmp_path / "run" / "metrics.jsonl")), "no evaluation"
     again, is_done = train(tmp_path / "run", num_steps=9, save_every=4, resume_from_checkpoint="latest")
     assert is_done and again.losses == whole.losses[5:]
     assert all(torch.equal(tensor, whole.exported[name]) for name, tensor in again.exported.items())
@@ -221,38 +229,6 @@ def test_a_signal_saves_the_step_at_hand_and_exports_nothing(tmp_path, caplog):
 def test_a_signal_in_the_last_step_lets_the_training_finish(tmp_path):
     task, is_done = train(tmp_path, {3: "signal"}, num_steps=4)
     assert is_done and task.exported is not None
-
-
-@pytest.mark.parametrize(("num_tokens", "num_codes"), [(1, 1), (1, 10), (5, 10), (1000, 50), (64, 4096)])
-def test_expected_usage_is_that_of_even_draws(num_tokens, num_codes):
-    assert expected_usage(num_tokens, num_codes) == pytest.approx(1 - (1 - 1 / num_codes) ** num_tokens)
-
-
-class Blocks(nn.Module):
-    """What the alarm asks of a tokenizer: maps of 1×1 and 8×8 tokens, 1000 codes."""
-
-    def __init__(self):
-        super().__init__()
-        self.layout = BlockLayout.scales([1, 8])
-        self.config = type("Config", (), {"vocab_size": 1000})()
-
-
-def test_the_alarm_rings_under_the_threshold_and_then_keeps_silent():
-    alarm = UsageAlarm(Blocks(), batch_size=10, threshold=0.5, cooldown=100)
-    pooled, first, second = 1 - 0.999**650, 1 - 0.999**10, 1 - 0.999**640
-    names = ["train/codebook/usage", "train/codebook/block_0/usage", "train/codebook/block_1/usage"]
-    healthy = dict(zip(names, (0.51 * pooled, 0.51 * first, 0.51 * second), strict=True))
-    assert alarm.messages(10, healthy | {"train/loss": 0.0, "eval/codebook/usage": 0.0}) == []
-    low = healthy | {names[1]: 0.49 * first}
-    (message,) = alarm.messages(20, low)
-    assert message.startswith("step 20: block 0 of the codebook uses 0.5% of the codes a batch")
-    assert "would reach 1.0%" in message and "model.revival_threshold" in message
-    assert alarm.messages(119, low) == []
-    (message,) = alarm.messages(119, low | {names[0]: 0.0})
-    assert message.startswith("step 119: the codebook uses 0.0%")
-    assert len(alarm.messages(120, low)) == 1
-    assert UsageAlarm(Blocks(), 10, None, 100).messages(1, {names[0]: 0.0}) == []
-    assert len(UsageAlarm(nn.Linear(1, 1), 10, 0.5, 100).messages(1, {names[0]: 0.49})) == 1
 
 
 def test_an_alarm_of_a_training_reaches_its_file_once_a_cooldown(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from nextblock.prior.train import train as train_prior
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.train import TokenizerTrainConfig, train
 from nextblock.training.initial_weights import load_initial_weights
-from nextblock.training.loop import LoopConfig
+from nextblock.training.loop_config import LoopConfig
 
 
 def without_a_step(folder) -> list:

@@ -72,8 +72,9 @@ def run(*attempts: dict, cwd: Path) -> tuple[list[list[int]], list[list[str]], s
 
 
 def state_hashes(run_dir: Path) -> dict[str, str]:
-    """Return the hashes of all that the last checkpoint and the export hold."""
+    """Return the hashes of all that the last checkpoint and the export hold, less the options, which name folders."""
     manifest = json.loads((run_dir / "checkpoints" / f"step_{NUM_STEPS:08d}" / "checkpoint.json").read_text())
+    del manifest["sha256"]["config.yaml"]
     exported = {str(path.relative_to(run_dir)): file_sha256(path) for path in run_dir.glob("**/model.safetensors")}
     return manifest["sha256"] | {name: value for name, value in exported.items() if "checkpoints" not in name}
 

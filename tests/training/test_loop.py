@@ -1,6 +1,7 @@
 """The loop with a toy task: cadence, weight average, resuming, and what is refused."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from nextblock.training.loop import LoopConfig, build_accelerator, fit
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.loop import fit
+from nextblock.training.loop_config import LoopConfig
 from nextblock.training.order import StepSampler
 
 NUM_SAMPLES = 20
@@ -70,19 +73,26 @@ class ToyTask:
         self.exported.append(({name: t.clone() for name, t in model.state_dict().items()}, metrics))
 
 
-def train(folder: Path, crash_at: int | None = None, **options) -> ToyTask:
+@dataclass(kw_only=True)
+class ToyRun:
+    """Options of a toy's run."""
+
+    loop: LoopConfig
+    learning_rate: float = 0.05
+
+
+def train(folder: Path, crash_at: int | None = None, learning_rate: float = 0.05, **options) -> ToyTask:
     """Train a toy in this process; an interrupted training returns what it did so far."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    config = LoopConfig(**OPTIONS | options)
-    accelerator = build_accelerator(config, folder)
-    folder.mkdir(exist_ok=True)
+    run = ToyRun(loop=LoopConfig(**OPTIONS | options), learning_rate=learning_rate)
+    accelerator = build_accelerator(run.loop, folder)
     task = ToyTask(accelerator, crash_at)
     if crash_at is None:
-        fit(accelerator, task, Keys(), collate, config, folder)
+        fit(accelerator, task, Keys(), collate, run, folder)
     else:
         with pytest.raises(CrashError):
-            fit(accelerator, task, Keys(), collate, config, folder)
+            fit(accelerator, task, Keys(), collate, run, folder)
     return task
 
 
@@ -189,9 +199,57 @@ def test_a_named_checkpoint_is_gone_on_from(tmp_path):
     named = str(tmp_path / "checkpoints" / "step_00000002")
     assert train(tmp_path, resume_from_checkpoint=named, **options).losses == whole.losses[2:]
     with pytest.raises(ValueError, match="num_steps is 5; expected at least 6"):
-        train(tmp_path, resume_from_checkpoint="latest", num_steps=5)
+        train(tmp_path, resume_from_checkpoint="latest", num_steps=5, accepts_changed_options=True)
     with pytest.raises(ValueError, match="cannot be used: checkpoint.json is missing"):
         train(tmp_path, resume_from_checkpoint=str(tmp_path), num_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 1}, "loop.seed was 0 and is 1"),
+        ({"batch_size": 2}, "loop.batch_size was 4 and is 2"),
+        ({"num_steps": 9}, "loop.num_steps was 4 and is 9"),
+        ({"learning_rate": 0.1, "ema_decay": None}, "learning_rate was 0.05 and is 0.1; loop.ema_decay was 0.999 and"),
+    ],
+)
+def test_other_options_are_refused_unless_they_are_accepted(tmp_path, caplog, changed, message):
+    options = {"num_steps": 4, "save_every": 2, "num_checkpoints": 2}
+    train(tmp_path, **options)
+    files = ["config.yaml", "metrics.jsonl", "run.json"]
+    before = [(tmp_path / name).read_bytes() for name in files]
+    wanted = {"resume_from_checkpoint": str(tmp_path / "checkpoints" / "step_00000002")}
+    with pytest.raises(ValueError, match=f"was written under other options: .*{message}"):
+        train(tmp_path, **options | changed | wanted)
+    assert [(tmp_path / name).read_bytes() for name in files] == before
+    if "ema_decay" not in changed:  # Another set of registered objects is no option but another checkpoint.
+        train(tmp_path, accepts_changed_options=True, **options | changed | wanted)
+        assert message in caplog.text
+
+
+def test_options_that_decide_no_weight_may_change(tmp_path):
+    train(tmp_path, num_steps=4, save_every=2)
+    wanted = str(tmp_path / "checkpoints" / "step_00000002")
+    task = train(tmp_path, num_steps=4, save_every=1, log_every=7, eval_every=3, resume_from_checkpoint=wanted)
+    assert len(task.losses) == 2
+    assert "log_every: 7" in (tmp_path / "config.yaml").read_text()
+    saved = tmp_path / "checkpoints" / "step_00000004" / "config.yaml"
+    assert saved.read_text() == (tmp_path / "config.yaml").read_text()
+
+
+def test_a_step_is_saved_before_its_evaluation_which_a_resumed_run_makes_good(tmp_path, monkeypatch):
+    def fail(self, model):
+        raise CrashError
+
+    options = {"num_steps": 4, "save_every": 2, "eval_every": 2}
+    whole = train(tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(ToyTask, "evaluate", fail)
+        train(tmp_path / "broken", crash_at=99, **options)
+    assert (tmp_path / "broken" / "checkpoints" / "step_00000002").is_dir()
+    resumed = train(tmp_path / "broken", resume_from_checkpoint="latest", **options)
+    assert len(resumed.evaluated) == 2 and resumed.losses == whole.losses[2:]
+    assert read_lines(tmp_path / "broken") == read_lines(tmp_path / "whole")
 
 
 def test_a_fresh_training_does_not_write_over_an_earlier_one(tmp_path):

@@ -10,6 +10,7 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.prior.train import NO_DECAY
 from nextblock.tokenizer import VQVAE, VQVAEConfig
+from nextblock.tokenizer.train import NO_DECAY as TOKENIZER_NO_DECAY
 from nextblock.training.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -119,12 +120,14 @@ def test_the_prior_decays_matrices_and_tables_but_no_positions():
 
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])
-def test_the_tokenizer_decays_convolutions_and_never_touches_a_moving_average_codebook(update):
-    model = VQVAE(VQVAEConfig(image_size=8, hidden_dim=4, embedding_dim=4, codebook_update=update))
-    decayed, undecayed = groups_by_name(model)
-    assert all(name.endswith("bias") for name in undecayed) and undecayed
-    codebook = {name for name in decayed if name.startswith("quantizer")}
-    assert codebook == ({"quantizer.codebook.weight"} if update == "gradient" else set())
+def test_the_tokenizer_decays_convolutions_and_no_codes(update):
+    scales = {"layout": "scales", "scales": [1, 2], "num_phi": 1}
+    model = VQVAE(VQVAEConfig(image_size=8, hidden_dim=4, embedding_dim=4, codebook_update=update, **scales))
+    decayed, undecayed = groups_by_name(model, TOKENIZER_NO_DECAY)
+    others = {name for name in undecayed if not name.endswith("bias")}
+    assert others == ({"quantizer.codebook.weight"} if update == "gradient" else set())
+    assert {"encoder.0.weight", "decoder.2.weight", "quantizer.phi.0.weight"} <= decayed
+    assert not any("codebook" in name or name.endswith("bias") for name in decayed)
 
 
 def test_frozen_parameters_are_left_out():

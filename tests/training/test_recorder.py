@@ -23,7 +23,9 @@ def accelerator(fresh_accelerate, tmp_path) -> Accelerator:
 
 
 def read_lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("time/total") > 0 for line in lines)
+    return lines
 
 
 def test_training_metrics_are_means_since_the_last_line(accelerator, tmp_path):
@@ -73,7 +75,7 @@ def test_evaluations_and_pictures_reach_files_and_tensorboard(accelerator, tmp_p
 
     training, evaluation = read_lines(tmp_path)
     assert training == {"step": 5, "train/loss": 3.0}
-    assert evaluation.pop("time/total") > 0 and evaluation == {"step": 5, "eval/psnr": 20.5}
+    assert evaluation == {"step": 5, "eval/psnr": 20.5}
     with Image.open(tmp_path / "pictures" / "samples_00000005.png") as picture:
         assert np.array_equal(np.asarray(picture), pixels)
     assert len(list((tmp_path / "pictures").iterdir())) == 1
@@ -96,7 +98,7 @@ def test_without_a_tracker_the_files_are_still_written(fresh_accelerate, tmp_pat
 
 def test_a_resumed_run_drops_what_it_will_write_again(accelerator, tmp_path):
     lines = [{"step": step, "train/loss": float(step)} for step in (1, 2, 3, 4)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    text = "".join(json.dumps(line | {"time/total": 1000.0 * line["step"]}) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
     Recorder(accelerator, tmp_path, first_step=2)
     assert read_lines(tmp_path) == lines[:2]
@@ -105,7 +107,25 @@ def test_a_resumed_run_drops_what_it_will_write_again(accelerator, tmp_path):
     recorder = Recorder(accelerator, tmp_path, first_step=4)
     recorder.add({"loss": 9.0})
     recorder.log_training(5)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["time/total"] > 4000, "the time of what went before counts too"
     assert read_lines(tmp_path) == [*lines, {"step": 5, "train/loss": 9.0}]
+
+
+def test_a_resumed_run_knows_whether_its_first_step_was_evaluated(accelerator, tmp_path):
+    lines = [{"step": 2, "eval/psnr": 20.0}, {"step": 4, "train/loss": 1.0}, {"step": 4, "eval/psnr": 21.0}]
+    text = "".join(json.dumps(line | {"time/total": 1.0}) + "\n" for line in lines)
+    expected = {0: None, 2: {"eval/psnr": 20.0}, 3: None, 4: {"eval/psnr": 21.0}}
+    for step, evaluation in expected.items():
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert Recorder(accelerator, tmp_path, first_step=step).last_evaluation == evaluation
+
+
+def test_metrics_that_some_steps_lack_are_means_of_the_others(accelerator, tmp_path):
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    for metrics in ({"loss": 1.0}, {"loss": 2.0, "gan": 5.0}, {"gan": 7.0, "loss": 6.0}):
+        recorder.add(metrics)
+    assert recorder.log_training(3) == {"train/gan": 6.0, "train/loss": 3.0}
 
 
 def test_a_fresh_run_starts_a_new_file(accelerator, tmp_path):
@@ -122,7 +142,11 @@ def test_processes_are_averaged_and_only_the_first_writes(tmp_path):
         return sums + torch.tensor([[3.0, 1.0], [0.0, 0.0]])  # The other process has seen no finite loss.
 
     accelerator = SimpleNamespace(
-        is_main_process=False, init_trackers=lambda name: None, reduce=reduce, device="cpu", log=lambda *a, **k: None
+        is_main_process=False,
+        init_trackers=lambda name, init_kwargs: None,
+        reduce=reduce,
+        device="cpu",
+        log=lambda *a, **k: None,
     )
     recorder = Recorder(accelerator, tmp_path, first_step=0)
     recorder.add({"loss": 4.0, "accuracy": 1.0})
@@ -133,7 +157,7 @@ def test_processes_are_averaged_and_only_the_first_writes(tmp_path):
     assert recorder.last_evaluation == {"eval/psnr": 1.0}
 
 
-def test_another_tracker_gets_the_same(fresh_accelerate, tmp_path):
+def test_another_tracker_gets_the_same(fresh_accelerate, tmp_path, monkeypatch):
     """In place of Weights & Biases, which needs an account: a tracker with the same interface."""
     calls = []
 
@@ -158,11 +182,16 @@ def test_another_tracker_gets_the_same(fresh_accelerate, tmp_path):
             calls.append("finished")
 
     accelerator = Accelerator(cpu=True, log_with=Tracker())
+    options = {"loop": {"seed": 7}}
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "init_trackers", lambda name, init_kwargs: calls.append(init_kwargs["wandb"]))
+        Recorder(accelerator, tmp_path, first_step=0, options=options)
+    assert calls.pop() == {"dir": str(tmp_path), "config": options}
     recorder = Recorder(accelerator, tmp_path, first_step=0)
     recorder.add({"loss": 1.5})
     recorder.log_training(1)
     recorder.log_evaluation(1, {"psnr": 20.0}, {"samples": Image.new("RGB", (4, 3))})
     accelerator.end_training()
-    assert calls[0] == (1, {"train/loss": 1.5})
+    assert calls[0][0] == 1 and calls[0][1].pop("time/total") > 0 and calls[0][1] == {"train/loss": 1.5}
     assert calls[1][1].keys() == {"eval/psnr", "time/total"}
     assert calls[2:] == [(1, {"samples": (1, 3, 4, 3)}), "finished"]

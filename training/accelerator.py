@@ -1,0 +1,57 @@
+"""The accelerator of a training: processes, device, precision, trackers, and the seed of the initial weights."""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+
+from .loop_config import LoopConfig
+from .processes import connect_processes
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether bf16 matrix products are faster than float32 ones on the device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
+    """Connect the processes, choose device and precision, and seed the initial weights.
+
+    Args:
+        config: the loop's settings.
+        output_dir: where trackers write.
+
+    Returns:
+        The accelerator.
+
+    Raises:
+        ValueError: if several processes were launched but do not see each other, or fp16 has no GPU.
+    """
+    device = connect_processes(config.cpu).device
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "no"
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision is 'fp16'; expected 'bf16' or 'no' on a CPU")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        log_with=config.tracker,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    set_seed(config.seed)
+    _show_log()
+    return accelerator
+
+
+def _show_log() -> None:
+    """Let this package's messages be seen where the program has set up no logging of its own."""
+    logging.getLogger("nextblock").setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -1,0 +1,68 @@
+"""Options of the training loop."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class LoopConfig:
+    """How long a training runs, on what, and what it leaves on the way."""
+
+    num_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Samples a step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches that each process cuts its share of a step into."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast type; "auto" is bf16 where the hardware has it, float32 elsewhere. fp16 needs a GPU."""
+    cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+    seed: int = 0
+    """Key of initial weights, sample order, augmentation and dropout."""
+    num_workers: int = 0
+    """Processes that load samples; 0 loads in the training process."""
+    ema_decay: float | None = 0.999
+    """Decay of the weight average that is evaluated and exported; null exports the raw weights."""
+    log_every: int = 50
+    """Steps between log lines; every checkpoint has one too."""
+    eval_every: int | None = None
+    """Steps between evaluations with pictures; null evaluates at the end alone."""
+    save_every: int | None = None
+    """Steps between checkpoints; null saves at the end alone."""
+    num_checkpoints: int = 2
+    """Newest checkpoints that stay."""
+    resume_from_checkpoint: str | None = None
+    """"latest", or the path of a checkpoint."""
+    accepts_changed_options: bool = False
+    """Go on from a checkpoint that was written under other options: another seed, batch size, schedule or model."""
+    init_from: str | None = None
+    """Folder of a saved model whose weights step 0 starts from; null starts from random ones."""
+    init_except: list[str] = None
+    """Tensors or modules that start random in spite of `init_from`; null means none."""
+    tracker: Literal["tensorboard", "wandb"] | None = "tensorboard"
+    """Where metrics and pictures go besides metrics.jsonl and pictures/; null for nowhere else."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, each of them skipped, that end the training."""
+    usage_alarm: float | None = 0.2
+    """Codebook use, over that of evenly used codes, under which the log warns; null never."""
+    alarm_cooldown: int = 1000
+    """Steps between two warnings about the same figure."""
+
+    def __post_init__(self):
+        counts = ("num_steps", "batch_size", "gradient_accumulation_steps", "log_every", "num_checkpoints")
+        for field in (*counts, "max_nonfinite_steps", "alarm_cooldown"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
+        for field in ("eval_every", "save_every"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1, or null")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; expected a number in (0, 1), or null")
+        self.init_except = list(self.init_except or [])
+        if self.init_except and self.init_from is None:
+            raise ValueError(f"init_except is {self.init_except}; expected none of them without init_from")
+        if self.usage_alarm is not None and not 0 < self.usage_alarm <= 1:
+            raise ValueError(f"usage_alarm is {self.usage_alarm}; expected a number in (0, 1], or null")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}; expected at least 0")
