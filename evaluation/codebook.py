@@ -6,9 +6,13 @@ Legend: B batch, K blocks, L_k tokens of block k, V codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+# Past this many blocks, a figure a block is no picture of anything.
+MAX_LISTED_BLOCKS = 16
 
 
 def code_counts(idx_Bl: Sequence[Tensor], num_codes: int) -> Tensor:
@@ -29,11 +33,18 @@ def code_counts(idx_Bl: Sequence[Tensor], num_codes: int) -> Tensor:
         spans = [(idx.min().item(), idx.max().item()) for idx in idx_Bl]
         k = next(k for k, (lowest, highest) in enumerate(spans) if lowest < 0 or highest >= num_codes)
         raise ValueError(f"idx_Bl[{k}] spans {spans[k][0]} to {spans[k][1]}; expected 0 to {num_codes - 1}")
-    rows = [torch.full((idx.shape[1],), k * num_codes) for k, idx in enumerate(idx_Bl)]
-    cells = (idx_BL + torch.cat(rows).to(idx_BL.device)).flatten()
+    first_cells = _first_cells(tuple(idx.shape[1] for idx in idx_Bl), num_codes, idx_BL.device)
+    cells = (idx_BL + first_cells).flatten()
     counts = torch.zeros(len(idx_Bl) * num_codes, dtype=torch.int64, device=idx_BL.device)
     # Not bincount: on a GPU it reads the largest index back and makes the host wait.
     return counts.scatter_add_(0, cells, torch.ones_like(cells)).view(len(idx_Bl), num_codes)
+
+
+@lru_cache(maxsize=64)
+def _first_cells(lengths: tuple[int, ...], num_codes: int, device: torch.device) -> Tensor:
+    """Return where the row of each token's block begins in a flattened (K, V) histogram, (L,)."""
+    # Kept: a copy from the host at every training step would wait for the device.
+    return torch.repeat_interleave(torch.arange(len(lengths)) * num_codes, torch.tensor(lengths)).to(device)
 
 
 def usage(counts: Tensor) -> Tensor:
@@ -73,6 +84,9 @@ def perplexity(counts: Tensor) -> Tensor:
     return torch.exp(-torch.xlogy(probabilities, probabilities).sum(dim=-1))
 
 
+_DESCRIBED = {"usage": usage, "perplexity": perplexity, "num_dead_codes": num_dead_codes}
+
+
 def codebook_statistics(counts: Tensor) -> dict[str, Tensor]:
     """Describe code use over all blocks and block by block, without waiting for a GPU.
 
@@ -83,14 +97,35 @@ def codebook_statistics(counts: Tensor) -> dict[str, Tensor]:
         `code_counts`, the counts themselves; `usage`, `perplexity` and `num_dead_codes` of all blocks pooled,
         scalars; `block_usage`, `block_perplexity` and `block_num_dead_codes`, (K,).
     """
-    described = {"usage": usage, "perplexity": perplexity, "num_dead_codes": num_dead_codes}
     statistics = {"code_counts": counts}
-    statistics |= {name: describe(counts.sum(dim=0)) for name, describe in described.items()}
-    statistics |= {f"block_{name}": describe(counts) for name, describe in described.items()}
+    statistics |= {name: describe(counts.sum(dim=0)) for name, describe in _DESCRIBED.items()}
+    statistics |= {f"block_{name}": describe(counts) for name, describe in _DESCRIBED.items()}
     return statistics
 
 
-def codebook_summary(counts: Tensor, max_blocks: int = 16) -> dict:
+def codebook_curves(counts: Tensor) -> dict[str, Tensor]:
+    """Describe code use by figures to log, without waiting for a GPU.
+
+    Args:
+        counts: (K, V) occurrences.
+
+    Returns:
+        `usage`, `perplexity` and `num_dead_codes` of all blocks pooled; of 2 to 16 blocks also `block_0/usage` and so
+        on. Scalars.
+    """
+    if not 1 < len(counts) <= MAX_LISTED_BLOCKS:
+        return {name: describe(counts.sum(dim=0)) for name, describe in _DESCRIBED.items()}
+    # All rows at once: small operations for every block would cost a tiny model several percent.
+    rows = torch.cat([counts.sum(dim=0, keepdim=True), counts])
+    prefixes = ["", *(f"block_{k}/" for k in range(len(counts)))]
+    return {
+        prefix + name: value
+        for name, describe in _DESCRIBED.items()
+        for prefix, value in zip(prefixes, describe(rows).unbind(), strict=True)
+    }
+
+
+def codebook_summary(counts: Tensor, max_blocks: int = MAX_LISTED_BLOCKS) -> dict:
     """Give the statistics of code use JSON types, those of the blocks only where blocks are few.
 
     Args:

@@ -5,6 +5,7 @@ VQGAN: Esser et al. 2021, arXiv:2012.09841. Legend: B batch, C latent channels, 
 
 import math
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ NORM_GROUPS = 32
 def group_norm(num_channels: int) -> nn.GroupNorm:
     """Normalise in 32 groups, or in the largest power of two below that divides the channels."""
     return nn.GroupNorm(math.gcd(NORM_GROUPS, num_channels), num_channels, eps=1e-6)
+
+
+def activate(x: Tensor) -> Tensor:
+    """Apply SiLU to a fresh tensor, in place where no gradient needs what it was."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(GradientCheckpointingLayer):
@@ -33,9 +39,10 @@ class ResidualBlock(GradientCheckpointingLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        h = self.conv1(activate(self.norm1(x)))
+        h = self.conv2(self.dropout(activate(self.norm2(h))))
+        # In place, as convolutions do not need their output for a gradient.
+        return h.add_(self.nin_shortcut(x))
 
 
 class SpatialAttention(nn.Module):
@@ -147,7 +154,7 @@ class VQGANEncoder(nn.Module):
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(activate(self.norm_out(self.mid(x))))
 
 
 class VQGANDecoder(nn.Module):
@@ -177,12 +184,15 @@ class VQGANDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], num_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
+        is_fast_channels_last = latents.device.type == "cpu" or latents.dtype != torch.float32
+        if is_fast_channels_last and not torch.is_grad_enabled():
+            latents = latents.contiguous(memory_format=torch.channels_last)
         x = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(activate(self.norm_out(x)))
 
 
 class SimpleEncoder(nn.Sequential):

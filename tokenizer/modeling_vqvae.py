@@ -87,7 +87,7 @@ class VQVAE(PreTrainedModel):
             A `VQVAEOutput`.
 
         Raises:
-            ValueError: if the pixels have the wrong shape, type or range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
         """
         features = self.encode(pixel_values)
         quantized, vq_loss, flat_idx = self.quantizer(features)
@@ -117,7 +117,7 @@ class VQVAE(PreTrainedModel):
             K tensors (B, L_k) int64.
 
         Raises:
-            ValueError: if the pixels have the wrong shape, type or range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
         """
         self._run_offload_hook()
         return self.quantizer.features_to_idxBl(self.encode(pixel_values))
@@ -134,7 +134,8 @@ class VQVAE(PreTrainedModel):
             (B, L − L_1, C) float32, or (B, L − L_1) int64.
 
         Raises:
-            ValueError: if the blocks do not fit the layout, an index is not a code, or indices are asked of scales.
+            ValueError: if the blocks do not fit the layout, an index on the CPU is not a code, or indices are asked of
+                scales.
         """
         self._run_offload_hook()
         self._check_indices(idx_Bl)
@@ -155,7 +156,7 @@ class VQVAE(PreTrainedModel):
             (B, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: if the blocks do not fit the layout or an index is not a code.
+            ValueError: if the blocks do not fit the layout or an index on the CPU is not a code.
         """
         self._run_offload_hook()
         self._check_indices(idx_Bl)
@@ -207,8 +208,8 @@ class VQVAE(PreTrainedModel):
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch, *{expected})")
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; expected floating point in [-1, 1]")
-        if self.training and pixel_values.device.type != "cpu":
-            return  # Reading the range would make every GPU training step wait for the device.
+        if pixel_values.device.type != "cpu":
+            return  # Reading the range would make every training step wait for the device, the prior's too.
         largest = pixel_values.detach().abs().amax().item() if pixel_values.numel() else 0.0
         if not largest <= 1.001:
             raise ValueError(f"pixel_values reaches {largest} in absolute value; expected finite numbers in [-1, 1]")
@@ -217,8 +218,8 @@ class VQVAE(PreTrainedModel):
         """Refuse blocks that do not fit the layout and indices that are no codes."""
         self.layout.check_blocks(idx_Bl, self.layout.num_blocks)
         V = self.config.vocab_size
-        if self.training and idx_Bl[0].device.type != "cpu":
-            return
+        if idx_Bl[0].device.type != "cpu":
+            return  # As with pixels; a GPU's own table look-up refuses what is no code.
         for k, idx in enumerate(idx_Bl):
             if idx.numel() and not 0 <= idx.min().item() <= idx.max().item() < V:
                 raise ValueError(f"idx_Bl[{k}] spans {idx.min().item()} to {idx.max().item()}; expected 0 to {V - 1}")

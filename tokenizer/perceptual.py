@@ -1,14 +1,20 @@
-"""Perceptual loss: distance of features of a frozen vision backbone of `transformers`.
+"""Perceptual loss: distance of features of a frozen vision backbone of `transformers`, or LPIPS of torchmetrics.
 
-LPIPS (Zhang et al. 2018, arXiv:1801.03924) without its learned channel weights, on any backbone.
+The former is LPIPS (Zhang et al. 2018, arXiv:1801.03924) without its learned channel weights, on any backbone.
 Legend: B batch, D channels of a stage, HxW pixels, hxw cells, L tokens.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .codebook import full_precision
+
+# torchvision's names of LPIPS's networks.
+LPIPS_NETWORKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
 @dataclass(kw_only=True)
@@ -19,8 +25,10 @@ class PerceptualConfig:
     """Weight of the term; 0 loads no backbone."""
     backbone: str = "facebook/convnext-small-224"
     """A vision model of transformers: its id on the hub, or the folder of a downloaded one."""
+    lpips_network: Literal["vgg", "alex", "squeeze"] | None = None
+    """Compare by LPIPS on this network of torchvision, in place of the backbone; null compares by the backbone."""
     image_size: int | None = None
-    """Side in pixels that images are resized to for the backbone; null leaves them as they are."""
+    """Side in pixels that images are resized to for the backbone or LPIPS; null leaves them as they are."""
     mean: list[float] | None = None
     """Means of red, green and blue in [0, 1] that the backbone expects; null reads its preprocessor_config.json."""
     std: list[float] | None = None
@@ -37,6 +45,21 @@ class PerceptualConfig:
                 raise ValueError(f"{name} is {values}; expected three numbers, or null")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; expected numbers above 0")
+        if self.lpips_network is not None:
+            self._check_lpips()
+
+    def _check_lpips(self) -> None:
+        """Refuse an unknown network of LPIPS, and options of the backbone whose place it takes."""
+        if self.lpips_network not in LPIPS_NETWORKS:
+            raise ValueError(
+                f"lpips_network is {self.lpips_network!r}; expected one of {list(LPIPS_NETWORKS)}, or null"
+            )
+        for name in ("backbone", "mean", "std"):
+            value, default = getattr(self, name), getattr(PerceptualConfig, name)
+            if value != default:
+                raise ValueError(
+                    f"{name} is {value!r}; expected the default {default!r} with lpips_network {self.lpips_network!r}"
+                )
 
 
 class PerceptualLoss(nn.Module):
@@ -78,15 +101,49 @@ class PerceptualLoss(nn.Module):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Return the backbone's stages, each (B, D, h, w) or (B, L, D)."""
-        images = (images + 1) / 2
-        if self.image_size is not None:
-            size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        images = (images - self.mean) / self.std
+        images = (resized((images + 1) / 2, self.image_size) - self.mean) / self.std
         if hasattr(self.backbone, "out_features"):
             return list(self.backbone(images).feature_maps)
         # The first hidden state is the embedding of pixels and no feature yet.
         return list(self.backbone(images, output_hidden_states=True).hidden_states[1:])
+
+
+class LPIPSLoss(nn.Module):
+    """Compare images by LPIPS: features of a frozen network, weighed as people judged similarity.
+
+    Args:
+        network: takes two batches (B, 3, H, W) in [-1, 1] and gives (B, 1, 1, 1).
+        image_size: side that images are resized to, or None.
+    """
+
+    def __init__(self, network: nn.Module, image_size: int | None = None):
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.image_size = image_size
+        self.eval()
+
+    def train(self, mode: bool = True) -> "LPIPSLoss":
+        """Stay in evaluation mode: dropout would make equal images differ."""
+        return super().train(False)
+
+    def forward(self, reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
+        """Return the mean distance as a scalar that reaches the reconstruction alone.
+
+        Args:
+            reconstruction: (B, 3, H, W).
+            pixel_values: (B, 3, H, W) in [-1, 1].
+        """
+        # In float32: the 1e-8 that LPIPS adds under its square root is 0 in fp16.
+        with torch.autocast(reconstruction.device.type, enabled=False):
+            images = (full_precision(batch) for batch in (reconstruction, pixel_values.detach()))
+            return self.network(*(resized(batch, self.image_size) for batch in images)).mean()
+
+
+def resized(images: Tensor, size: int | None) -> Tensor:
+    """Bring images (B, 3, H, W) to a side in pixels, or leave them as they are."""
+    if size is None:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def feature_distance(features: Tensor, expected: Tensor) -> Tensor:
@@ -105,18 +162,48 @@ def feature_distance(features: Tensor, expected: Tensor) -> Tensor:
     return difference.square().sum(dim).mean()
 
 
-def load_perceptual_loss(config: PerceptualConfig) -> PerceptualLoss:
-    """Load the backbone and what it expects of its input.
+def load_perceptual_loss(config: PerceptualConfig) -> PerceptualLoss | LPIPSLoss:
+    """Load what images are compared by.
 
     Args:
-        config: names the backbone.
+        config: names the backbone or LPIPS's network.
 
     Returns:
         The loss, on the CPU, in float32.
 
     Raises:
-        ValueError: if there are no weights under that name, or nothing says how to normalise the input.
+        ValueError: if its weights are out of reach, torchvision is missing for LPIPS, or nothing says how to normalise
+            a backbone's input.
     """
+    return _load_backbone(config) if config.lpips_network is None else _load_lpips(config)
+
+
+def _load_lpips(config: PerceptualConfig) -> LPIPSLoss:
+    """Load LPIPS's network, its channel weights from torchmetrics, its features from torchvision."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    name = config.lpips_network
+    try:
+        metric = LearnedPerceptualImagePatchSimilarity(net_type=name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"perceptual.lpips_network is {name!r}, which needs torchvision; expected it to be installed: run "
+            "`pip install torchvision`; null compares by perceptual.backbone instead"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        model = LPIPS_NETWORKS[name]
+        raise ValueError(
+            f"perceptual.lpips_network is {name!r}, whose weights cannot be loaded ({error}); expected "
+            f"download.pytorch.org to be reachable, or the weights in {torch.hub.get_dir()}/checkpoints: run "
+            f"`python -c \"import torchvision; torchvision.models.{model}(weights='DEFAULT')\"` where there is a "
+            "network and copy that folder; perceptual.weight 0 trains without them"
+        ) from error
+    # Not the metric itself: it refuses reconstructions beyond [-1, 1], and waits for the device to look at them.
+    return LPIPSLoss(metric.net.float(), config.image_size)
+
+
+def _load_backbone(config: PerceptualConfig) -> PerceptualLoss:
+    """Load a backbone of transformers and what it expects of its input."""
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 

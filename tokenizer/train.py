@@ -1,32 +1,40 @@
 """Train a tokenizer: `accelerate launch -m nextblock.tokenizer.train --config tokenizer/digits-scales`."""
 
+import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
-from nextblock.evaluation.codebook import code_counts, codebook_statistics, perplexity, usage
+from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid, to_uint8
-from nextblock.training.config import options_dataclass, parse_run_config, save_run_config
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.config import options_dataclass, parse_run_config
 from nextblock.training.keyed_random import keyed_uniform
-from nextblock.training.loop import LoopConfig, build_accelerator, fit
+from nextblock.training.loop import fit
+from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 
 from .adversarial import Adversary, DiscriminatorConfig, build_discriminator, last_weight
+from .autoencoder import ResidualBlock, SpatialAttention
 from .configuration_vqvae import VQVAEConfig
 from .losses import TokenizerLossConfig, assignment_entropy, reconstruction_loss, tokenizer_losses
 from .modeling_vqvae import VQVAE, VQVAEOutput
-from .perceptual import PerceptualConfig, PerceptualLoss, load_perceptual_loss
+from .perceptual import PerceptualConfig, load_perceptual_loss
 
 VQVAEOptions = options_dataclass(VQVAEConfig)
+# Codes are places among the features, and decay would pull them towards zero.
+NO_DECAY = ("codebook",)
 
 
 @dataclass(kw_only=True)
@@ -57,6 +65,10 @@ class TokenizerTrainConfig:
     """Held-out images drawn above their reconstructions."""
     num_init_images: int = 512
     """Training images whose features the codes start as (codebook_init "data")."""
+    gradient_checkpointing: bool = False
+    """Keep the input of every residual block alone and compute the rest again in the backward pass."""
+    torch_compile: bool = False
+    """Compile residual and attention blocks at the first step."""
 
     def __post_init__(self):
         for name in ("eval_batch_size", "num_pictures", "num_init_images"):
@@ -67,6 +79,10 @@ class TokenizerTrainConfig:
                 f"perceptual.weight is {self.perceptual.weight}; expected 0 with model.num_channels "
                 f"{self.model.num_channels}: backbones take three channels"
             )
+        has_blocks = self.model.autoencoder != "simple" or self.model.num_res_blocks > 0
+        for name in ("gradient_checkpointing", "torch_compile"):
+            if getattr(self, name) and not has_blocks:
+                raise ValueError(f"{name} is True; expected False with model.num_res_blocks 0: it works on such blocks")
 
 
 class TokenizerTask:
@@ -88,14 +104,14 @@ class TokenizerTask:
         model: VQVAE,
         train_data: Dataset,
         eval_data: Dataset | None,
-        perceptual: PerceptualLoss | None = None,
+        perceptual: nn.Module | None = None,
     ):
         self.accelerator = accelerator
         self.config = config
         self.train_data = train_data
         self.eval_data = eval_data
         self.perceptual = perceptual if perceptual is None else perceptual.to(accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, NO_DECAY))
         self.adversary = None
         if config.discriminator.weight > 0:
             options = config.discriminator
@@ -123,17 +139,17 @@ class TokenizerTask:
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         """Take one step of the tokenizer, then one of the discriminator; then let the codebook follow."""
-        reconstructions, metrics = self._step_tokenizer(micro_batches, step)
+        reconstructions, metrics, was_skipped = self._step_tokenizer(micro_batches, step)
         # fp16's one loss scale changes after each optimizer step: all of a model's passes lie between two of them.
         if self.adversary is not None and self.adversary.is_training_at(step):
             metrics |= self._step_discriminator(micro_batches, reconstructions, step)
-        self.accelerator.unwrap_model(self.model).update_codebook(self.config.loop.seed, step)
+        self._update_codebook(step, was_skipped)
         return metrics
 
     def _step_tokenizer(
         self, micro_batches: list[dict[str, Tensor]], step: int
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Take one optimizer step of the tokenizer; return its reconstructions too."""
+    ) -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
+        """Take one optimizer step of the tokenizer; return its reconstructions and whether fp16 skipped it too."""
         config, accelerator, n = self.config, self.accelerator, len(micro_batches)
         loop = config.loop
         learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, config.optimizer)
@@ -151,11 +167,29 @@ class TokenizerTask:
             metrics["grad_norm"] = accelerator.clip_grad_norm_(
                 self.model.parameters(), config.optimizer.max_grad_norm
             )
+        was_skipped = self._take_step()
+        metrics |= {f"codebook/{name}": value for name, value in codebook_curves(counts).items()}
+        return reconstructions, metrics | {"learning_rate": learning_rate}, was_skipped
+
+    def _take_step(self) -> Tensor | None:
+        """Step the tokenizer's optimizer; return whether fp16's loss scaler skipped the step, None without one."""
+        scaler = self.accelerator.scaler
+        # A skipped step lowers the scale. A fused optimizer skips on the device, so its step_was_skipped is never True,
+        # and the public get_scale waits for the device.
+        scale = None if scaler is None else scaler._get_scale_async().clone()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        statistics = codebook_statistics(counts)
-        metrics |= {f"codebook/{name}": statistics[name] for name in ("usage", "perplexity", "num_dead_codes")}
-        return reconstructions, metrics | {"learning_rate": learning_rate}
+        return None if scaler is None else scaler._get_scale_async() < scale
+
+    def _update_codebook(self, step: int, was_skipped: Tensor | None) -> None:
+        """Let the codebook follow a step, unless the step was skipped."""
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = list(model.quantizer.codebook.state_dict().values())
+        before = [] if was_skipped is None else [tensor.clone() for tensor in tensors]
+        model.update_codebook(self.config.loop.seed, step)
+        if was_skipped is not None:
+            for tensor, unmoved in zip(tensors, before, strict=True):
+                tensor.copy_(torch.where(was_skipped, unmoved, tensor))
 
     def _losses(self, output: VQVAEOutput, pixel_values: Tensor, step: int) -> dict[str, Tensor]:
         """Compute every term of the tokenizer's loss, and as `loss` what it minimises."""
@@ -219,12 +253,8 @@ class TokenizerTask:
             counts += code_counts(idx_Bl, V)
             total_psnr += psnr(model.idxBl_to_img(idx_Bl).float(), pixel_values).sum()
         counts, total_psnr = accelerator.reduce(counts), accelerator.reduce(total_psnr)
-        pooled = counts.sum(0)
-        metrics = {
-            "psnr": total_psnr.item() / len(self.eval_data),
-            "codebook/usage": usage(pooled).item(),
-            "codebook/perplexity": perplexity(pooled).item(),
-        }
+        metrics = {"psnr": total_psnr.item() / len(self.eval_data)}
+        metrics |= {f"codebook/{name}": value.item() for name, value in codebook_curves(counts).items()}
         return metrics, {"reconstructions": self._draw(model)}
 
     def _draw(self, model: VQVAE) -> Image.Image:
@@ -246,6 +276,30 @@ def _add_mean(metrics: dict[str, Tensor], losses: dict[str, Tensor], num_micro_b
         metrics[name] = metrics.get(name, 0) + value.detach() / num_micro_batches
 
 
+def build_tokenizer(config: TokenizerTrainConfig) -> VQVAE:
+    """Make the untrained tokenizer of a run.
+
+    Args:
+        config: the run.
+
+    Returns:
+        The tokenizer, with gradient checkpointing and compilation where the run asks for them.
+    """
+    model = VQVAE(VQVAEConfig(**asdict(config.model)))
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # Newer versions of transformers have another name for it, which the older ones supported here lack.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        # Block by block: blocks of one shape share their code, and the decoder's last convolution stays outside, whose
+        # gradient the adversarial term takes before the backward pass. In place: names of weights stay what they are.
+        for module in model.modules():
+            if isinstance(module, (ResidualBlock, SpatialAttention)):
+                module.compile()
+    return model
+
+
 def train(config: TokenizerTrainConfig) -> None:
     """Train a tokenizer and save it in `config.output_dir`.
 
@@ -253,29 +307,31 @@ def train(config: TokenizerTrainConfig) -> None:
         config: the run.
 
     Raises:
-        ValueError: if the configuration or the data does not fit.
+        ValueError: if the configuration or the data does not fit, the perceptual term's weights are out of reach, or
+            the launch shards models (FSDP).
     """
     output_dir = Path(config.output_dir)
-    model_config = VQVAEConfig(**asdict(config.model))
+    seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
+    # First of all: its weights may be out of reach here.
+    perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None
     accelerator = build_accelerator(config.loop, output_dir)
-    seed, image_size = config.loop.seed, tuple(model_config.image_size)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "the processes were launched with distributed_type FSDP; expected MULTI_GPU, as in "
+            "configs/accelerate/multi-gpu.yaml: a tokenizer is trained whole on every GPU"
+        )
     train_data = ImageDataset(load_source(config.data, config.data.split), image_size, config.transform, seed)
     eval_data = None
     if config.data.eval_split is not None:
         eval_source = load_source(config.data, config.data.eval_split)
         eval_data = ImageDataset(eval_source, image_size, TransformConfig(), seed)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_run_config(config, output_dir / "config.yaml")
-    model = VQVAE(model_config)
-    perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None
-    task = TokenizerTask(accelerator, config, model, train_data, eval_data, perceptual)
-    fit(accelerator, task, train_data, collate, config.loop, output_dir)
+    task = TokenizerTask(accelerator, config, build_tokenizer(config), train_data, eval_data, perceptual)
+    fit(accelerator, task, train_data, collate, config, output_dir)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and train."""
-    train(parse_run_config(TokenizerTrainConfig, prog="python -m nextblock.tokenizer.train"))
+    train(parse_run_config(TokenizerTrainConfig, prog="python -m nextblock.tokenizer.train", argv=argv))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,7 +17,8 @@ from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_s
 from nextblock.evaluation.metrics import psnr
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.train import TokenizerTask, TokenizerTrainConfig, main, train
-from nextblock.training.loop import LoopConfig
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.loop_config import LoopConfig
 
 # Two micro-batches a step, dropout, revival and a moving-average codebook.
 HARD = ["--loop.gradient_accumulation_steps", "2", "--model.num_res_blocks", "1", "--model.dropout", "0.1"]
@@ -116,12 +119,14 @@ def test_a_run_leaves_metrics_pictures_events_and_its_configuration(alone, train
     lines = read_metrics(alone)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6]
     terms = {"loss", "l1", "l2", "vq", "grad_norm", "learning_rate"}
-    terms |= {f"codebook/{name}" for name in ("usage", "perplexity", "num_dead_codes")}
+    prefixes = ["codebook/", *(f"codebook/block_{k}/" for k in range(3))]
+    code_use = {prefix + name for prefix in prefixes for name in ("usage", "perplexity", "num_dead_codes")}
+    terms |= code_use
     for line in lines[:-1]:
         assert line.keys() == {"step"} | {f"train/{name}" for name in terms}
         assert line["train/loss"] == pytest.approx(line["train/l1"] + line["train/l2"] + line["train/vq"])
     assert lines[0]["train/learning_rate"] == 1e-3 and lines[5]["train/learning_rate"] == 0
-    assert lines[-1].keys() == {"step", "eval/psnr", "eval/codebook/usage", "eval/codebook/perplexity"}
+    assert lines[-1].keys() == {"step", "eval/psnr", *(f"eval/{name}" for name in code_use)}
     with Image.open(alone / "pictures" / "reconstructions_00000006.png") as picture:
         assert picture.size == (10 * 66 + 2, 2 * 66 + 2)
     assert len(list((alone / "logs" / "nextblock").glob("events.out.tfevents.*"))) == 1
@@ -191,6 +196,51 @@ def test_micro_batches_add_up_to_the_batch(update, image_folder, fresh_accelerat
         for step in range(3):
             for name in ("loss", "l1", "l2", "vq", "grad_norm", "codebook/perplexity", "codebook/num_dead_codes"):
                 torch.testing.assert_close(metrics[3 * i + step][name], metrics[step][name], rtol=0, atol=1e-10)
+            for name in ("codebook/block_2/perplexity", "codebook/block_1/usage"):
+                assert metrics[3 * i + step][name] == metrics[step][name]
+
+
+def test_code_use_is_logged_for_each_block(fresh_accelerate):
+    torch.manual_seed(0)
+    options = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24, "codebook_init_scale": 0.3}
+    model = VQVAE(VQVAEConfig(layout="scales", scales=[1, 2, 4], num_phi=2, **options)).train()
+    task = TokenizerTask(Accelerator(cpu=True), TokenizerTrainConfig(output_dir="unused"), model, [], None)
+    pixel_values = 2 * torch.rand(8, 3, 16, 16) - 1
+    idx_Bl = model.img_to_idxBl(pixel_values)
+    metrics = task.train_step([{"pixel_values": part} for part in pixel_values.chunk(2)], 0)
+    for prefix, idx in [("", torch.cat(idx_Bl, 1)), *((f"block_{k}/", idx) for k, idx in enumerate(idx_Bl))]:
+        shares = idx.unique(return_counts=True)[1].double() / idx.numel()
+        assert metrics[f"codebook/{prefix}usage"].item() == pytest.approx(len(shares) / 24)
+        assert metrics[f"codebook/{prefix}num_dead_codes"] == 24 - len(shares)
+        entropy = -(shares * shares.log()).sum()
+        assert metrics[f"codebook/{prefix}perplexity"].item() == pytest.approx(entropy.exp().item())
+    assert metrics["codebook/block_0/usage"] < metrics["codebook/block_2/usage"]
+
+
+def test_a_collapse_rings_the_alarm(alone, train_here, tmp_path, monkeypatch):
+    train_step = TokenizerTask.train_step
+
+    def dying(self, micro_batches, step):
+        if step == 2:
+            torch.nn.init.zeros_(self.model.encoder[-1].weight)
+        return train_step(self, micro_batches, step)
+
+    monkeypatch.setattr(TokenizerTask, "train_step", dying)
+    train_here(tmp_path, "--loop.num_steps", 3, "--loop.tracker", "null")
+    alarms = [json.loads(text)["alarm"] for text in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+    # Block 0 never used more than one code, of images that are alike.
+    places = ["block 1 of the codebook", "block 2 of the codebook", "the codebook"]
+    assert [alarm.split(" uses ")[0] for alarm in alarms] == [f"step 3: {place}" for place in places]
+    assert not (alone / "alarms.jsonl").exists()
+
+
+def test_codes_are_not_decayed(fresh_accelerate):
+    model = VQVAE(VQVAEConfig(image_size=16, hidden_dim=4, embedding_dim=4))
+    task = TokenizerTask(Accelerator(cpu=True), TokenizerTrainConfig(output_dir="unused"), model, [], None)
+    assert [group["weight_decay"] for group in task.optimizer.param_groups] == [0.05, 0.0]
+    weight = model.quantizer.codebook.weight
+    found = [any(p is weight for p in group["params"]) for group in task.optimizer.param_groups]
+    assert found == [False, True]
 
 
 def test_codes_start_as_the_same_features_on_every_process(image_folder, fresh_accelerate):
@@ -259,6 +309,8 @@ def test_wrong_options_end_the_command_with_a_message(train_here, tmp_path, caps
         (["--optimizer.schedule", "step"], "optimizer.schedule"),
         (["--loss.l1_weight", -1], "l1_weight is -1.0; expected at least 0"),
         (["--config", "nowhere"], "'nowhere' is neither a file nor a shipped config"),
+        (["--gradient_checkpointing", "true"], "gradient_checkpointing is True; expected False with model.num_res_b"),
+        (["--torch_compile", "true"], "torch_compile is True; expected False with model.num_res_blocks 0"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             train_here(tmp_path, *wrong)
@@ -278,3 +330,16 @@ def test_configurations_that_do_not_fit_are_refused(train_here, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train_here(tmp_path / "run", *wrong)
+
+
+def test_a_sharding_launch_is_refused(train_here, tmp_path, monkeypatch):
+    # On a CPU accelerate takes FSDP for DDP, silently.
+    def sharding(*args):
+        accelerator = build_accelerator(*args)
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        return accelerator
+
+    monkeypatch.setattr("nextblock.tokenizer.train.build_accelerator", sharding)
+    with pytest.raises(ValueError, match="distributed_type FSDP; expected MULTI_GPU.*trained whole on every GPU"):
+        train_here(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -13,20 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.adversarial import DiscriminatorConfig, build_discriminator
+from nextblock.tokenizer.autoencoder import ResidualBlock, SpatialAttention
 from nextblock.tokenizer.losses import TokenizerLossConfig
-from nextblock.tokenizer.train import TokenizerTask, TokenizerTrainConfig, train
+from nextblock.tokenizer.train import TokenizerTask, TokenizerTrainConfig, VQVAEOptions, build_tokenizer, train
 from nextblock.training.config import parse_run_config
-from nextblock.training.loop import LoopConfig
+from nextblock.training.loop_config import LoopConfig
 
 TINY = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24, "codebook_init_scale": 0.3}
 TINY |= {"codebook_update": "ema", "codebook_ema_decay": 0.8, "revival_threshold": 0.3}
 TINY |= {"layout": "scales", "scales": [1, 2, 4], "num_phi": 2}
+CODES = "tokenizer.quantizer.codebook.weight"
 GAN = {"weight": 0.5, "num_layers": 1, "base_width": 4, "lecam_weight": 0.1, "r1_weight": 0.5, "r1_every": 2}
 # Every adversarial option at once, for the command line.
 OPTIONS = """
@@ -45,30 +47,41 @@ def make_task(
     entropy_weight: float = 0.0,
     num_steps: int = 5,
     scaler: torch.amp.GradScaler | None = None,
+    model: dict | None = None,
+    **options,
 ) -> TokenizerTask:
     """Build a tiny task in float64, the same each time."""
     torch.manual_seed(0)
-    tokenizer = VQVAE(VQVAEConfig(**TINY)).double().train()
     config = TokenizerTrainConfig(
         output_dir="unused",
+        model=VQVAEOptions(**TINY | (model or {})),
         loss=TokenizerLossConfig(entropy_weight=entropy_weight),
         discriminator=DiscriminatorConfig(**gan or {}),
         loop=LoopConfig(num_steps=num_steps, batch_size=8),
+        **options,
     )
     accelerator = Accelerator(cpu=True)
     # Models and optimizers take it over as they are prepared.
     accelerator.scaler = scaler
-    return TokenizerTask(accelerator, config, tokenizer, [], None)
+    task = TokenizerTask(accelerator, config, build_tokenizer(config).double().train(), [], None)
+    if scaler is not None:
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        assert accelerator.mixed_precision == "fp16"
+    return task
 
 
 def run_steps(task: TokenizerTask, num_micro_batches: int = 1, rank: int = 0, world_size: int = 1) -> list[dict]:
     """Train on random images for as many steps as the configuration says."""
-    generator, metrics = torch.Generator().manual_seed(1), []
-    for step in range(task.config.loop.num_steps):
+    return [run_step(task, step, num_micro_batches, rank, world_size) for step in range(task.config.loop.num_steps)]
+
+
+def run_step(task: TokenizerTask, step: int, num_micro_batches: int = 1, rank: int = 0, world_size: int = 1) -> dict:
+    """Take one step on random images."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(step + 1):
         batch = 2 * torch.rand(8, 3, 16, 16, generator=generator, dtype=torch.float64) - 1
-        parts = batch.chunk(world_size)[rank].chunk(num_micro_batches)
-        metrics.append(task.train_step([{"pixel_values": part} for part in parts], step))
-    return metrics
+    parts = batch.chunk(world_size)[rank].chunk(num_micro_batches)
+    return task.train_step([{"pixel_values": part} for part in parts], step)
 
 
 def state_of(task: TokenizerTask) -> dict[str, Tensor]:
@@ -180,15 +193,77 @@ def test_a_changing_loss_scale_changes_nothing(max_grad_norm, fresh_accelerate):
     states = []
     for chosen in (None, scaler):
         task = make_task(GAN, num_steps=4, scaler=chosen)
-        if chosen is not None:
-            task.accelerator.native_amp, task.accelerator.state._mixed_precision = True, "fp16"
-            assert task.accelerator.mixed_precision == "fp16"
         for options in (task.config.optimizer, task.config.discriminator.optimizer):
             options.max_grad_norm = max_grad_norm
         run_steps(task, num_micro_batches=2)
         states.append(state_of(task))
     assert scaler.get_scale() == 2.0 ** (16 + 2 * 4)
     assert_close(states[1], states[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, None])
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_a_step_that_the_loss_scaler_skips_leaves_no_trace(update, max_grad_norm, fresh_accelerate):
+    model = {"codebook_update": update, "revival_threshold": 0.9}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    states = []
+    for chosen in (None, scaler):
+        task = make_task(scaler=chosen, model=model)
+        task.config.optimizer.max_grad_norm = max_grad_norm
+        run_step(task, 0)
+        before = state_of(task)
+        if chosen is not None:
+            # As an overflow does; the loss itself is finite.
+            bias = task.model.decoder[-1].bias
+            handle = bias.register_hook(lambda gradient: gradient * torch.inf)
+            assert run_step(task, 1)["loss"].isfinite()
+            handle.remove()
+            assert scaler.get_scale() == 2.0**15
+            assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(task).items())
+        run_step(task, 2)
+        states.append(state_of(task))
+        assert not torch.equal(states[-1][CODES], before[CODES])
+    assert_close(states[1], states[0], atol=1e-12)
+
+
+def run_with_blocks(dropout: float = 0.2, **options) -> tuple[list[dict], dict[str, Tensor]]:
+    """Train residual blocks against a discriminator."""
+    task = make_task(GAN, num_steps=3, model={"num_res_blocks": 1, "dropout": dropout}, **options)
+    torch.manual_seed(1)
+    metrics = run_steps(task, num_micro_batches=2)
+    return [{name: float(value) for name, value in line.items()} for line in metrics], state_of(task)
+
+
+def test_checkpointed_blocks_train_as_others_do(monkeypatch, fresh_accelerate):
+    calls, silu = [], F.silu
+    monkeypatch.setattr(F, "silu", lambda *args, **kwargs: calls.append(args) or silu(*args, **kwargs))
+    (metrics, state), num_calls = run_with_blocks(), len(calls)
+    checkpointed_metrics, checkpointed_state = run_with_blocks(gradient_checkpointing=True)
+    assert checkpointed_metrics == metrics
+    assert all(torch.equal(tensor, checkpointed_state[name]) for name, tensor in state.items())
+    # Four blocks of two activations are computed again for each of six micro-batches, by the adaptive weight never.
+    assert len(calls) - num_calls == num_calls + 6 * 4 * 2
+
+
+def test_blocks_are_compiled_and_not_what_the_adaptive_weight_differentiates(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    sizes = TINY | {"autoencoder": "vqgan", "width_multipliers": [1, 1, 1], "num_res_blocks": 1}
+    config = TokenizerTrainConfig(output_dir="unused", model=VQVAEOptions(**sizes), torch_compile=True)
+    model = build_tokenizer(config)
+    blocks = [module for module in model.modules() if isinstance(module, (ResidualBlock, SpatialAttention))]
+    assert len(blocks) == 13 + 5 and compiled == blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_compiled_training_equals_an_uncompiled_one(gradient_checkpointing, fresh_accelerate):
+    metrics, state = run_with_blocks(dropout=0.0)
+    options = {"torch_compile": True, "gradient_checkpointing": gradient_checkpointing}
+    compiled_metrics, compiled_state = run_with_blocks(dropout=0.0, **options)
+    assert_close(compiled_state, state, atol=1e-9)
+    for line, expected in zip(compiled_metrics, metrics, strict=True):
+        assert line == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_an_interrupted_adversarial_training_equals_an_uninterrupted_one(

@@ -4,7 +4,9 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nextblock.evaluation.codebook import code_counts
 from nextblock.tokenizer import VQVAE, MultiScaleQuantizer, VectorQuantizer, VQVAEConfig, VQVAEOutput
 
 # The contract
@@ -335,3 +337,41 @@ def test_bad_blocks_are_refused_by_every_entry_point(change, message, entry, mak
     idx_Bl = model.img_to_idxBl(make_images(model))
     with pytest.raises(ValueError, match=message):
         getattr(model, entry)(change(idx_Bl))
+
+
+# On a device
+
+
+class HostCopies(TorchDispatchMode):
+    """Note what takes a tensor of the host and gives one of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            self.found += [func for arg in args if isinstance(arg, torch.Tensor) and not arg.is_meta]
+        return result
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_nothing_waits_for_a_device_at_every_step(is_training, make_vqvae):
+    # A meta tensor stands in for one on a GPU: reading it raises.
+    model = make_vqvae(image_size=16, tile=2).to("meta").train(is_training)
+    pixel_values, flat_idx = torch.empty(2, 3, 16, 16, device="meta"), torch.empty(32, dtype=torch.int64, device="meta")
+    with HostCopies() as copies:
+        for step in range(2):
+            model._check_pixels(pixel_values)
+            idx_Bl = model.quantizer.split_indices(flat_idx, 2)
+            assert model.idxBl_to_img(idx_Bl).shape == (2, 3, 16, 16)
+            assert model.idxBl_to_var_input(idx_Bl).shape == (2, 12, 4)
+            assert code_counts(idx_Bl, 24).shape == (4, 24)
+            if step == 0:
+                # Tables of indices come to the device once.
+                assert set(copies.found) <= {torch.ops.aten._to_copy.default}
+                copies.found.clear()
+    assert copies.found == []
+    with pytest.raises(ValueError, match="pixel_values has shape"):
+        model(pixel_values[:, :2])
