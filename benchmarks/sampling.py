@@ -82,7 +82,27 @@ def plain_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) 
         if k + 1 < layout.num_blocks:
             canvas, next_input = quantizer.advance(canvas, idx_Bl[-1], k)
             block_input = prior.embed_input(next_input).repeat(2, 1, 1)
-    return tokenizer.idxBl_to_img(idx_Bl)
+    return plain_decode(tokenizer, idx_Bl)
+
+
+def plain_decode(tokenizer: VQVAE, idx_Bl: list[torch.Tensor]) -> torch.Tensor:
+    """Decode as a direct transcription does: channels first, every operation into memory of its own."""
+    decoder = tokenizer.decoder
+
+    def residual(block, x):
+        h = block.conv1(F.silu(block.norm1(x)))
+        return block.nin_shortcut(x) + block.conv2(F.silu(block.norm2(h)))
+
+    x = decoder.conv_in(tokenizer.post_quant_conv(tokenizer.quantizer.idxBl_to_features(idx_Bl)))
+    x = residual(decoder.mid.block_2, decoder.mid.attn_1(residual(decoder.mid.block_1, x)))
+    for level in reversed(decoder.up):
+        for j, block in enumerate(level.block):
+            x = residual(block, x)
+            if level.attn:
+                x = level.attn[j](x)
+        if hasattr(level, "upsample"):
+            x = level.upsample(x)
+    return decoder.conv_out(F.silu(decoder.norm_out(x))).clamp(-1, 1)
 
 
 def plain_tokens(logits: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class EvaluateConfig:
     pipeline: str
     """Folder of the pipeline."""
     samples: str
-    """Folder that `nextblock.pipelines.sample` wrote."""
+    """Folder that `nextblock.pipelines.sample` wrote with output_format npz."""
     output_dir: str
     """Folder that the report and the pictures go to."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
@@ -158,14 +158,15 @@ def _read_samples(folder: Path) -> tuple:
     import numpy as np
     import yaml
 
-    images_path, config_path = (folder / name for name in ("images.npz", "config.yaml"))
+    from .sample_files import IMAGES_KEY, LABELS_KEY, NPZ_NAME
+
+    images_path, config_path = (folder / name for name in (NPZ_NAME, "config.yaml"))
     for path in (images_path, config_path):
         if not path.is_file():
-            raise ValueError(
-                f"samples: {path} does not exist; expected what nextblock.pipelines.sample writes"
-            )
+            expected = "what nextblock.pipelines.sample writes with output_format npz"
+            raise ValueError(f"samples: {path} does not exist; expected {expected}")
     with np.load(images_path) as arrays:
-        images, class_labels = arrays["images"], arrays["class_labels"]
+        images, class_labels = arrays[IMAGES_KEY], arrays[LABELS_KEY]
     return images, class_labels, yaml.safe_load(config_path.read_text(encoding="utf-8"))
 
 

@@ -194,6 +194,23 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
             num_decoded = decode_batch_size or request.batch.num_images
             return [self._decode(features, num_decoded, output_type) for features in maps]
 
+    def compile(self, **options) -> None:
+        """Compile the prior's layers and the tokenizer's decoder; the calls that meet a new shape take long.
+
+        Args:
+            options: of `torch.compile`: `mode`, `backend`, `dynamic`, ….
+
+        Raises:
+            ValueError: if `torch.compile` does not take the options; the pipeline then stays as it was.
+        """
+        try:
+            torch.compile(torch.nn.Identity(), **options)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ValueError(f"options are {options}; expected those of torch.compile: {error}") from error
+        for layer in self.prior.blocks:
+            layer.compile_around_attention(**options)
+        self.tokenizer.decoder.compile(**options)
+
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
         return resolve_labels(class_labels, self.prior.config.num_classes, self.prior.config.class_names)

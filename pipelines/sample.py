@@ -1,40 +1,62 @@
-"""Draws images of many classes from a pipeline, on one process or several, into one file and one picture.
+"""Draw many images from a pipeline; a killed job goes on where it was when it is started again.
 
-    python -m nextblock.pipelines.sample --config pipelines/sample-digits-scales
-    accelerate launch -m nextblock.pipelines.sample --config pipelines/sample-digits-scales
+    python -m nextblock.pipelines.sample --config pipelines/sample-digits-scales --pipeline DIR …
+    accelerate launch -m nextblock.pipelines.sample --config pipelines/sample-digits-scales --pipeline DIR …
 
-Legend: N images, HxW pixels.
+Legend: N images, n of a batch, HxW pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from nextblock.data.tokens import tokenizer_fingerprint as model_fingerprint
+from nextblock.evaluation.pictures import class_grid
+from nextblock.prior.sampling import SamplingOptions
 from nextblock.training.config import parse_run_config, save_run_config
+from nextblock.training.part_jobs import Progress, claimed_folder, fixed_threads
 from nextblock.training.processes import connect_processes
 
-_SAMPLES_NAME = "images.npz"
+from .pipeline_class_to_image import ClassToImagePipeline
+from .sample_files import LOSSY_FORMATS, NpzFile, PictureFolder, write_whole
+
 _PICTURE_NAME = "samples.png"
-_PICTURE_COLUMNS = 10
+_PICTURE_COLUMNS, _PICTURE_ROWS = 10, 10
+_NUM_WRITERS = 4
+_OPTION_NAMES = (
+    *("guidance_scale", "guidance_schedule", "guidance_power"),
+    *("temperature", "top_k", "top_p", "min_p"),
+)
 
 
 @dataclass(kw_only=True)
 class SampleConfig:
-    """Draws images from a pipeline and writes images.npz, samples.png and the config used.
+    """Draws images from a pipeline and writes them, a grid of the first ones and the config used.
 
-    images.npz holds `images`, (N, H, W, 3) uint8, and `class_labels`, (N,) int64, class after class. Each
-    image depends on the seed, its class and its position alone, whatever the number of processes.
+    Each image depends on the seed, its class and its position alone, whatever the number of processes. A job that was
+    killed goes on when it is started again.
     """
 
     pipeline: str
     """Folder of the pipeline."""
     output_dir: str
-    """Folder that the images go to."""
+    """Folder that the images go to; an unfinished one is finished, one of another job refused."""
+    output_format: Literal["npz", "png", "jpeg", "webp"] = "npz"
+    """"npz" writes images.npz as ADM's evaluator reads it: `arr_0`, (N, H, W, 3) uint8, and `arr_1`, (N,) int64, the
+    classes. The others write images/CLASS/POSITION.png and so on."""
+    image_quality: int = 95
+    """Quality of JPEG and WebP, 1 to 100."""
     class_labels: list[int | str] | None = None
     """Classes to draw, by number or by name; null draws every class, or an unconditional model's images."""
     num_images_per_label: int = 10
@@ -56,20 +78,24 @@ class SampleConfig:
     seed: int = 0
     """Key of all random numbers."""
     batch_size: int = 100
-    """Images drawn at a time by each process."""
+    """Images drawn at a time by each process; part of the job, because rounding depends on it."""
+    num_threads: int = 1
+    """CPU threads that each process computes with; part of the job, because rounding depends on it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the models; the quantizer stays in float32."""
     cpu: bool = False
     """Draw on the CPU even where there is a GPU."""
 
     def __post_init__(self):
-        for name in ("num_images_per_label", "batch_size"):
+        for name in ("num_images_per_label", "batch_size", "num_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive integer")
         if self.class_labels is not None and not self.class_labels:
             raise ValueError("class_labels is []; expected at least one class, or null for all")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected a non-negative integer")
+        if not 1 <= self.image_quality <= 100:
+            raise ValueError(f"image_quality is {self.image_quality}; expected 1 to 100")
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -86,98 +112,134 @@ def image_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def sample(config: SampleConfig) -> None:
+    """Draw images, each process its own batches, and put them together once all are there.
+
+    Batches that are there already stay, whatever number of processes drew them; the result is the same to the byte.
+
+    Args:
+        config: the job.
+
+    Raises:
+        ValueError: if the output folder holds another job, the configuration does not fit the pipeline, or the folder
+            does not hold exactly the images of the job at the end.
+    """
+    state = connect_processes(config.cpu)
+    folder = Path(config.output_dir)
+    pipe = ClassToImagePipeline.from_pretrained(config.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    options, labels = _check_against(pipe, config)
+    job = _describe(config, pipe, labels, state)
+    class_labels = np.repeat(np.asarray(labels, np.int64), config.num_images_per_label)
+    files = _open_files(config, pipe, class_labels)
+    N = len(class_labels)
+    batches = [range(start, min(start + config.batch_size, N)) for start in range(0, N, config.batch_size)]
+    with claimed_folder(folder, job, state):
+        missing = [batch for batch in batches if not files.has(batch)]
+        is_finished = not missing and (folder / _PICTURE_NAME).is_file()
+        # Nobody writes before everybody has looked.
+        state.wait_for_everyone()
+        if not is_finished:
+            if state.is_main_process:
+                save_run_config(config, folder / "config.yaml")
+            pipe.to(state.device, getattr(torch, config.dtype))
+            with fixed_threads(config.num_threads):
+                _draw_missing(partial(_draw, pipe, config, options, class_labels), missing, N, files, state)
+        if state.is_main_process:
+            if not is_finished:
+                files.assemble(batches)
+            files.check()
+            if not is_finished:
+                _draw_picture(folder / _PICTURE_NAME, files, class_labels)
+            processes = f"{state.num_processes} process" + "es" * (state.num_processes > 1)
+            drawn = f"{sum(map(len, missing))} of them drawn now by {processes}"
+            print(f"{files.path}: {N} images, {'all there already' if is_finished else drawn}")
+
+
+def _check_against(pipe: ClassToImagePipeline, config: SampleConfig) -> tuple[SamplingOptions, list[int]]:
+    """Return how tokens are drawn and the labels wanted, once the pipeline is known to serve them."""
+    options = SamplingOptions(**{name: getattr(config, name) for name in _OPTION_NAMES})
+    num_classes = pipe.prior.config.num_classes
+    options.check(num_classes, pipe.prior.config.vocab_size, pipe.prior.layout.is_scales)
+    wanted = config.class_labels
+    if wanted is None and num_classes:
+        wanted = range(num_classes)
+    return options, pipe.resolve_labels(wanted)
+
+
+def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int], state: PartialState) -> dict:
+    """All that the bytes of the images depend on."""
+    fields = ("num_images_per_label", *_OPTION_NAMES, "seed", "batch_size", "num_threads", "dtype", "output_format")
+    return {
+        "tokenizer_sha256": model_fingerprint(pipe.tokenizer),
+        "prior_sha256": model_fingerprint(pipe.prior),
+        **{name: getattr(config, name) for name in fields},
+        "image_quality": config.image_quality if config.output_format in LOSSY_FORMATS else None,
+        "device": state.device.type,
+        "class_labels": labels,
+    }
+
+
+def _open_files(config: SampleConfig, pipe: ClassToImagePipeline, class_labels: np.ndarray) -> NpzFile | PictureFolder:
+    """Return what the images are written to."""
+    folder, prior = Path(config.output_dir), pipe.prior.config
+    if config.output_format == "npz":
+        return NpzFile(folder, class_labels, pipe.tokenizer.config.image_size)
+    classes = prior.num_classes, prior.class_names
+    return PictureFolder(folder, class_labels, *classes, config.output_format, config.image_quality)
+
+
+def _draw_missing(
+    draw: Callable[[range], np.ndarray],
+    missing: list[range],
+    num_images: int,
+    files: NpzFile | PictureFolder,
+    state: PartialState,
+) -> None:
+    """Draw this process's share of the missing batches; the main process then waits for the others'."""
+    progress = Progress(state, "sample", num_images, num_images - sum(map(len, missing)))
+    writing: deque[Future] = deque()
+    with ThreadPoolExecutor(_NUM_WRITERS) as executor:
+        # Whole batches are dealt out: a batch is of one shape, and rounds alike, for any number of processes.
+        for batch in missing[state.process_index :: state.num_processes]:
+            images = draw(batch)
+            if len(writing) == _NUM_WRITERS:
+                writing.popleft().result()
+            writing.append(executor.submit(files.write, batch, images))
+            progress.add(len(batch))
+        while writing:
+            writing.popleft().result()
+    if state.is_main_process:
+        progress.wait_while(lambda: not all(files.has(batch) for batch in missing))
+    progress.close()
+
+
+def _draw(
+    pipe: ClassToImagePipeline, config: SampleConfig, options: SamplingOptions, class_labels: np.ndarray, batch: range
+) -> np.ndarray:
+    """Draw one batch, (n, H, W, 3) uint8."""
+    is_conditional = pipe.prior.config.num_classes > 0
+    images = pipe(
+        class_labels=class_labels[batch.start : batch.stop] if is_conditional else len(batch),
+        generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in batch],
+        batch_size=config.batch_size,
+        output_type="np",
+        **asdict(options),
+    ).images
+    return np.round(images * 255).astype(np.uint8)
+
+
+def _draw_picture(path: Path, files: NpzFile | PictureFolder, class_labels: np.ndarray) -> None:
+    """Show the first images of the first classes."""
+    shown = list(dict.fromkeys(class_labels.tolist()))[:_PICTURE_ROWS]
+    indices = np.concatenate([np.flatnonzero(class_labels == label)[:_PICTURE_COLUMNS] for label in shown])
+    grid = class_grid(files.read(indices), class_labels[indices], num_columns=_PICTURE_COLUMNS)
+    write_whole(path, partial(grid.save, format="PNG"))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the images that the command line asks for."""
-    config = parse_run_config(SampleConfig, prog="python -m nextblock.pipelines.sample", argv=argv)
-    import numpy as np
-    import torch
-
-    from nextblock.pipelines import ClassToImagePipeline
-
-    state = connect_processes(config.cpu)
-    pipe = ClassToImagePipeline.from_pretrained(config.pipeline)
-    pipe = pipe.to(state.device, getattr(torch, config.dtype))
-    pipe.set_progress_bar_config(disable=True)
-    wanted = config.class_labels
-    if wanted is None and pipe.prior.config.num_classes:
-        wanted = list(range(pipe.prior.config.num_classes))
-    class_labels = np.repeat(np.asarray(pipe.resolve_labels(wanted)), config.num_images_per_label)
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # A run that fails must not leave the images of an earlier one behind as if they were its own.
-    if state.is_main_process:
-        (output_dir / _SAMPLES_NAME).unlink(missing_ok=True)
-        save_run_config(config, output_dir / "config.yaml")
-    _draw_part(pipe, class_labels, config, state, _part_path(output_dir, state.process_index))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _merge_parts(output_dir, class_labels, state.num_processes)
-        processes = f"{state.num_processes} process" + "es" * (state.num_processes > 1)
-        print(f"{len(class_labels)} images drawn by {processes}: {output_dir / _SAMPLES_NAME}")
-
-
-def _draw_part(pipe, class_labels, config: SampleConfig, state, path: Path) -> None:
-    """Draw this process's batches and write them with their positions."""
-    import numpy as np
-    import torch
-    from tqdm.auto import tqdm
-
-    # Whole batches are dealt out: a batch is of one shape, and rounds alike, for any number of processes.
-    starts = range(0, len(class_labels), config.batch_size)[
-        state.process_index :: state.num_processes
-    ]
-    is_conditional = pipe.prior.config.num_classes > 0
-    indices, images = [], []
-    for start in tqdm(starts, desc="sampling", unit="batch", disable=not state.is_main_process):
-        batch = range(start, min(start + config.batch_size, len(class_labels)))
-        labels = class_labels[batch.start : batch.stop].tolist()
-        drawn = pipe(
-            class_labels=labels if is_conditional else None,
-            num_images_per_label=1 if is_conditional else len(labels),
-            guidance_scale=config.guidance_scale,
-            guidance_schedule=config.guidance_schedule,
-            guidance_power=config.guidance_power,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in batch],
-            batch_size=config.batch_size,
-            output_type="np",
-        ).images
-        indices.append(np.arange(batch.start, batch.stop))
-        images.append(np.round(np.asarray(drawn) * 255).astype(np.uint8))
-    height, width = pipe.tokenizer.config.image_size
-    np.savez(
-        path,
-        indices=np.concatenate([np.zeros(0, dtype=np.int64), *indices]),
-        images=np.concatenate([np.zeros((0, height, width, 3), dtype=np.uint8), *images]),
-    )
-
-
-def _merge_parts(output_dir: Path, class_labels, num_processes: int) -> None:
-    """Join what the processes wrote and draw the picture."""
-    import numpy as np
-
-    from nextblock.evaluation.pictures import class_grid
-
-    paths = [_part_path(output_dir, process_index) for process_index in range(num_processes)]
-    parts = [np.load(path) for path in paths]
-    order = np.argsort(np.concatenate([part["indices"] for part in parts]))
-    images = np.concatenate([part["images"] for part in parts])[order]
-    assert len(images) == len(class_labels), "every image is drawn once"
-    temporary = output_dir / f"unfinished-{_SAMPLES_NAME}"
-    np.savez(temporary, images=images, class_labels=class_labels)
-    os.replace(temporary, output_dir / _SAMPLES_NAME)
-    class_grid(images, class_labels, num_columns=_PICTURE_COLUMNS).save(output_dir / _PICTURE_NAME)
-    for part, path in zip(parts, paths, strict=True):
-        part.close()
-        path.unlink()
-
-
-def _part_path(output_dir: Path, process_index: int) -> Path:
-    """Where a process leaves its images for the first one."""
-    return output_dir / f"part-{process_index:05d}.npz"
+    sample(parse_run_config(SampleConfig, prog="python -m nextblock.pipelines.sample", argv=argv))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Legend: B batch, K blocks, L tokens, D width.
 """
 
 import math
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -183,12 +184,27 @@ class PriorLayer(GradientCheckpointingLayer):
         """
         if isinstance(modulation, Tensor):
             modulation = self.modulation(modulation)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        h = torch.addcmul(shift1, self.norm(x), 1 + scale1)
-        h = self.attn.merge_heads(attend(*self.attn.queries_keys_values(h)))
-        x = x + self._dropped_path(h * gamma1)
-        h = self.ffn(torch.addcmul(shift2, self.norm(x), 1 + scale2))
-        return x + self._dropped_path(h * gamma2)
+        return self.after_attention(x, attend(*self.before_attention(x, modulation)), modulation)
+
+    def before_attention(self, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, heads, L, head width)."""
+        _, _, scale, _, shift, _ = modulation
+        return self.attn.queries_keys_values(torch.addcmul(shift, self.norm(x), 1 + scale))
+
+    def after_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Add both branches to (B, L, D), given the attention's output (B, heads, L, head width)."""
+        gamma1, gamma2, _, scale, _, shift = modulation
+        x = x + self._dropped_path(self.attn.merge_heads(attended) * gamma1)
+        return x + self._dropped_path(self.ffn(torch.addcmul(shift, self.norm(x), 1 + scale)) * gamma2)
+
+    def compile_around_attention(self, **options) -> None:
+        """Compile what comes before and after attention; caches grow between the two, block by block.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        for method in (PriorLayer.before_attention, PriorLayer.after_attention):
+            setattr(self, method.__name__, torch.compile(MethodType(method, self), **options))
 
     def _dropped_path(self, branch: Tensor) -> Tensor:
         """Zero the branch of a random share of the samples and scale up the others."""

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     ClassToImagePipeline(tokenizer=tokenizer, prior=BlockPrior(config)).save_pretrained(folder / "pipeline")
     (folder / "samples").mkdir()
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    np.savez(folder / "samples" / "images.npz", images=images, class_labels=np.arange(10).repeat(4))
+    np.savez(folder / "samples" / "images.npz", images, np.arange(10).repeat(4))
     (folder / "samples" / "config.yaml").write_text("guidance_scale: 1.5\n")
     for stage, loss in (("tokenizer", 0.1), ("prior", 1.5)):
         (folder / stage).mkdir()
@@ -110,7 +110,7 @@ def test_judged_digits_are_the_real_ones(folder, tmp_path):
     batch = collate([dataset[index] for index in range(len(dataset))])
     images, class_labels = to_uint8(batch["pixel_values"]), batch["class_labels"].numpy()
     (tmp_path / "samples").mkdir()
-    np.savez(tmp_path / "samples" / "images.npz", images=images, class_labels=class_labels)
+    np.savez(tmp_path / "samples" / "images.npz", images, class_labels)
     (tmp_path / "samples" / "config.yaml").write_text("{}")
     main([*_arguments(folder, tmp_path / "out"), "--samples", str(tmp_path / "samples")])
     figures = json.loads((tmp_path / "out" / "report.json").read_text())["figures"]
@@ -169,9 +169,7 @@ def test_wrong_input_is_named(folder, tmp_path, capsys):
 
 
 def test_samples_of_another_size_are_refused(folder, tmp_path):
-    np.savez(
-        tmp_path / "images.npz", images=np.zeros((2, 16, 16, 3), np.uint8), class_labels=np.zeros(2, np.int64)
-    )
+    np.savez(tmp_path / "images.npz", np.zeros((2, 16, 16, 3), np.uint8), np.zeros(2, np.int64))
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(ValueError, match=r"samples are 16x16; expected 32x32"):
         main([*_arguments(folder, tmp_path), "--samples", str(tmp_path)])

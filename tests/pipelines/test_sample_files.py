@@ -1,0 +1,124 @@
+"""What a sampling job leaves: the .npz file as other tools read it, folders of pictures, damage that is noticed."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nextblock.pipelines.sample_files import NpzFile, PictureFolder, class_folder_names, map_images, write_whole
+
+LABELS = np.array([0, 0, 3, 3, 12], np.int64)
+BATCHES = [range(0, 2), range(2, 4), range(4, 5)]
+# Gradients, which lossy formats keep roughly.
+IMAGES = np.stack([np.add.outer(np.arange(8), np.arange(12))[..., None] * [n + 1, 5, 9] for n in range(5)])
+IMAGES = IMAGES.astype(np.uint8)
+
+
+def write(files) -> None:
+    for batch in reversed(BATCHES):
+        assert not files.has(batch)
+        files.write(batch, IMAGES[batch.start : batch.stop])
+        assert files.has(batch)
+    files.assemble(BATCHES)
+    files.check()
+    assert all(files.has(batch) for batch in BATCHES)
+
+
+def test_the_npz_file_is_what_numpy_would_write(tmp_path):
+    files = NpzFile(tmp_path, LABELS, (8, 12))
+    write(files)
+    np.savez(tmp_path / "expected.npz", IMAGES, LABELS)
+    assert files.path.read_bytes() == (tmp_path / "expected.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected.npz", "images.npz"]
+    assert np.array_equal(map_images(files.path), IMAGES) and np.array_equal(files.read([4, 1]), IMAGES[[4, 1]])
+
+
+def test_the_npz_file_can_be_streamed_as_adms_evaluator_does(tmp_path):
+    write(NpzFile(tmp_path, LABELS, (8, 12)))
+    with zipfile.ZipFile(tmp_path / "images.npz") as archive:
+        assert archive.namelist() == ["arr_0.npy", "arr_1.npy"]
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        with archive.open("arr_0.npy") as member:
+            assert np.lib.format.read_magic(member) == (1, 0)
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            assert (shape, is_fortran, dtype) == ((5, 8, 12, 3), False, np.uint8)
+            assert member.read() == IMAGES.tobytes()
+
+
+def test_an_npz_file_of_other_images_or_classes_is_refused(tmp_path):
+    files = NpzFile(tmp_path, LABELS, (8, 12))
+    write(files)
+    with pytest.raises(ValueError, match=r"images.npz holds an array \(5, 8, 12, 3\) and other classes; expected"):
+        NpzFile(tmp_path, LABELS + 1, (8, 12)).check()
+    with pytest.raises(ValueError, match=r"holds an array \(5, 8, 12, 3\) and classes; expected \(5, 8, 8, 3\)"):
+        NpzFile(tmp_path, LABELS, (8, 8)).check()
+
+
+def test_a_part_of_another_size_is_refused(tmp_path):
+    files = NpzFile(tmp_path, LABELS, (8, 12))
+    for batch in BATCHES:
+        files.write(batch, IMAGES[:2])
+    with pytest.raises(ValueError, match=r"000000004.npy holds an array \(2, .*; expected \(1, 8, 12, 3\) of uint8"):
+        files.assemble(BATCHES)
+    assert not files.path.exists()
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_pictures_lie_in_a_folder_for_each_class(tmp_path, output_format):
+    files = PictureFolder(tmp_path, LABELS, 13, None, output_format, 95)
+    write(files)
+    found = sorted(path.relative_to(tmp_path / "images").as_posix() for path in tmp_path.rglob(f"*.{output_format}"))
+    assert found == [f"{name}.{output_format}" for name in ("00/0", "00/1", "03/2", "03/3", "12/4")]
+    for path, image in zip(found, IMAGES, strict=True):
+        with Image.open(tmp_path / "images" / path) as picture:
+            assert picture.format == output_format.upper() and picture.mode == "RGB"
+            difference = np.abs(np.asarray(picture).astype(int) - image)
+            assert difference.max() == 0 if output_format == "png" else difference.mean() < 4
+    assert np.abs(files.read([0, 4]).astype(int) - IMAGES[[0, 4]]).mean() < 4
+
+
+def test_the_quality_reaches_lossy_formats(tmp_path):
+    for output_format in ("jpeg", "webp"):
+        PictureFolder(tmp_path, LABELS, 13, None, output_format, 30).write(range(4, 5), IMAGES[4:])
+        expected = io.BytesIO()
+        Image.fromarray(IMAGES[4]).save(expected, format=output_format, quality=30)
+        assert (tmp_path / "images" / "12" / f"4.{output_format}").read_bytes() == expected.getvalue()
+
+
+def test_a_picture_too_many_or_too_few_is_noticed_and_leftovers_of_kills_are_removed(tmp_path):
+    files = PictureFolder(tmp_path, LABELS, 13, None, "png", 95)
+    write(files)
+    (tmp_path / "images" / "03" / ".2.png.tmp").touch()
+    files.assemble(BATCHES)
+    files.check()
+    (tmp_path / "images" / "03" / "5.png").touch()
+    with pytest.raises(ValueError, match=r"03/5.png is there; expected exactly the job's 5 images in "):
+        files.check()
+    (tmp_path / "images" / "03" / "5.png").unlink()
+    (tmp_path / "images" / "03" / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"03/2.png is missing; expected exactly the job's 5 images in "):
+        files.check()
+    assert [files.has(batch) for batch in BATCHES] == [True, False, True]
+
+
+def test_class_folders_sort_as_classes_do_and_are_safe_names():
+    names = ["Zebra", "a/b: c", "tench, Tinca tinca", "Kühe", *[f"{n}" * 99 for n in range(7)]]
+    folders = class_folder_names(11, names)
+    assert folders[:4] == ["00-Zebra", "01-a_b_c", "02-tench_Tinca_tinca", "03-Kühe"]
+    assert sorted(folders) == folders and max(map(len, folders)) == 53
+    assert class_folder_names(3, None) == ["0", "1", "2"] and class_folder_names(0, None) == []
+
+
+def test_a_file_appears_only_once_it_is_whole(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(path, fail)
+    assert not path.exists()
+    write_whole(path, lambda file: file.write(b"whole"))
+    assert path.read_bytes() == b"whole" and sorted(tmp_path.iterdir()) == [path]
