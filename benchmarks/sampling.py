@@ -1,26 +1,34 @@
 """Time and memory of guided VAR sampling beside a plain loop of the same model in the same run.
 
-The plain loop recomputes the AdaLN modulations at every block, grows its key/value cache by concatenation, and guides
-every block, as a direct transcription of the papers does. Weights are random: time does not depend on them.
+The plain loop recomputes the AdaLN modulations at every block, grows its key/value cache by concatenation, guides every
+block and decodes channels first, as a direct transcription of the papers does. The loops run in processes of their own
+and take turns. One keeps freed memory, as `python -m nextblock.pipelines.sample` does on a CPU; one is compiled as by
+`pipe.compile()`. Weights are random: time does not depend on them.
 
     python benchmarks/sampling.py --depth 16 --batch_sizes 1 8 --dtypes float32 bfloat16
+    python benchmarks/sampling.py --batch_sizes 1 64 --dtypes bfloat16 --loops plain nextblock 'nextblock, compiled'
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.prior.sampling import guidance_scales
 from nextblock.tokenizer import VQVAE, VQVAEConfig
+from nextblock.training.freed_memory import keep_freed_memory
 
 SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+LOOPS = ("plain", "nextblock", "nextblock, freed memory kept", "nextblock, compiled")
 GUIDANCE = {"guidance_scale": 2.5, "guidance_schedule": "linear"}
 TRUNCATION = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
 
@@ -142,12 +150,73 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
     return 2 * 2048**3 / min(seconds_of(torch.mm, a, a, num_runs=10))
 
 
-def sampling_operations(prior: BlockPrior, batch_size: int) -> float:
+def sampling_operations(depth: int, batch_size: int) -> float:
     """Return the operations of the prior's matrix products for guided sampling, attention included."""
-    D, L, num_layers = prior.config.hidden_size, prior.layout.num_tokens, prior.config.num_layers
-    linear = 2 * L * (num_layers * 12 * D * D + D * prior.config.vocab_size)
-    attention = 4 * D * num_layers * sum((end - start) * end for start, end in prior.layout.bounds)
+    D, layout = 64 * depth, BlockLayout.scales(SCALES)
+    linear = 2 * layout.num_tokens * (depth * 12 * D * D + D * 4096)
+    attention = 4 * D * depth * sum((end - start) * end for start, end in layout.bounds)
     return 2 * batch_size * (linear + attention)
+
+
+def serve(connection, name: str, depth: int, dtype_name: str, device: str) -> None:
+    """Run one loop in a process of its own, whose memory is then that loop's; answer requests with seconds."""
+    if name == "nextblock, freed memory kept":
+        assert keep_freed_memory()
+    prior, tokenizer = build_models(depth, getattr(torch, dtype_name), device)
+    if name == "nextblock, compiled":
+        for layer in prior.blocks:
+            layer.compile_around_attention()
+        tokenizer.decoder.compile()
+    loop = plain_loop if name == "plain" else nextblock_loop
+    decode = partial(plain_decode, tokenizer) if name == "plain" else tokenizer.idxBl_to_img
+    while (batch_size := connection.recv()) is not None:
+        class_labels = torch.arange(batch_size, device=device)
+        [whole] = seconds_of(loop, prior, tokenizer, class_labels, num_runs=1)
+        idx_Bl = [torch.randint(4096, (batch_size, n * n), device=device) for n in SCALES]
+        with torch.no_grad():
+            [decoding] = seconds_of(decode, idx_Bl, num_runs=1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak
+        connection.send((whole, decoding, peak))
+
+
+def compare(arguments: argparse.Namespace, dtype_name: str, peak: float) -> list[dict]:
+    """Let the loops take turns, so that a drifting machine drifts for all; return a row for each batch size."""
+    context, ends, rows = multiprocessing.get_context("spawn"), {}, []
+    for name in arguments.loops:
+        ends[name], other = context.Pipe()
+        options = (other, name, arguments.depth, dtype_name, arguments.device)
+        context.Process(target=serve, args=options, daemon=True).start()
+    for batch_size in sorted(arguments.batch_sizes):
+        times, first_seconds = {name: [] for name in ends}, {}
+        for turn in range(arguments.num_runs + 1):
+            for name, end in ends.items():
+                end.send(batch_size)
+                answer = end.recv()
+                if turn > 0:
+                    times[name].append(answer)
+                else:
+                    first_seconds[name] = answer[0]
+        row = {"dtype": dtype_name, "batch_size": batch_size, "loops": {}}
+        for name, answers in times.items():
+            whole, decoding, memory = (statistics.median(values) for values in zip(*answers, strict=True))
+            operations = sampling_operations(arguments.depth, batch_size)
+            row["loops"][name] = {
+                "first_call_seconds": round(first_seconds[name], 3),
+                "seconds": round(whole, 3),
+                "fastest_seconds": round(min(answers)[0], 3),
+                "decoding_seconds": round(decoding, 3),
+                "images_a_second": round(batch_size / whole, 3),
+                "share_of_matmul_peak_without_decoding": round(operations / (whole - decoding) / peak, 3),
+                "peak_memory_gib": round(memory, 2),
+            }
+        for figures in row["loops"].values():
+            figures["speedup"] = round(row["loops"][arguments.loops[0]]["seconds"] / figures["seconds"], 3)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    for end in ends.values():
+        end.send(None)
+    return rows
 
 
 def main() -> None:
@@ -157,6 +226,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS[:3])
     parser.add_argument("--num_runs", type=int, default=3)
     parser.add_argument("--output", default="benchmarks/sampling.json")
     arguments = parser.parse_args()
@@ -169,36 +239,11 @@ def main() -> None:
         "rows": [],
     }
     for dtype_name in arguments.dtypes:
-        dtype = getattr(torch, dtype_name)
-        prior, tokenizer = build_models(arguments.depth, dtype, arguments.device)
-        peak = matmul_peak(dtype, arguments.device)
-        for batch_size in arguments.batch_sizes:
-            class_labels = torch.arange(batch_size, device=arguments.device)
-            loops = {"plain": plain_loop, "nextblock": nextblock_loop}
-            times = {name: [] for name in loops}
-            for loop in loops.values():
-                loop(prior, tokenizer, class_labels)
-            for _ in range(arguments.num_runs):  # in turn, so that a drifting machine drifts for both
-                for name, loop in loops.items():
-                    times[name] += seconds_of(loop, prior, tokenizer, class_labels, num_runs=1)
-            idx_Bl = prior.generate(class_labels, tokenizer.quantizer, **GUIDANCE, **TRUNCATION)
-            decoding = statistics.median(seconds_of(tokenizer.idxBl_to_img, idx_Bl, num_runs=arguments.num_runs))
-            medians = {name: statistics.median(values) for name, values in times.items()}
-            tokens_seconds = medians["nextblock"] - decoding
-            row = {
-                "dtype": dtype_name,
-                "batch_size": batch_size,
-                "plain_seconds": round(medians["plain"], 3),
-                "nextblock_seconds": round(medians["nextblock"], 3),
-                "decoding_seconds": round(decoding, 3),
-                "speedup": round(medians["plain"] / medians["nextblock"], 3),
-                "share_of_matmul_peak": round(sampling_operations(prior, batch_size) / tokens_seconds / peak, 3),
-                "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-            }
-            results["rows"].append(row)
-            print(row, flush=True)
+        peak = matmul_peak(getattr(torch, dtype_name), arguments.device)
+        results["rows"] += compare(arguments, dtype_name, peak)
     with open(arguments.output, "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
+        file.write("\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def chunked_cross_entropy(
 
     Returns:
         The scalar mean loss, from which gradients flow back; each token's loss without label smoothing (B, L), from
-        which none do; and whether its most likely code is the label (B, L).
+        which none do; and whether no code is likelier than the label (B, L).
 
     Raises:
         ValueError: if `chunk_size` is below 1.
@@ -63,8 +63,9 @@ class _HeadLoss(torch.autograd.Function):
             x, y = hidden_states[chunk], labels[chunk, None]
             logits = F.linear(x, weight, bias).to(dtype)
             log_sum = logits.logsumexp(-1, keepdim=True)
-            token_loss[chunk] = (log_sum - logits.gather(-1, y))[:, 0]
-            token_correct[chunk] = logits.argmax(-1, keepdim=True).eq(y)[:, 0]
+            label_logits = logits.gather(-1, y)
+            token_loss[chunk] = (log_sum - label_logits)[:, 0]
+            token_correct[chunk] = (label_logits >= logits.amax(-1, keepdim=True))[:, 0]
             if label_smoothing:
                 spread = log_sum[:, 0] - logits.mean(-1)
                 smooth_loss[chunk] = torch.lerp(token_loss[chunk], spread, label_smoothing)

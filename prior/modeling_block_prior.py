@@ -33,7 +33,7 @@ class PriorOutput(ModelOutput):
         loss: scalar mean cross-entropy in nats a token, with label smoothing; with labels only.
         logits: (B, L, V) in float32, or float64 for a float64 model; None where the loss was computed in chunks.
         token_loss: (B, L) cross-entropy without label smoothing; with labels only; without gradient where in chunks.
-        token_correct: (B, L) whether the most likely code is the label; with labels only.
+        token_correct: (B, L) whether no code is likelier than the label; with labels only.
     """
 
     loss: Tensor | None = None
@@ -177,7 +177,9 @@ class BlockPrior(PreTrainedModel):
         flat, smoothing = (logits.flatten(0, 1), labels.flatten()), self.config.label_smoothing
         token_loss = F.cross_entropy(*flat, reduction="none").view_as(labels)
         loss = F.cross_entropy(*flat, label_smoothing=smoothing) if smoothing else token_loss.mean()
-        return PriorOutput(loss, logits, token_loss, logits.argmax(-1) == labels)
+        # The largest value is found several times faster than its place.
+        token_correct = logits.gather(-1, labels[..., None])[..., 0] >= logits.amax(-1)
+        return PriorOutput(loss, logits, token_loss, token_correct)
 
     def _chunked_loss(self, hidden_states: Tensor, head_modulation, labels: Tensor, chunk_size: int) -> PriorOutput:
         """Compare with labels a chunk of tokens at a time."""
