@@ -3,6 +3,7 @@
 python -m nextblock.tokenizer.detokenize_dataset --tokenizer DIR --tokens DIR --output_dir DIR --num_images 64
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,9 +98,9 @@ def picture_name(row: int) -> str:
     return f"{row:08d}.png"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and decode."""
-    detokenize(parse_run_config(DetokenizeConfig, prog="python -m nextblock.tokenizer.detokenize_dataset"))
+    detokenize(parse_run_config(DetokenizeConfig, prog="python -m nextblock.tokenizer.detokenize_dataset", argv=argv))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m nextblock.tokenizer.verify_tokens --tokens DIR
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,9 +117,9 @@ def verify(config: VerifyConfig) -> int:
     return 1 if problems else 0
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and check."""
-    sys.exit(verify(parse_run_config(VerifyConfig, prog="python -m nextblock.tokenizer.verify_tokens")))
+    sys.exit(verify(parse_run_config(VerifyConfig, prog="python -m nextblock.tokenizer.verify_tokens", argv=argv)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import docstring_parser
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from .commands import program_and_example
+
 ConfigT = TypeVar("ConfigT")
 
 
@@ -26,7 +28,8 @@ def parse_run_config(config_class: type[ConfigT], *, prog: str, argv: Sequence[s
 
     Args:
         config_class: Keyword-only dataclass; its fields may be dataclasses, reached as `--field.name`.
-        prog: What the user typed, for `--help` and messages: `python -m nextblock.tokenizer.train`.
+        prog: How the entry point is run as a module, for `--help` and messages: `python -m nextblock.tokenizer.train`;
+            a command of the console script that the user typed instead takes its place.
         argv: Arguments without the program's name; None for those of the process.
 
     Returns:
@@ -51,8 +54,16 @@ def save_run_config(config: Any, path: str | Path) -> None:
         config: Instance of a run config dataclass.
         path: File to write; its folder exists.
     """
-    text = yaml.dump(dataclasses.asdict(config), Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(run_config_text(config), encoding="utf-8")
+
+
+def run_config_text(config: Any) -> str:
+    """Returns every value of a run config, defaults too, as YAML that `--config` reads back.
+
+    Args:
+        config: Instance of a run config dataclass.
+    """
+    return yaml.dump(dataclasses.asdict(config), Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
 def options_dataclass(config_class: type, *, exclude: Sequence[str] = ()) -> type:
@@ -90,6 +101,15 @@ def options_dataclass(config_class: type, *, exclude: Sequence[str] = ()) -> typ
     options.__module__ = config_class.__module__
     options.__doc__ = _options_docstring(config_class, [p.name for p in kept])
     return options
+
+
+class _ExampleParser(ArgumentParser):
+    """Ends the help with an example; an epilog's line would be broken, and could not be pasted into a shell."""
+
+    example = ""
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.example}" if self.example else "")
 
 
 class _NamedConfigFile(ActionConfigFile):
@@ -134,7 +154,8 @@ def _shipped_configs() -> dict[str, Any]:
 def _run_config_parser(config_class: type, prog: str) -> ArgumentParser:
     # The descriptions of fields are the strings under them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True, validate_defaults=True)
-    parser = ArgumentParser(
+    prog, example = program_and_example(prog)
+    parser = _ExampleParser(
         prog=prog,
         # argparse's own usage repeats every option and would bury the message of an error.
         usage=f"{prog} [--config FILE_OR_NAME] [--OPTION VALUE ...]",
@@ -142,6 +163,7 @@ def _run_config_parser(config_class: type, prog: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     help_text = "YAML file, or the name of a shipped config. May be repeated; the last value counts."
+    parser.example = example
     parser.add_argument("--config", action=_NamedConfigFile, help=help_text)
     parser.add_class_arguments(config_class, as_group=False)
     return parser

@@ -208,6 +208,8 @@ def test_help_shows_descriptions_and_defaults(capsys):
     assert "Height and width in pixels, or one number for both. (type: int | list[int], default: 32)" in text
     assert "Channels of the hidden layers. (type: int, default: 16)" in text
     assert "--model.dtype" not in text and "--model.kwargs" not in text
+    # Only commands of the console script have one.
+    assert "example:" not in text
 
 
 def test_print_config_reads_back(tmp_path, capsys):

@@ -1,0 +1,63 @@
+"""Starts a local web page on which to try a pipeline: sample, reconstruct, in-paint, interpolate.
+
+    python -m nextblock.pipelines.demo --pipeline out/quickstart/pipeline
+
+Needs the optional extra: pip install 'nextblock[demo]'.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from nextblock.training.config import parse_run_config
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Starts a local web page on which to try a pipeline; Ctrl-C stops it."""
+
+    pipeline: str
+    """Folder or hub repository of the pipeline."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int | None = None
+    """Port to listen at; null takes the first free one from 7860."""
+    share: bool = False
+    """Also make the page public for a week, through Gradio's servers."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the models; the quantizer stays in float32."""
+    cpu: bool = False
+    """Compute on the CPU even where there is a GPU."""
+
+    def __post_init__(self):
+        if self.port is not None and not 0 < self.port < 65536:
+            raise ValueError(f"port is {self.port}; expected 1 to 65535, or null")
+        spec = find_spec("gradio")
+        # A folder called gradio, as Gradio makes for its pictures, is a package without a file to a python beside it.
+        if spec is None or spec.origin is None:
+            raise ValueError("the package gradio is missing; install it by `pip install 'nextblock[demo]'`")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve the page until the process is stopped."""
+    config = parse_run_config(DemoConfig, prog="python -m nextblock.pipelines.demo", argv=argv)
+    # Read when gradio is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import torch
+
+    from nextblock.pipelines import ClassToImagePipeline
+
+    from .demo_page import CSS, build_page
+
+    device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
+    pipe = ClassToImagePipeline.from_pretrained(config.pipeline).to(device, getattr(torch, config.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    build_page(pipe).launch(server_name=config.host, server_port=config.port, share=config.share, css=CSS)
+
+
+if __name__ == "__main__":
+    main()

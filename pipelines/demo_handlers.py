@@ -1,0 +1,201 @@
+"""What the buttons of the demo page do: functions of a pipeline and of the values of the page's fields.
+
+Legend: H×W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nextblock.evaluation.metrics import psnr
+from nextblock.evaluation.pictures import image_grid
+from nextblock.prior.sampling import SamplingOptions
+
+Captioned = tuple[Image.Image, str]
+# More pictures of blocks than this say no more.
+MAX_SHOWN_BLOCKS = 16
+# A brush is not for single pixels.
+EDITOR_SIDE = 512
+
+
+def sample(
+    pipe,
+    class_labels: list[int] | None,
+    num_images_per_label: int,
+    seed: int,
+    options: Mapping,
+    is_progressive: bool = False,
+) -> tuple[list[Captioned], list[list[Image.Image]]]:
+    """Sample images.
+
+    Args:
+        pipe: a `ClassToImagePipeline`.
+        class_labels: label numbers; None for a model without classes.
+        num_images_per_label: images of each.
+        seed: of the generator that seeds every image's own.
+        options: fields of `prior.sampling.SamplingOptions`.
+        is_progressive: whether to decode the images after each block too.
+
+    Returns:
+        The images with their classes' names; and the images after each block, or nothing.
+
+    Raises:
+        ValueError: as the pipeline.
+    """
+    arguments = {"num_images_per_label": num_images_per_label, "generator": _generator(seed), **options}
+    frames = pipe.progressive(class_labels, **arguments) if is_progressive else []
+    images = frames[-1] if is_progressive else pipe(class_labels, **arguments).images
+    names = [label_name(pipe, label) for label in class_labels or []]
+    captions = [name for name in names or [""] for _ in range(num_images_per_label)]
+    return list(zip(images, captions, strict=True)), frames
+
+
+def block_pictures(pipe, frames: Sequence[Sequence[Image.Image]], num_columns: int) -> list[Captioned]:
+    """Lay out the images after evenly spaced blocks, the last among them.
+
+    Args:
+        pipe: a `ClassToImagePipeline`.
+        frames: the images after each block.
+        num_columns: images in a row.
+
+    Returns:
+        Up to 16 grids with the number and size of their blocks.
+    """
+    num_blocks, shapes = len(frames), pipe.tokenizer.layout.shapes
+    shown = np.linspace(0, num_blocks - 1, min(num_blocks, MAX_SHOWN_BLOCKS)).round().astype(int)
+    return [
+        (
+            image_grid(np.stack([np.asarray(image) for image in frames[k]]), num_columns),
+            f"block {k + 1} of {num_blocks}: {shapes[k][0]}×{shapes[k][1]} tokens",
+        )
+        for k in shown.tolist()
+    ]
+
+
+def call_text(class_labels: list[int] | None, num_images_per_label: int, seed: int, options: Mapping) -> str:
+    """Write down the call that gives the images of `sample`.
+
+    Args:
+        class_labels, num_images_per_label, seed, options: those of `sample`.
+
+    Returns:
+        Python, for a pipeline called `pipe`; options at their defaults are left out.
+    """
+    defaults = {field.name: field.default for field in fields(SamplingOptions)}
+    arguments = {"class_labels": class_labels, "num_images_per_label": num_images_per_label}
+    arguments |= {name: value for name, value in options.items() if value != defaults[name]}
+    lines = [f"    {name}={value!r},\n" for name, value in arguments.items()]
+    return f"images = pipe(\n{''.join(lines)}    generator=torch.Generator().manual_seed({seed}),\n).images"
+
+
+def reconstruct(pipe, image: Image.Image | None) -> list[Captioned]:
+    """Show an image beside what the tokenizer keeps of it.
+
+    Args:
+        pipe: a `ClassToImagePipeline`.
+        image: any size.
+
+    Returns:
+        The image at the tokenizer's size, and its reconstruction with its PSNR.
+
+    Raises:
+        ValueError: if there is no image.
+    """
+    original = _fitted(pipe, image, "image")
+    reconstruction = pipe.reconstruct(original).images[0]
+    decibels = psnr(_levels(reconstruction), _levels(original), data_range=255).item()
+    layout, (H, W) = pipe.tokenizer.layout, pipe.tokenizer.config.image_size
+    num_tokens = f"{layout.num_tokens} tokens of {pipe.tokenizer.config.vocab_size} codes"
+    return [(original, f"image, {H}×{W}"), (reconstruction, f"reconstruction from {num_tokens}: {decibels:.1f} dB")]
+
+
+def inpaint(
+    pipe, drawing: Mapping | None, class_label: int | None, num_images_per_label: int, seed: int, options: Mapping
+) -> list[Image.Image]:
+    """Paint anew what lies under the strokes of a drawing.
+
+    Args:
+        pipe: a `ClassToImagePipeline`.
+        drawing: of Gradio's image editor: "background", an image, and "layers", images that are opaque where there
+            are strokes.
+        class_label: what to paint; None for a model without classes.
+        num_images_per_label: pictures to paint.
+        seed: of the generator that seeds every image's own.
+        options: fields of `prior.sampling.SamplingOptions`.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        ValueError: if there is no background or no stroke; or as the pipeline.
+    """
+    drawing = drawing or {}
+    image = _fitted(pipe, drawing.get("background"), "background")
+    strokes = [np.asarray(layer.convert("RGBA"))[..., 3] >= 128 for layer in drawing.get("layers") or []]
+    mask = np.any(strokes, axis=0) if strokes else np.zeros((1, 1), dtype=bool)
+    if not mask.any():
+        raise ValueError("the drawing has no strokes; expected some over what is to be painted anew")
+    return pipe.inpaint(
+        image,
+        Image.fromarray(mask.astype(np.uint8) * 255),
+        class_label,
+        num_images_per_label,
+        generator=_generator(seed),
+        **options,
+    ).images
+
+
+def interpolate(pipe, image_a: Image.Image | None, image_b: Image.Image | None, num_steps: int) -> list[Image.Image]:
+    """Go from one image to another in code space.
+
+    Args:
+        pipe: a `ClassToImagePipeline`.
+        image_a: the first image, of any size.
+        image_b: the last image.
+        num_steps: images, the reconstructions of both among them.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: if an image is missing; or as the pipeline.
+    """
+    ends = _fitted(pipe, image_a, "first image"), _fitted(pipe, image_b, "last image")
+    return pipe.interpolate(*ends, num_steps).images
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """Enlarge an image by a whole factor to about 512 pixels, for a brush."""
+    factor = max(1, EDITOR_SIDE // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def label_name(pipe, label: int) -> str:
+    """Name a class, by its number where it has no name."""
+    names = pipe.prior.config.class_names
+    return names[label] if names else f"class {label}"
+
+
+def _generator(seed: int) -> torch.Generator:
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; expected an integer from 0 to 2^63 − 1")
+    return torch.Generator().manual_seed(seed)
+
+
+def _fitted(pipe, image: Image.Image | None, name: str) -> Image.Image:
+    """Bring an image to the tokenizer's size; one that `enlarged` made becomes what it was."""
+    if image is None:
+        raise ValueError(f"the {name} is missing; expected a picture")
+    image = image.convert("RGB")
+    H, W = pipe.tokenizer.config.image_size
+    if image.width % W == 0 and image.height % H == 0:
+        return image.reduce((image.width // W, image.height // H))
+    return pipe.image_processor.resize(image, H, W)
+
+
+def _levels(image: Image.Image) -> torch.Tensor:
+    """Pixels (1, 3, H, W) from 0 to 255."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()

@@ -1,0 +1,253 @@
+"""The demo page: its tabs and fields, wired to the functions of demo_handlers.
+
+Legend: H×W pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+
+import gradio as gr
+
+from nextblock.prior.sampling import GUIDANCE_SCHEDULES, SamplingOptions
+
+from . import demo_handlers as handlers
+
+OPTION_NAMES = [field.name for field in fields(SamplingOptions)]
+# Images below this many pixels a side are shown pixel by pixel, and many in a row.
+SMALL_SIDE = 128
+# Gradio's thumbnails are 100 pixels wide at least, which cuts off the last of many; captions would hide small ones.
+CSS = """
+.pictures .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+.pictures .grid-wrap { min-height: 100px !important; max-height: none !important; }
+.pixels img { image-rendering: pixelated; }
+.unnamed .caption-label { display: none; }
+"""
+# One pipeline serves the page: calls wait for each other.
+QUEUE = {"concurrency_id": "pipeline", "concurrency_limit": 1}
+
+
+def build_page(pipe) -> gr.Blocks:
+    """Lay out the page of a pipeline, with first samples.
+
+    Args:
+        pipe: a `ClassToImagePipeline`.
+
+    Returns:
+        The page, to be launched with `css=CSS`.
+    """
+    with gr.Blocks(title="nextblock", analytics_enabled=False) as page:
+        gr.Markdown(_description(pipe))
+        with gr.Tab("Sample"):
+            _sample_tab(pipe)
+        with gr.Tab("Reconstruct"):
+            _reconstruct_tab(pipe)
+        with gr.Tab("In-paint"):
+            _inpaint_tab(pipe)
+        with gr.Tab("Interpolate"):
+            _interpolate_tab(pipe)
+    return page
+
+
+def _sample_tab(pipe) -> None:
+    num_classes = pipe.prior.config.num_classes
+    num_shown, num_images = (10, 4) if _is_small(pipe) else (4, 1)
+
+    def draw(labels, count, is_progressive, seed, *values):
+        given = dict(zip(OPTION_NAMES, values, strict=True))
+        labels = labels if num_classes else None
+        drawn, frames = handlers.sample(pipe, labels, count, seed, given, is_progressive)
+        num_columns = _num_columns(pipe, len(drawn), count)
+        blocks = handlers.block_pictures(pipe, frames, num_columns) if is_progressive else []
+        return drawn, num_columns, blocks, handlers.call_text(labels, count, seed, given)
+
+    def show(*values):
+        drawn, num_columns, blocks, text = draw(*values)
+        return gr.Gallery(drawn, columns=num_columns), gr.Gallery(blocks, visible=bool(blocks)), text
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            labels = _class_choice(pipe, "Classes", list(range(min(num_shown, num_classes))))
+            count = gr.Slider(1, 16, num_images, step=1, label="Images of each class" if num_classes else "Images")
+            seed, options = _sampling_fields(pipe)
+            is_progressive = gr.Checkbox(
+                pipe.num_timesteps <= handlers.MAX_SHOWN_BLOCKS, label="Show the images after each block"
+            )
+            with gr.Row():
+                button = gr.Button("Generate", variant="primary")
+                next_button = gr.Button("Next seed")
+        inputs = [labels, count, is_progressive, seed, *options]
+        # The page opens with what its fields say.
+        drawn, num_columns, blocks, text = draw(*(field.value for field in inputs))
+        with gr.Column(scale=5):
+            shown = [
+                _gallery(pipe, drawn, num_columns, has_captions=not _is_small(pipe)),
+                _gallery(pipe, blocks, visible=bool(blocks)),
+                gr.Code(text, label="The same in Python", language="python", interactive=False),
+            ]
+    button.click(_reported(show), inputs, shown, api_name="sample", **QUEUE)
+    next_button.click(lambda seed: (seed or 0) + 1, seed, seed).then(_reported(show), inputs, shown, **QUEUE)
+
+
+def _reconstruct_tab(pipe) -> None:
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            image = gr.Image(type="pil", label="Image", sources=["upload", "clipboard"])
+            button = gr.Button("Reconstruct", variant="primary")
+        with gr.Column(scale=5):
+            pictures = _gallery(pipe, num_columns=2)
+    run = _reported(lambda image: handlers.reconstruct(pipe, image))
+    gr.on([image.upload, button.click], run, image, pictures, api_name="reconstruct", **QUEUE)
+
+
+def _inpaint_tab(pipe) -> None:
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            editor = gr.ImageEditor(
+                label="Brush over what is to be painted anew",
+                type="pil",
+                format="png",
+                sources=["upload", "clipboard"],
+                transforms=[],
+                layers=False,
+                brush=gr.Brush(default_size=64, colors=["#ff7043"], color_mode="fixed"),
+            )
+            sample_button = gr.Button("Take a sample to paint on")
+            label = _class_choice(pipe, "Class", 0 if pipe.prior.config.num_classes else None)
+            count = gr.Slider(1, 16, 4, step=1, label="Images")
+            seed, options = _sampling_fields(pipe)
+            button = gr.Button("In-paint", variant="primary")
+        with gr.Column(scale=4):
+            pictures = _gallery(pipe, num_columns=2)
+
+    def paint(drawing, label, count, seed, *values):
+        given = dict(zip(OPTION_NAMES, values, strict=True))
+        return handlers.inpaint(pipe, drawing, label, count, seed, given)
+
+    def take_sample(label, seed, *values):
+        given = dict(zip(OPTION_NAMES, values, strict=True))
+        drawn, _ = handlers.sample(pipe, None if label is None else [label], 1, seed, given)
+        return handlers.enlarged(drawn[0][0])
+
+    button.click(_reported(paint), [editor, label, count, seed, *options], pictures, api_name="inpaint", **QUEUE)
+    sample_button.click(_reported(take_sample), [label, seed, *options], editor, api_name="draw", **QUEUE)
+
+
+def _interpolate_tab(pipe) -> None:
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            ends = [
+                gr.Image(type="pil", label=name, sources=["upload", "clipboard"], height=240)
+                for name in ("First image", "Last image")
+            ]
+            num_steps = gr.Slider(2, 16, 8, step=1, label="Images")
+            button = gr.Button("Interpolate", variant="primary")
+        with gr.Column(scale=5):
+            pictures = _gallery(pipe)
+    run = _reported(lambda first, last, num_steps: handlers.interpolate(pipe, first, last, num_steps))
+    button.click(run, [*ends, num_steps], pictures, api_name="interpolate", **QUEUE)
+
+
+def _sampling_fields(pipe) -> tuple[gr.Number, list]:
+    """Fields for the seed and, in the order of OPTION_NAMES, the sampling options."""
+    is_conditional, layout = pipe.prior.config.num_classes > 0, pipe.tokenizer.layout
+    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+    scale = gr.Slider(
+        0,
+        10,
+        1.25 if is_conditional else 1,
+        step=0.05,
+        label="Guidance scale",
+        info="1 is none",
+        visible=is_conditional,
+    )
+    schedule = gr.Radio(
+        list(GUIDANCE_SCHEDULES),
+        value="linear" if layout.is_scales else "constant",
+        label="Guidance over the blocks",
+        visible=is_conditional,
+    )
+    power = gr.Slider(0.1, 5, 1, step=0.1, label="Power of power-cosine", visible=False)
+    schedule.change(lambda name: gr.Slider(visible=name == "power-cosine"), schedule, power)
+    with gr.Accordion("Truncation", open=False):
+        temperature = gr.Slider(0.05, 2, 1, step=0.05, label="Temperature")
+        top_k = gr.Number(
+            0, precision=0, minimum=0, maximum=pipe.prior.config.vocab_size, label="Top k", info="0 is off"
+        )
+        top_p = gr.Slider(0.05, 1, 1, step=0.01, label="Top p", info="1 is off")
+        min_p = gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0 is off")
+        smooth = gr.Checkbox(
+            label="Smooth: mixtures of codes, for looking at and not for measuring", visible=layout.is_scales
+        )
+    by_name = {
+        "guidance_scale": scale,
+        "guidance_schedule": schedule,
+        "guidance_power": power,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "is_smooth": smooth,
+    }
+    return seed, [by_name[name] for name in OPTION_NAMES]
+
+
+def _class_choice(pipe, label: str, value: int | list[int] | None) -> gr.Dropdown:
+    """Drop-down of the classes, of several where the value is a list; hidden for a model without classes."""
+    choices = [(handlers.label_name(pipe, n), n) for n in range(pipe.prior.config.num_classes)]
+    return gr.Dropdown(choices, value=value, multiselect=isinstance(value, list), label=label, visible=bool(choices))
+
+
+def _gallery(
+    pipe, pictures: list | None = None, num_columns: int = 4, has_captions: bool = True, visible: bool = True
+) -> gr.Gallery:
+    """Pictures as they are: not recompressed, and pixel by pixel where they are small."""
+    classes = {"pictures": True, "pixels": _is_small(pipe), "unnamed": not has_captions}
+    return gr.Gallery(
+        pictures,
+        show_label=False,
+        columns=num_columns,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        visible=visible,
+        elem_classes=[name for name, is_set in classes.items() if is_set],
+    )
+
+
+def _num_columns(pipe, num_images: int, num_images_per_label: int) -> int:
+    """Pictures in a row: whole classes where they fit."""
+    most = 10 if _is_small(pipe) else 5
+    whole = most // num_images_per_label * num_images_per_label
+    return min(num_images, whole or most)
+
+
+def _is_small(pipe) -> bool:
+    return max(pipe.tokenizer.config.image_size) < SMALL_SIDE
+
+
+def _description(pipe) -> str:
+    """Heading and the pipeline's sizes."""
+    layout, (H, W) = pipe.tokenizer.layout, pipe.tokenizer.config.image_size
+    shape = "×".join(map(str, layout.shapes[-1]))
+    kind = "scales up to" if layout.is_scales else "tiles of"
+    num_parameters = (pipe.prior.num_parameters() + pipe.tokenizer.num_parameters()) / 1e6
+    return (
+        f"# nextblock\nImages of {H}×{W} pixels as {layout.num_tokens} tokens in {layout.num_blocks} {kind} {shape}; "
+        f"{pipe.tokenizer.config.vocab_size} codes, {pipe.prior.config.num_classes or 'no'} classes, "
+        f"{num_parameters:.1f} M parameters."
+    )
+
+
+def _reported(handler: Callable) -> Callable:
+    """Show what the pipeline refuses as a message on the page."""
+
+    @wraps(handler)
+    def show(*values):
+        try:
+            return handler(*values)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return show

@@ -1,0 +1,174 @@
+"""The demo's command, and the page's wiring as its own HTTP clients meet it."""
+
+from importlib.machinery import ModuleSpec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextblock.pipelines import demo, demo_handlers
+from nextblock.training.config import parse_run_config
+
+OPTIONS = {"guidance_scale": 1.5, "guidance_schedule": "linear", "guidance_power": 1.0, "temperature": 1.0}
+OPTIONS |= {"top_k": 6, "top_p": 1.0, "min_p": 0.0, "is_smooth": False}
+
+
+@pytest.fixture(scope="module")
+def pipe(build_pipeline):
+    return build_pipeline()
+
+
+@pytest.fixture(scope="module")
+def page(pipe):
+    pytest.importorskip("gradio")
+    from nextblock.pipelines.demo_page import build_page
+
+    return build_page(pipe)
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    """A client of the page, which this process serves."""
+    import gradio_client
+
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    yield gradio_client.Client(address, verbose=False)
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two pictures as files, and the pictures."""
+    pictures = []
+    for seed in (0, 1):
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(pixels))
+        pictures[-1].save(tmp_path / f"{seed}.png")
+    from gradio_client import handle_file
+
+    return [handle_file(str(tmp_path / f"{seed}.png")) for seed in (0, 1)], pictures
+
+
+def read(gallery) -> np.ndarray:
+    """The pictures of a gallery, as they were saved for the browser."""
+    return np.stack([np.asarray(Image.open(entry["image"])) for entry in gallery])
+
+
+def stacked(images) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def component(page, kind: str, label: str | None = None):
+    """The page's first component of a kind."""
+    return next(
+        block for block in page.blocks.values() if type(block).__name__ == kind and label in (None, block.label)
+    )
+
+
+def test_the_page_opens_with_samples(page, pipe):
+    gallery = component(page, "Gallery")
+    pictures = np.stack([np.asarray(Image.open(entry["image"]["path"])) for entry in gallery.value])
+    options = {"guidance_scale": 1.25, "guidance_schedule": "linear"}
+    expected = pipe([0, 1, 2], num_images_per_label=4, generator=generator(0), **options).images
+    assert np.array_equal(pictures, stacked(expected))
+    assert [entry["caption"] for entry in gallery.value[::4]] == ["blue tit", "great tit", "wren"]
+    assert component(page, "Dropdown", "Class").choices == [("blue tit", 0), ("great tit", 1), ("wren", 2)]
+
+
+def test_sampling_on_the_page(client, pipe):
+    gallery, blocks, text = client.predict([2, 1], 3, True, 9, *OPTIONS.values(), api_name="/sample")
+    expected = pipe([2, 1], num_images_per_label=3, generator=generator(9), **OPTIONS).images
+    assert np.array_equal(read(gallery["value"]), stacked(expected))
+    assert gallery["columns"] == 6
+    assert [block["caption"] for block in blocks["value"]][-1] == "block 3 of 3: 4×4 tokens"
+    assert text == demo_handlers.call_text([2, 1], 3, 9, OPTIONS)
+    _, blocks, _ = client.predict([2, 1], 3, False, 9, *OPTIONS.values(), api_name="/sample")
+    assert blocks["value"] == [] and blocks["visible"] is False
+
+
+def test_pictures_on_the_page(client, pipe, files):
+    handles, (first, last) = files
+    gallery = client.predict(handles[0], api_name="/reconstruct")
+    assert np.array_equal(read(gallery), stacked([first, *pipe.reconstruct(first).images]))
+    gallery = client.predict(*handles, 5, api_name="/interpolate")
+    assert np.array_equal(read(gallery), stacked(pipe.interpolate(first, last, 5).images))
+
+
+def test_in_painting_on_the_page(client, pipe, files, tmp_path):
+    from gradio_client import handle_file
+
+    handles, (image, _) = files
+    strokes, mask = Image.new("RGBA", (16, 16)), Image.new("L", (16, 16))
+    strokes.paste((255, 112, 67, 255), (8, 0, 16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    strokes.save(tmp_path / "strokes.png")
+    drawing = {"background": handles[0], "layers": [handle_file(str(tmp_path / "strokes.png"))], "composite": None}
+    gallery = client.predict(drawing, 1, 3, 4, *OPTIONS.values(), api_name="/inpaint")
+    expected = pipe.inpaint(image, mask, 1, 3, generator=generator(4), **OPTIONS).images
+    assert np.array_equal(read(gallery), stacked(expected))
+    drawing = client.predict(2, 7, *OPTIONS.values(), api_name="/draw")
+    (expected,) = pipe(2, generator=generator(7), **OPTIONS).images
+    assert np.array_equal(Image.open(drawing["background"]).convert("RGB"), demo_handlers.enlarged(expected))
+
+
+def test_what_the_pipeline_refuses_is_shown(client):
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match=r"class_labels is \[\]; expected a label"):
+        client.predict([], 1, False, 0, *OPTIONS.values(), api_name="/sample")
+    with pytest.raises(AppError, match="the image is missing; expected a picture"):
+        client.predict(None, api_name="/reconstruct")
+
+
+@pytest.mark.parametrize(("layout", "num_classes"), [("scales", 0), ("rows", 3)])
+def test_fields_follow_the_model(build_pipeline, layout, num_classes):
+    pytest.importorskip("gradio")
+    from nextblock.pipelines.demo_page import build_page
+
+    pipe = build_pipeline(layout, num_classes)
+    page = build_page(pipe)
+    assert component(page, "Slider", "Guidance scale").visible is (num_classes > 0)
+    assert component(page, "Dropdown").visible is (num_classes > 0)
+    smooth = "Smooth: mixtures of codes, for looking at and not for measuring"
+    assert component(page, "Checkbox", smooth).visible is (layout == "scales")
+    if num_classes == 0:
+        entries = component(page, "Gallery").value
+        pictures = [np.asarray(Image.open(entry["image"]["path"])) for entry in entries]
+        assert np.array_equal(pictures, stacked(pipe(4, generator=generator(0)).images))
+
+
+def test_nothing_is_reported_to_gradio(page):
+    assert page.analytics_enabled is False
+
+
+@pytest.mark.parametrize("options", ["--port 0", "--port 70000"])
+def test_ports_are_checked(options, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--pipeline", "p", *options.split()])
+    assert f"port is {options.split()[1]}; expected 1 to 65535, or null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [None, ModuleSpec("gradio", None)], ids=["nothing", "folder"])
+def test_without_gradio_the_command_says_how_to_install_it(found, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "find_spec", lambda name: found)
+    with pytest.raises(SystemExit) as end:
+        parse_run_config(demo.DemoConfig, prog="test", argv=["--pipeline", "p"])
+    assert end.value.code == 2
+    assert "the package gradio is missing; install it by `pip install 'nextblock[demo]'`" in capsys.readouterr().err
+
+
+def test_the_command_serves_the_named_pipeline(pipe, tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    launched = []
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: launched.append((page, options)))
+    pipe.save_pretrained(tmp_path)
+    demo.main(["--pipeline", str(tmp_path), "--cpu", "true", "--port", "8123", "--dtype", "bfloat16"])
+    ((page, options),) = launched
+    assert options["server_name"] == "127.0.0.1" and options["server_port"] == 8123
+    assert options["share"] is False and "pixelated" in options["css"]
+    assert "16×16 pixels as 21 tokens in 3 scales up to 4×4; 12 codes, 3 classes" in component(page, "Markdown").value

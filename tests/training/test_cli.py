@@ -1,0 +1,140 @@
+"""The console script: which commands there are, what their helps say, that their examples are true."""
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from nextblock.training import cli, conversion, report
+from nextblock.training.commands import COMMANDS
+from nextblock.training.config import parse_run_config
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("data", "evaluation", "pipelines", "prior", "tokenizer", "training")
+
+
+class StoppedError(Exception):
+    """Ends an entry point before its work, and carries the options that it has read."""
+
+
+def output_of(capsys, *argv: str, status: int = 0) -> str:
+    """What a command line prints, to the one stream or the other."""
+    try:
+        cli.main(list(argv))
+        ended = 0
+    except SystemExit as end:
+        ended = end.code
+    assert ended == status
+    out, err = capsys.readouterr()
+    assert bool(out) != bool(err)
+    return out or err
+
+
+def test_every_entry_point_is_a_command():
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    modules = {f"nextblock.{path.parent.name}.{path.stem}" for path in sources if "__main__" in path.read_text()}
+    assert {command.module for command in COMMANDS.values()} == modules - {cli.__name__}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_arguments_are_passed_on(name, monkeypatch):
+    received = []
+    monkeypatch.setattr(import_module(COMMANDS[name].module), "main", received.append)
+    cli.main([*name.split(), "--first", "tokenize", "--help"])
+    assert received == [["--first", "tokenize", "--help"]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_default_and_ends_with_the_example(name, capsys):
+    text = output_of(capsys, *name.split(), "--help")
+    assert text.startswith(f"usage: nextblock {name} [")
+    assert text.endswith(f"\n\nexample:\n  nextblock {name} {COMMANDS[name].example}\n")
+    options = re.split(r"\n  --", text.split("\n\nexample:")[0])[1:]
+    assert options
+    # A group of options also takes a file, for which there is no default, or has a help of its own.
+    others = "config ", "print_config ", "Path to a configuration file", "Show the help for "
+    for option in (" ".join(option.split()) for option in options):
+        assert "(required" in option or "default: " in option or any(other in option for other in others), option
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_same_as_a_module(name, capsys):
+    module = COMMANDS[name].module
+    with pytest.raises(SystemExit):
+        import_module(module).main(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python -m {module} [")
+    assert text.endswith(f"\n\nexample:\n  python -m {module} {COMMANDS[name].example}\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_true(name, monkeypatch):
+    def parse(*args, **kwargs):
+        raise StoppedError(parse_run_config(*args, **kwargs))
+
+    def write_report(run_dir, output):
+        raise StoppedError(f"{run_dir} {output}")
+
+    if name == "demo":
+        pytest.importorskip("gradio")
+    module = import_module(COMMANDS[name].module)
+    monkeypatch.setattr(conversion, "parse_run_config", parse)
+    monkeypatch.setattr(report, "write_report", write_report)
+    if hasattr(module, "parse_run_config"):
+        monkeypatch.setattr(module, "parse_run_config", parse)
+    words = shlex.split(COMMANDS[name].example)
+    with pytest.raises(StoppedError) as caught:
+        cli.main([*name.split(), *words])
+    (config,) = caught.value.args
+    given = dict(zip(words[::2], words[1::2], strict=True)) if name not in ("report", "convert prior") else {}
+    for option, value in given.items():
+        if option not in ("--config", "--scales"):
+            assert getattr(config, option.removeprefix("--")) == value
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_the_commands(arguments, capsys):
+    text = output_of(capsys, *arguments)
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_of_a_group_lists_its_commands(arguments, capsys):
+    text = output_of(capsys, "convert", *arguments)
+    assert re.findall(r"^  (\w+ \w+) ", text, re.MULTILINE) == ["convert tokenizer", "convert prior"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "named", "nearest"),
+    [
+        ("trian-prior --config x", "trian-prior", "train-prior"),
+        ("Tokenise", "Tokenise", "tokenize"),
+        ("sampel", "sampel", "sample"),
+        ("convert tokeniser --format var", "convert tokeniser", "convert tokenizer"),
+        ("--cpu", "--cpu", None),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(typed, named, nearest, capsys):
+    text = output_of(capsys, *typed.split(), status=2)
+    assert f"error: {named!r} is no command; did you mean " in text
+    assert nearest is None or f"did you mean {nearest!r}?" in text
+
+
+def test_errors_of_a_command_name_it(capsys):
+    text = output_of(capsys, "sample", "--sede", "1", status=2)
+    assert text.startswith("usage: nextblock sample [") and "--sede" in text
+
+
+def test_the_list_of_commands_loads_none_of_them(tmp_path):
+    code = "import sys; from nextblock.training.cli import main; main([]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nFalse\n")
+
+
+def test_version(capsys):
+    assert re.fullmatch(r"nextblock \d+\.\d+\.\d+\S*\n", output_of(capsys, "--version"))

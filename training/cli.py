@@ -1,0 +1,56 @@
+"""The console script: `nextblock COMMAND …` runs the entry point of a module, as `python -m MODULE …` does.
+
+`accelerate launch -m nextblock.training.cli COMMAND …` runs it on several processes. It lives here and not in
+nextblock.pipelines because importing that package loads torch and diffusers, which takes seconds.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from .commands import COMMANDS, typed_as
+
+_USAGE = "usage: nextblock COMMAND [--OPTION VALUE ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        argv: the command and its arguments; None for those of the process.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    for num_words in (1, 2):
+        name = " ".join(arguments[:num_words])
+        if name in COMMANDS:
+            with typed_as(name):
+                import_module(COMMANDS[name].module).main(arguments[num_words:])
+            return
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help_text(list(COMMANDS)))
+        return
+    if arguments[0] == "--version":
+        print(f"nextblock {version('nextblock')}")
+        return
+    group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if group and arguments[1:2] in ([], ["-h"], ["--help"]):
+        print(_help_text(group))
+        return
+    wanted = " ".join(arguments[: 2 if group else 1])
+    (nearest,) = difflib.get_close_matches(wanted, COMMANDS, n=1, cutoff=0.0)
+    print(f"{_USAGE}\nnextblock: error: {wanted!r} is no command; did you mean {nearest!r}?", file=sys.stderr)
+    sys.exit(2)
+
+
+def _help_text(names: list[str]) -> str:
+    """List commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {COMMANDS[name].summary}" for name in names]
+    hint = "`nextblock COMMAND --help` shows a command's options, their defaults and an example."
+    return "\n".join([_USAGE, "", *lines, "", hint])
+
+
+if __name__ == "__main__":
+    main()
