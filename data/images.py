@@ -1,4 +1,4 @@
-"""Labelled images from one of three places, and the dataset that turns them into model input.
+"""Labelled images from one of several places, and the dataset that turns them into model input.
 
 A source hands out RGB pictures, labels and identifiers; `ImageDataset` resizes, augments and scales them.
 Legend: B batch, HxW pixels, N images; pixel_values (3, H, W) in [-1, 1].
@@ -16,12 +16,11 @@ from torch.utils.data import Dataset
 
 from .augment import TransformConfig, apply_transform
 from .blocks import as_shape
+from .datasets_source import open_dataset
 from .digits import DigitsSource, load_digits_split
-from .image_folder import scan_image_folder, to_rgb
+from .image_folder import scan_image_folder
+from .streamed_source import open_stream
 from .tar_source import TarSource, scan_tars
-from .unreadable import UnreadableImageError
-
-IMAGE_DTYPES = ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
 
 
 @dataclass(kw_only=True)
@@ -42,6 +41,9 @@ class ImageDataConfig:
     """The column of images ("datasets" only)."""
     label_column: str | None = "label"
     """The column of integer labels ("datasets" only); null for unconditional data."""
+    is_streamed: bool = False
+    """Read a dataset as a stream, without a copy of it on the disk ("datasets" only). Streams can be tokenized, not
+    trained on; each process first counts the rows in a pass over them, over the labels alone if files have columns."""
 
     def __post_init__(self):
         sources = ("digits", "folder", "datasets", "webdataset")
@@ -51,6 +53,8 @@ class ImageDataConfig:
             raise ValueError(f"path={self.path!r}: source='digits' comes with scikit-learn and takes no path")
         if self.source != "digits" and not self.path:
             raise ValueError(f"path={self.path!r}: source={self.source!r} needs a path")
+        if self.is_streamed and self.source != "datasets":
+            raise ValueError(f"is_streamed=True: source={self.source!r} is no stream; expected source='datasets'")
         for name in ("split", "eval_split"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}='': expected the name of a split")
@@ -73,23 +77,30 @@ class ImageSource(Protocol):
         """A name that no other image of the source has and that stays the same from run to run."""
 
 
-def load_source(config: ImageDataConfig, split: str) -> ImageSource:
+def load_source(config: ImageDataConfig, split: str, *, in_order: bool = False) -> ImageSource:
     """Opens one split of the configured images.
 
     Args:
         config: where the images are.
         split: which of them; class names and their order agree between the splits of one config.
+        in_order: whether images will be read by increasing index, which is what a stream is for.
 
     Returns:
         The source.
 
     Raises:
-        ValueError: naming the path, split, column or class that is missing or unusable.
+        ValueError: naming the path, split, column or class that is missing or unusable, or refusing a stream that
+            would be read in any other order.
     """
+    if config.is_streamed and not in_order:
+        raise ValueError(
+            f"is_streamed=True: a stream of path={config.path!r} gives images in one order only, and here they are "
+            "needed in any; expected is_streamed=False, or tokens that tokenize_dataset makes of the stream"
+        )
     if config.source == "digits":
         return DigitsSource(*load_digits_split(split))
     if config.source == "datasets":
-        return _open_dataset(config, split)
+        return open_stream(config, split) if config.is_streamed else open_dataset(config, split)
     root = Path(config.path)
     if config.source == "webdataset":
         return _open_tars(root, config, split)
@@ -119,127 +130,6 @@ def _open_tars(root: Path, config: ImageDataConfig, split: str) -> TarSource:
             )
         source.class_names = class_names
     return source
-
-
-class DatasetsSource:
-    """Rows of a `datasets` dataset.
-
-    Args:
-        rows: a `datasets.Dataset` of N undecoded images.
-        image_column: the column they are in.
-        labels: (N,) positions in `class_names`, or zeros.
-        class_names: empty for unconditional data.
-        name: what identifiers start with.
-    """
-
-    def __init__(self, rows, image_column: str, labels: np.ndarray, class_names: list[str], name: str):
-        self.class_names = class_names
-        self._rows = rows
-        self._image_column = image_column
-        self._labels = labels
-        self._name = name
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def image(self, index: int) -> Image.Image:
-        """Decodes the row's image; raises a ValueError that names the row where that fails."""
-        from datasets import Image as ImageFeature
-
-        stored = self._rows[index][self._image_column]
-        try:
-            return to_rgb(ImageFeature().decode_example(stored))
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
-            file = str((stored or {}).get("path"))
-            where = f"the image {self.identifier(index)} of column {self._image_column!r} (path {file})"
-            raise UnreadableImageError(where, file, error) from error
-
-    def label(self, index: int) -> int:
-        """The row's label."""
-        return int(self._labels[index])
-
-    def identifier(self, index: int) -> str:
-        """The split and the row's number in it, as "<split>/<number>"."""
-        return f"{self._name}/{index}"
-
-
-def _open_dataset(config: ImageDataConfig, split: str) -> DatasetsSource:
-    """One split, or slice of a split, of the configured dataset."""
-    import datasets
-
-    splits = _load_splits(config.path)
-    try:
-        sizes = {name: rows.num_rows for name, rows in splits.items()}
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except (ValueError, AssertionError) as error:
-        message = f"split={split!r}: path={config.path!r} has the splits {list(splits)} ({error})"
-        raise ValueError(message) from error
-    rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    rows = datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0]
-    for name in ("image_column", "label_column"):
-        column = getattr(config, name)
-        if column is not None and column not in rows.features:
-            raise ValueError(f"{name}={column!r}: split {split!r} has the columns {list(rows.features)}")
-    if not len(rows):
-        raise ValueError(f"split={split!r} of path={config.path!r} has no rows")
-    feature, column = rows.features[config.image_column], config.image_column
-    if getattr(feature, "dtype", None) not in IMAGE_DTYPES:
-        raise ValueError(f"image_column={column!r} holds {feature}; expected images, their bytes or paths")
-    images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    if config.label_column is None:
-        return DatasetsSource(images, column, np.zeros(len(images), np.int64), [], split)
-    labels = _read_labels(rows, config.label_column)
-    class_names = _label_names(rows, splits, config.label_column)
-    if labels.max() >= len(class_names):
-        raise ValueError(
-            f"label_column={config.label_column!r} holds the label {labels.max()}; expected one of the "
-            f"{len(class_names)} classes {class_names}"
-        )
-    return DatasetsSource(images, column, labels, class_names, split)
-
-
-def _load_splits(path: str) -> dict:
-    """All splits of a dataset: what save_to_disk wrote, a folder of data files, or a name on the hub."""
-    import datasets
-
-    is_saved = any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json"))
-    try:
-        loaded = datasets.load_from_disk(path) if is_saved else datasets.load_dataset(path)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # The library's own error may say no more than that generating the dataset failed.
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise ValueError(f"path={path!r} cannot be loaded as a dataset: {error}{cause}") from error
-    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-
-
-def _read_labels(rows, column: str) -> np.ndarray:
-    """A column of integer labels as int64, (N,)."""
-    from datasets import ClassLabel
-
-    feature = rows.features[column]
-    dtype = str(getattr(feature, "dtype", None))
-    if not (isinstance(feature, ClassLabel) or dtype.startswith(("int", "uint"))):
-        raise ValueError(f"label_column={column!r} holds {feature}; expected ClassLabel or integers")
-    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
-    labels = np.full(len(rows), -1) if values.null_count else values.to_numpy().astype(np.int64)
-    if labels.min() < 0:
-        raise ValueError(
-            f"label_column={column!r} holds missing or negative labels; expected 0 or more in every row, "
-            "or null for label_column where images have no classes"
-        )
-    return labels
-
-
-def _label_names(rows, splits: dict, column: str) -> list[str]:
-    """The names of a ClassLabel, or the numbers up to the largest label of any split."""
-    names = getattr(rows.features[column], "names", None)
-    if names is not None:
-        return list(names)
-    labelled = [part for part in splits.values() if column in part.features and len(part)]
-    largest = max(int(_read_labels(part, column).max()) for part in labelled)
-    return [str(label) for label in range(largest + 1)]
 
 
 class ImageDataset(Dataset):

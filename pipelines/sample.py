@@ -25,6 +25,7 @@ from nextblock.data.tokens import tokenizer_fingerprint as model_fingerprint
 from nextblock.evaluation.pictures import class_grid
 from nextblock.prior.sampling import SamplingOptions
 from nextblock.training.config import parse_run_config, save_run_config
+from nextblock.training.freed_memory import keep_freed_memory
 from nextblock.training.part_jobs import Progress, claimed_folder, fixed_threads
 from nextblock.training.processes import connect_processes
 
@@ -142,6 +143,8 @@ def sample(config: SampleConfig) -> None:
         if not is_finished:
             if state.is_main_process:
                 save_run_config(config, folder / "config.yaml")
+            if state.device.type == "cpu":
+                keep_freed_memory()
             pipe.to(state.device, getattr(torch, config.dtype))
             with fixed_threads(config.num_threads):
                 _draw_missing(partial(_draw, pipe, config, options, class_labels), missing, N, files, state)

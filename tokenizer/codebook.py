@@ -4,6 +4,9 @@ VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937) and its EMA update (appendix
 Legend: N feature vectors, V codes, C code channels.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,6 +19,8 @@ from nextblock.training.keyed_random import keyed_uniform
 # One chunk of the N×V score matrix in bytes: small enough for a core's cache on a CPU, large enough to fill a GPU.
 _CPU_CHUNK_BYTES = 1 << 20
 _GPU_CHUNK_BYTES = 1 << 28
+# Fewer scores than this are not worth another thread.
+_THREAD_WORK_BYTES = 1 << 24
 # Recorded batches are kept until the codebook's update, so a loop that forgets it would fill the memory.
 MAX_PENDING = 1024
 
@@ -79,23 +84,55 @@ def most_similar_codes(features: Tensor, codes: Tensor, epsilon: float) -> Tenso
 
 def _best_codes(features: Tensor, codes: Tensor, offsets: Tensor, alpha: float) -> Tensor:
     """Return argmin_v of offsets[v] + alpha · features·codes[v] without the whole N×V matrix."""
-    (N, _), V, is_cpu = features.shape, len(codes), features.device.type == "cpu"
-    rows = max(1, (_CPU_CHUNK_BYTES if is_cpu else _GPU_CHUNK_BYTES) // (V * features.element_size()))
-    indices = torch.empty(N, dtype=torch.int64, device=features.device)
-    scores = features.new_empty(min(rows, N), V)
+    indices = torch.empty(len(features), dtype=torch.int64, device=features.device)
     # Offsets as one more channel: adding them afterwards would be one more pass over the scores.
-    features = torch.cat([features, features.new_ones(N, 1)], dim=1)
+    features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
     codes_t = torch.cat([alpha * codes, offsets[:, None]], dim=1).t().contiguous()
-    for start in range(0, N, rows):
-        chunk = features[start : start + rows]
-        part = scores[: len(chunk)]
-        torch.mm(chunk, codes_t, out=part)
-        if is_cpu:
-            # numpy's argmin is vectorised, torch's takes five times as long; both take the first of equals.
-            np.argmin(part.numpy(), axis=1, out=indices[start : start + rows].numpy())
-        else:
-            torch.argmin(part, dim=1, out=indices[start : start + rows])
+    if features.device.type == "cpu":
+        _search_on_threads(features, codes_t, indices.numpy())
+        return indices
+    rows = max(1, _GPU_CHUNK_BYTES // (len(codes) * features.element_size()))
+    scores = features.new_empty(min(rows, len(features)), len(codes))
+    for chunk, best in zip(features.split(rows), indices.split(rows), strict=True):
+        torch.argmin(torch.mm(chunk, codes_t, out=scores[: len(chunk)]), dim=1, out=best)
     return indices
+
+
+def _search_on_threads(features: Tensor, codes_t: Tensor, indices: np.ndarray) -> None:
+    """Write the best column of features·codes_t for each row, in parallel where that is worth it."""
+    row_bytes = codes_t.shape[1] * codes_t.element_size()
+    num_cores = torch.get_num_threads()
+    num_threads = max(1, min(num_cores, len(features) * row_bytes // _THREAD_WORK_BYTES))
+    rows = max(1, min(len(features), _CPU_CHUNK_BYTES // row_bytes))
+    parts = [indices[start : start + rows] for start in range(0, len(indices), rows)]
+    # One iterator for all threads: each takes a chunk when it is done with its last one.
+    chunks = iter(list(zip(features.split(rows), parts, strict=False)))
+    if num_threads == 1:
+        _search_chunks(chunks, rows, codes_t)
+        return
+    # Each thread multiplies by itself: threads of threads would wait for each other.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads) as executor:
+            shares = [executor.submit(_search_chunks, chunks, rows, codes_t) for _ in range(num_threads)]
+            for share in shares:
+                share.result()
+    finally:
+        torch.set_num_threads(num_cores)
+
+
+@torch.no_grad()
+def _search_chunks(chunks: Iterator[tuple[Tensor, np.ndarray]], rows: int, codes_t: Tensor) -> None:
+    """Write the best column of each row of chunks of equal length, of which the last may be shorter."""
+    scores = codes_t.new_empty(rows, codes_t.shape[1])
+    array = scores.numpy()
+    # Threads wait for each other at the interpreter's lock, so what is between the two calls must be little.
+    for chunk, best in chunks:
+        if len(best) < rows:
+            scores, array = scores[: len(best)], array[: len(best)]
+        torch.mm(chunk, codes_t, out=scores)
+        # numpy's argmin is vectorised, torch's takes five times as long; both take the first of equals.
+        array.argmin(1, best)
 
 
 def _rank_and_world_size() -> tuple[int, int]:

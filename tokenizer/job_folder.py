@@ -1,19 +1,9 @@
-"""The folder of a tokenization job: what it is for, who works in it, and the account at its end.
-
-`job.json` comes first and is refused to any other job; `manifest.json` comes last.
-"""
+"""The account at the end of a tokenization job, every image a row or a reject; `manifest.json` comes last."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-
-from accelerate import PartialState
 
 from nextblock.data.token_shards import read_footer
 from nextblock.data.tokens import TokenManifest
@@ -22,66 +12,7 @@ from nextblock.training.checkpoint import file_sha256, flush_to_disk, write_atom
 from .shard_jobs import RowDataset, Shard
 from .token_card import token_card
 
-JOB_NAME = "job.json"
 REJECTED_NAME = "rejected.jsonl"
-_LOCK_SECONDS = 20.0
-
-
-@contextmanager
-def claimed_folder(folder: Path, job: TokenManifest, state: PartialState) -> Iterator[None]:
-    """Make a folder this job's, and keep other runs out while processes of this one work in it.
-
-    Args:
-        folder: made where it is not there; one that holds this very job already is taken up.
-        job: the manifest as far as it is known before any image is read.
-        state: every process must call this.
-
-    Raises:
-        ValueError: if the folder holds another job, or another run is at work in it.
-    """
-    path = folder / JOB_NAME
-    if state.is_main_process:
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            others = sorted(entry.name for entry in folder.iterdir() if entry.name not in ("data", f".{JOB_NAME}.tmp"))
-            if others or any((folder / "data").iterdir()):
-                raise ValueError(f"output_dir {folder} holds files but no {JOB_NAME}; expected a new folder")
-            write_atomically(path, json.dumps(asdict(job), indent=2) + "\n")
-            flush_to_disk(folder)
-    else:
-        state.wait_for_everyone()
-    # Opened once: closing any handle of the file would give the process's lock up.
-    with open(path, "r+", encoding="utf-8") as file:
-        _check_job(json.load(file), json.loads(json.dumps(asdict(job))), folder)
-        if state.is_main_process:
-            _wait_for_lock(file, folder)
-            fcntl.lockf(file, fcntl.LOCK_SH)
-            state.wait_for_everyone()
-        else:
-            fcntl.lockf(file, fcntl.LOCK_SH)
-        yield
-
-
-def _check_job(found: dict, wanted: dict, folder: Path) -> None:
-    """Refuse a folder begun for something else, naming what differs."""
-    for name in wanted | found:
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"output_dir {folder} holds another job, whose {name} is {found.get(name)}; this one has "
-                f"{wanted.get(name)}; expected the same job or a new folder"
-            )
-
-
-def _wait_for_lock(file, folder: Path) -> None:
-    """Wait for the processes of a killed run to vanish."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"output_dir {folder}: another run is at work there; expected none") from None
-            time.sleep(0.2)
 
 
 def check_finished(folder: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The parts of a tokenization job: which rows a shard holds, decoding them, encoding them, and counting them.
+"""The parts of a tokenization job: which rows a shard holds, decoding them and encoding them.
 
 Row r of a split of N images is image r mod N in view r div N; shards are fixed ranges of rows, less rejected images.
 Legend: B batch, L all tokens, HxW pixels.
@@ -15,15 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from nextblock.data.images import ImageSource
 from nextblock.data.token_shards import split_identifier, write_shard
 from nextblock.data.unreadable import UnreadableImageError
 from nextblock.data.views import ViewSet
+from nextblock.training.part_jobs import Progress
 
 from .modeling_vqvae import VQVAE
 
@@ -165,34 +163,6 @@ class Encoder:
     def quantize(self, features: torch.Tensor) -> np.ndarray:
         """Find the indices (B, L) of features."""
         return self.model.layout.join(self.model.quantizer.features_to_idxBl(features)).cpu().numpy()
-
-
-class Progress:
-    """A bar on the main process over the rows of all processes.
-
-    Args:
-        state: this process and the others.
-        num_rows: rows of the whole job.
-        num_done: those that an earlier run has written.
-    """
-
-    def __init__(self, state: PartialState, num_rows: int, num_done: int):
-        # A counter in the launcher's store, because a collective sum would make processes wait for each other.
-        self._store = dist.distributed_c10d._get_default_store() if state.num_processes > 1 else None
-        self._count = 0
-        is_shown = state.is_main_process
-        options = {"total": num_rows, "initial": num_done, "unit": " images", "mininterval": 1.0}
-        self._bar = tqdm(desc="tokenize", disable=not is_shown, **options)
-
-    def add(self, num_rows: int) -> None:
-        """Count rows of this process, 0 to look at the others' only."""
-        known = self._count
-        self._count = known + num_rows if self._store is None else self._store.add("nextblock/rows", num_rows)
-        self._bar.update(self._count - known)
-
-    def close(self) -> None:
-        """Finish the bar."""
-        self._bar.close()
 
 
 def write_shards(

@@ -3,9 +3,7 @@
 accelerate launch -m nextblock.tokenizer.tokenize_dataset --config tokenizer/tokenize-digits --tokenizer DIR …
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,11 +16,13 @@ from nextblock.data.images import ImageDataConfig, load_source
 from nextblock.data.tokens import MANIFEST_NAME, TokenManifest, tokenizer_fingerprint, tokenizer_options
 from nextblock.data.views import ViewSet
 from nextblock.training.config import parse_run_config
+from nextblock.training.freed_memory import keep_freed_memory
+from nextblock.training.part_jobs import Progress, claimed_folder, fixed_threads
 from nextblock.training.processes import connect_processes
 
-from .job_folder import check_finished, claimed_folder, finish
+from .job_folder import check_finished, finish
 from .modeling_vqvae import VQVAE
-from .shard_jobs import Encoder, Progress, RowDataset, Shard, write_shards
+from .shard_jobs import Encoder, RowDataset, Shard, write_shards
 
 
 @dataclass(kw_only=True)
@@ -108,7 +108,8 @@ def tokenize(config: TokenizeConfig) -> None:
         )
     plans = _plan(config, model)
     job = _describe(config, model, plans, state)
-    with claimed_folder(folder, job, state):
+    with claimed_folder(folder, asdict(job), state):
+        (folder / "data").mkdir(exist_ok=True)
         missing = {
             split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
             for split, (_, shards) in plans.items()
@@ -133,7 +134,7 @@ def _plan(config: TokenizeConfig, model: VQVAE) -> dict[str, tuple[RowDataset, l
         if split is None or split in plans:
             continue
         num_views = len(views.names) if split == config.data.split else 1
-        source = load_source(config.data, split)
+        source = load_source(config.data, split, in_order=True)
         size = (model.config.image_size, config.min_image_side, config.batch_size)
         dataset = RowDataset(source, views, num_views, *size)
         plans[split] = (dataset, Shard.plan(split, len(dataset), config.rows_per_shard))
@@ -158,7 +159,8 @@ def _describe(
     config: TokenizeConfig, model: VQVAE, plans: dict[str, tuple[RowDataset, list[Shard]]], state: PartialState
 ) -> TokenManifest:
     """All that the bytes of the result depend on, without what differs from place to place."""
-    data = asdict(config.data)
+    # However a dataset is read, its rows are the same.
+    data = {name: value for name, value in asdict(config.data).items() if name != "is_streamed"}
     if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
         data["path"] = None
     return TokenManifest(
@@ -204,38 +206,26 @@ def _write_missing(
 ) -> None:
     """Write this process's share of the missing shards; the main process then waits for the others'."""
     folder = Path(config.output_dir) / "data"
+    if state.device.type == "cpu":
+        keep_freed_memory()
     encoder = Encoder(model, config.mixed_precision == "bf16", config.is_channels_last, config.is_compiled)
     num_rows = sum(len(dataset) for dataset, _ in plans.values())
     num_missing = sum(len(shard.rows) for shards in missing.values() for shard in shards)
-    progress = Progress(state, num_rows, num_rows - num_missing)
+    progress = Progress(state, "tokenize", num_rows, num_rows - num_missing)
     for split, shards in missing.items():
         mine = shards[state.process_index :: state.num_processes]
         options = {"num_workers": config.num_workers, "skips_errors": config.on_error == "skip"}
         if mine:
             write_shards(folder, mine, plans[split][0], encoder, progress, **options)
-    awaited = [folder / shard.name for shards in missing.values() for shard in shards] if state.is_main_process else []
-    # Files and no barrier: a barrier gives up after minutes, and the last shard of a process may take hours.
-    while not all(path.is_file() for path in awaited):
-        time.sleep(0.2)
-        progress.add(0)
-    progress.add(0)
+    if state.is_main_process:
+        awaited = [folder / shard.name for shards in missing.values() for shard in shards]
+        progress.wait_while(lambda: not all(path.is_file() for path in awaited))
     progress.close()
 
 
-@contextmanager
-def fixed_threads(num_threads: int) -> Iterator[None]:
-    """Compute with so many CPU threads."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and encode."""
-    tokenize(parse_run_config(TokenizeConfig, prog="python -m nextblock.tokenizer.tokenize_dataset"))
+    tokenize(parse_run_config(TokenizeConfig, prog="python -m nextblock.tokenizer.tokenize_dataset", argv=argv))
 
 
 if __name__ == "__main__":

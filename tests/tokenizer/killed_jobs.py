@@ -1,6 +1,7 @@
 """Run tokenization jobs and kill them: `killed_jobs.py JSON`, a process that forks the processes of every job.
 
-One import serves all jobs. It prints a line for each kill and compares each finished folder with an undisturbed one.
+One import serves all jobs. It prints a line for each kill, compares each finished folder with an undisturbed one, and
+counts the restarts of unfinished folders by their numbers of processes.
 """
 
 import filecmp
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import datasets  # noqa: F401  the shard writer needs it, and forked processes should find it imported
@@ -64,6 +66,18 @@ def kill(pids: list[int]) -> bool:
     return -signal.SIGKILL in codes
 
 
+def shards_in(folder: Path) -> int:
+    """The number of whole shards, −1 before there is a folder."""
+    return len(list(folder.glob("data/[!.]*"))) if folder.exists() else -1
+
+
+def wait_for_shards(folder: Path, num_shards: int, seconds: float) -> None:
+    """Wait until so many shards are there, but no longer than so."""
+    deadline = time.monotonic() + seconds
+    while shards_in(folder) < num_shards and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
 def content(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -83,7 +97,7 @@ def main() -> None:
     finish(start(2, [*options["arguments"], "--output_dir", str(root / "two")]))
     seconds = time.monotonic() - started
     assert_same(root / "two", reference)
-    num_kills, number = 0, 0
+    num_kills, number, num_shards, restarts = 0, 0, [], Counter()
     while num_kills < options["num_kills"]:
         folder = root / f"killed_{number}"
         arguments = [*options["arguments"], "--output_dir", str(folder)]
@@ -91,15 +105,22 @@ def main() -> None:
             if num_kills == options["num_kills"]:
                 break
             pids = start(2, arguments)
-            time.sleep(rng.uniform(0, 0.9 * seconds))
+            # Starting takes most of a short job, so every other moment is one between the first shard and the last.
+            if num_kills % 2:
+                time.sleep(rng.uniform(0, 0.9 * seconds))
+            else:
+                wait_for_shards(folder, rng.randrange(1, shards_in(reference)), 2 * seconds)
             if kill(pids):
                 num_kills += 1
-                shards = len(list(folder.glob("data/[!.]*"))) if folder.exists() else -1
-                print(f"kill {num_kills}: {shards} shards of {len(list(reference.glob('data/*')))}", flush=True)
-        finish(start(1 + number % 3, arguments))
+                num_shards.append(shards_in(folder))
+                print(f"kill {num_kills}: {num_shards[-1]} shards of {shards_in(reference)}", flush=True)
+        num_processes = 1 + number % 3
+        restarts[num_processes] += not (folder / "manifest.json").exists()
+        finish(start(num_processes, arguments))
         assert_same(folder, reference)
         number += 1
-    print(f"{num_kills} kills, {number} folders equal")
+    counts = {"kills": num_kills, "equal_folders": number, "restarts": [restarts[n] for n in (1, 2, 3)]}
+    print(json.dumps(counts | {"num_shards": num_shards}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The codebook: search against brute force, moving averages against a slow loop, revival, initialisation, precision."""
 
+import threading
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -70,6 +72,32 @@ def test_chunks_of_any_size_give_the_same_indices(search, brute_force, rows, mon
     monkeypatch.setattr(torch, "mm", recording_mm)
     assert torch.equal(search(features, codes), whole)
     assert max(score_rows) == rows and sum(score_rows) == 100
+
+
+@both_searches
+def test_several_threads_give_the_same_indices(search, brute_force, monkeypatch):
+    features, codes = random_vectors(200, 6, 3), random_vectors(20, 6, 4).repeat(2, 1)
+    monkeypatch.setattr(codebook_module, "_CPU_CHUNK_BYTES", 8 * len(codes) * 4)
+    monkeypatch.setattr(codebook_module, "_THREAD_WORK_BYTES", 64 * len(codes) * 4)
+    calls, mm = [], torch.mm
+
+    def recording_mm(*args, out):
+        calls.append((threading.get_ident(), torch.get_num_threads(), len(out)))
+        return mm(*args, out=out)
+
+    monkeypatch.setattr(torch, "mm", recording_mm)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with torch.inference_mode():
+            idx = search(features.requires_grad_(), codes)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    # 200 rows are enough work for three of the four threads.
+    assert sorted(size for _, _, size in calls) == [8] * 25 and {threads for _, threads, _ in calls} == {1}
+    assert threading.get_ident() not in {thread for thread, _, _ in calls}
+    assert torch.equal(idx, brute_force(features, codes)) and idx.max() < 20
 
 
 def test_a_budget_smaller_than_one_row_still_searches(monkeypatch):

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from nextblock.data.tokens import TokenDataset, TokenManifest
-from nextblock.tokenizer import VQVAE, job_folder
+from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.shard_jobs import Encoder, Shard
 from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
+from nextblock.training import part_jobs
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def hold_lock(path, ready, done) -> None:
 
 def test_two_runs_do_not_work_in_one_folder(tokenize_here, tokens_dir, tmp_path, monkeypatch):
     folder = shutil.copytree(tokens_dir, tmp_path / "copy")
-    monkeypatch.setattr(job_folder, "_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(part_jobs, "_LOCK_SECONDS", 0.3)
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold_lock, args=(folder / "job.json", ready, done))

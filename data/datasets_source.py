@@ -1,0 +1,222 @@
+"""Images of the `datasets` library, read in any order.
+
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from .image_folder import to_rgb
+from .unreadable import UnreadableImageError
+
+if TYPE_CHECKING:
+    from .images import ImageDataConfig
+
+IMAGE_DTYPES = ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
+
+
+class DatasetsSource:
+    """Rows of a `datasets` dataset.
+
+    Args:
+        rows: a `datasets.Dataset` of N undecoded images.
+        image_column: the column they are in.
+        labels: (N,) positions in `class_names`, or zeros.
+        class_names: empty for unconditional data.
+        name: what identifiers start with.
+    """
+
+    def __init__(self, rows, image_column: str, labels: np.ndarray, class_names: list[str], name: str):
+        self.class_names = class_names
+        self._rows = rows
+        self._image_column = image_column
+        self._labels = labels
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image(self, index: int) -> Image.Image:
+        """Decodes the row's image; raises a ValueError that names the row where that fails."""
+        return decode_stored(self._rows[index][self._image_column], self._image_column, self.identifier(index))
+
+    def label(self, index: int) -> int:
+        """The row's label."""
+        return int(self._labels[index])
+
+    def identifier(self, index: int) -> str:
+        """The split and the row's number in it, as "<split>/<number>"."""
+        return f"{self._name}/{index}"
+
+
+def decode_stored(stored: dict | None, column: str, identifier: str) -> Image.Image:
+    """Decodes an image as the library stores it.
+
+    Args:
+        stored: its "bytes", or the "path" they are at.
+        column: the column that it is in.
+        identifier: the image's name in a message.
+
+    Returns:
+        The picture in RGB.
+
+    Raises:
+        UnreadableImageError: where that fails.
+    """
+    from datasets import Image as ImageFeature
+
+    try:
+        return to_rgb(ImageFeature().decode_example(stored))
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
+        file = str((stored or {}).get("path"))
+        raise UnreadableImageError(f"the image {identifier} of column {column!r} (path {file})", file, error) from error
+
+
+def open_dataset(config: ImageDataConfig, split: str) -> DatasetsSource:
+    """Opens one split, or slice of a split, of a dataset.
+
+    Args:
+        config: where the dataset is and which columns are used.
+        split: which rows.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: naming the path, split, column or label that is missing or unusable.
+    """
+    import datasets
+
+    splits = _load_splits(config.path)
+    sizes = {name: rows.num_rows for name, rows in splits.items()}
+    rows = [splits[name].select(range(*ends)) for name, *ends in parts_of_split(split, sizes, config.path)]
+    rows = datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0]
+    check_columns(config, split, rows.features)
+    if not len(rows):
+        raise ValueError(f"split={split!r} of path={config.path!r} has no rows")
+    column = config.image_column
+    images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if config.label_column is None:
+        return DatasetsSource(images, column, np.zeros(len(images), np.int64), [], split)
+    labels = _read_labels(rows, config.label_column)
+    names = getattr(rows.features[config.label_column], "names", None)
+    if names is None:
+        labelled = [part for part in splits.values() if config.label_column in part.features and len(part)]
+        names = numbered_classes([_read_labels(part, config.label_column) for part in labelled])
+    check_labels(labels, names, config.label_column)
+    return DatasetsSource(images, column, labels, list(names), split)
+
+
+def parts_of_split(split: str, sizes: Mapping[str, int], path: str) -> list[tuple[str, int, int]]:
+    """Reads a split's name, or slices such as "train[:90%]+test".
+
+    Args:
+        split: in the library's notation.
+        sizes: numbers of rows by split.
+        path: the dataset in a message.
+
+    Returns:
+        (split, first row, row after the last) of each part.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+    import datasets
+
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"split={split!r}: path={path!r} has the splits {list(sizes)} ({error})") from error
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+def check_columns(config: ImageDataConfig, split: str, features) -> None:
+    """Refuses columns that are missing or hold something else than images and integer labels.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    from datasets import ClassLabel
+
+    for name in ("image_column", "label_column"):
+        column = getattr(config, name)
+        if column is not None and column not in features:
+            raise ValueError(f"{name}={column!r}: split {split!r} has the columns {list(features)}")
+    feature = features[config.image_column]
+    if getattr(feature, "dtype", None) not in IMAGE_DTYPES:
+        raise ValueError(f"image_column={config.image_column!r} holds {feature}; expected images, their bytes or paths")
+    if config.label_column is not None:
+        feature = features[config.label_column]
+        if not isinstance(feature, ClassLabel) and not str(getattr(feature, "dtype", None)).startswith(("int", "uint")):
+            raise ValueError(f"label_column={config.label_column!r} holds {feature}; expected ClassLabel or integers")
+
+
+def numbered_classes(labels: list[np.ndarray]) -> list[str]:
+    """The numbers up to the largest label of any split, which name the classes where nothing else does."""
+    return [str(label) for label in range(int(max(part.max() for part in labels)) + 1)]
+
+
+def check_labels(labels: np.ndarray, class_names: list[str], column: str) -> None:
+    """Refuses labels that are missing or no class.
+
+    Args:
+        labels: (N,), −1 where there is none.
+        class_names: by label.
+        column: theirs, for a message.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    if labels.min() < 0:
+        raise ValueError(
+            f"label_column={column!r} holds missing or negative labels; expected 0 or more in every row, "
+            "or null for label_column where images have no classes"
+        )
+    if labels.max() >= len(class_names):
+        raise ValueError(
+            f"label_column={column!r} holds the label {labels.max()}; expected one of the "
+            f"{len(class_names)} classes {class_names}"
+        )
+
+
+def _load_splits(path: str) -> dict:
+    """All splits of a dataset: what save_to_disk wrote, a folder of data files, or a name on the hub."""
+    import datasets
+
+    load = datasets.load_from_disk if is_saved_to_disk(path) else datasets.load_dataset
+    with named_failures(path):
+        loaded = load(path)
+    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+@contextmanager
+def named_failures(path: str) -> Iterator[None]:
+    """Raises a ValueError that names the dataset where the library cannot load it."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # The library's own error may say no more than that generating the dataset failed.
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"path={path!r} cannot be loaded as a dataset: {error}{cause}") from error
+
+
+def is_saved_to_disk(path: str) -> bool:
+    """Whether a folder is what the library's save_to_disk writes."""
+    return any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _read_labels(rows, column: str) -> np.ndarray:
+    """A column of integer labels as int64, (N,), −1 where there is none."""
+    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+    return np.full(len(rows), -1) if values.null_count else values.to_numpy().astype(np.int64)
