@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import datasets  # noqa: F401  the shard writer imports it, which the clock should not see
@@ -99,7 +100,7 @@ def seconds_of_parts(dataset: RowDataset, encoder: Encoder, output: Path) -> dic
         marks.append(time.process_time())
         idx.append(encoder.quantize(features)[: len(rows)])
         marks.append(time.process_time())
-        for part, start, end in zip(seconds, marks, marks[1:], strict=False):
+        for part, (start, end) in zip(("decode", "encode", "quantize"), pairwise(marks), strict=True):
             seconds[part] += end - start
     started = time.process_time()
     write_rows(output / "parts.parquet", np.arange(len(dataset)), np.concatenate(idx), [], dataset, encoder.model)

@@ -147,10 +147,9 @@ def _read_logs(config: EvaluateConfig) -> dict[str, list[dict]]:
     """Read the logs of the trainings that the config names."""
     from nextblock.evaluation.training_log import read_log
 
-    return {
-        stage: read_log(run_dir)
-        for stage, run_dir in zip(("tokenizer", "prior"), config.run_dirs, strict=False)
-    }
+    if not config.run_dirs:
+        return {}
+    return {stage: read_log(folder) for stage, folder in zip(("tokenizer", "prior"), config.run_dirs, strict=True)}
 
 
 def _read_samples(folder: Path) -> tuple:

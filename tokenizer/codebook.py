@@ -104,9 +104,9 @@ def _search_on_threads(features: Tensor, codes_t: Tensor, indices: np.ndarray) -
     num_cores = torch.get_num_threads()
     num_threads = max(1, min(num_cores, len(features) * row_bytes // _THREAD_WORK_BYTES))
     rows = max(1, min(len(features), _CPU_CHUNK_BYTES // row_bytes))
-    parts = [indices[start : start + rows] for start in range(0, len(indices), rows)]
+    starts = range(0, len(indices), rows)
     # One iterator for all threads: each takes a chunk when it is done with its last one.
-    chunks = iter(list(zip(features.split(rows), parts, strict=False)))
+    chunks = iter([(features[start : start + rows], indices[start : start + rows]) for start in starts])
     if num_threads == 1:
         _search_chunks(chunks, rows, codes_t)
         return

@@ -183,13 +183,15 @@ class TokenizerTask:
 
     def _update_codebook(self, step: int, was_skipped: Tensor | None) -> None:
         """Let the codebook follow a step, unless the step was skipped."""
-        model = self.accelerator.unwrap_model(self.model)
+        model, seed = self.accelerator.unwrap_model(self.model), self.config.loop.seed
+        if was_skipped is None:
+            model.update_codebook(seed, step)
+            return
         tensors = list(model.quantizer.codebook.state_dict().values())
-        before = [] if was_skipped is None else [tensor.clone() for tensor in tensors]
-        model.update_codebook(self.config.loop.seed, step)
-        if was_skipped is not None:
-            for tensor, unmoved in zip(tensors, before, strict=True):
-                tensor.copy_(torch.where(was_skipped, unmoved, tensor))
+        before = [tensor.clone() for tensor in tensors]
+        model.update_codebook(seed, step)
+        for tensor, unmoved in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(was_skipped, unmoved, tensor))
 
     def _losses(self, output: VQVAEOutput, pixel_values: Tensor, step: int) -> dict[str, Tensor]:
         """Compute every term of the tokenizer's loss, and as `loss` what it minimises."""

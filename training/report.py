@@ -83,7 +83,7 @@ def draw_curves(records: list[dict]) -> Figure:
     num_rows = max(1, -(-len(panels) // NUM_PANEL_COLUMNS))
     figure = Figure(figsize=(6 * NUM_PANEL_COLUMNS, 3.2 * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, NUM_PANEL_COLUMNS, squeeze=False).flatten()
-    for ax, (title, names) in zip(axes, panels.items(), strict=False):
+    for ax, (title, names) in zip(axes[: len(panels)], panels.items(), strict=True):
         _draw_panel(ax, title, names, records)
     for ax in axes[len(panels) :]:
         ax.axis("off")

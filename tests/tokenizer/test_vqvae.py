@@ -375,3 +375,19 @@ def test_nothing_waits_for_a_device_at_every_step(is_training, make_vqvae):
     assert copies.found == []
     with pytest.raises(ValueError, match="pixel_values has shape"):
         model(pixel_values[:, :2])
+
+
+def test_decoding_without_gradients_computes_what_training_does():
+    """Without gradients, maps lie channels last and activations overwrite their input."""
+    torch.manual_seed(0)
+    config = VQVAEConfig(
+        image_size=32, autoencoder="vqgan", hidden_dim=32, num_res_blocks=1, embedding_dim=8, layout="tiles", tile=1
+    )
+    tokenizer = VQVAE(config).eval().double()
+    quantized = torch.randn(2, 8, *tokenizer.layout.grid, dtype=torch.float64)
+    expected = tokenizer.decode(quantized)
+    assert expected.requires_grad
+    with torch.no_grad():
+        images = tokenizer.decode(quantized)
+    assert images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    assert torch.allclose(images, expected, rtol=0, atol=1e-12)
