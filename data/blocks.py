@@ -6,6 +6,7 @@ rectangles in raster order. Legend: B batch, K blocks, L_k tokens of block k, L 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -140,14 +141,49 @@ class BlockLayout:
         ends = tuple(accumulate(self.block_lengths))
         return tuple(zip((0, *ends[:-1]), ends, strict=True))
 
-    def block_ids(self) -> Tensor:
-        """Return the block number of each token, (L,) int64."""
-        return torch.repeat_interleave(torch.arange(self.num_blocks), torch.tensor(self.block_lengths))
+    def block_ids(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the block number of each token, (L,) int64, made once for a device."""
+        return self._made_once("block_ids", device, self._block_ids)
 
-    def block_causal_mask(self) -> Tensor:
-        """Return the (L, L) boolean mask in which a token sees its own block and all blocks before it."""
-        ids = self.block_ids()
-        return ids[:, None] >= ids[None, :]
+    def block_causal_bias(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """Return what attention adds to its scores, (L, L): 0 in a token's own block and all before it, else −inf.
+
+        Made once for a device and dtype.
+        """
+        return self._made_once(dtype, device, lambda: self._block_causal_bias(dtype))
+
+    def tile_cells(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the raster cell number of each token of a tile layout, (L,) int64, made once for a device."""
+        assert not self.is_scales, "scales overlap: a token has no single cell"
+        return self._made_once("tile_cells", device, self._tile_cells)
+
+    @cached_property
+    def _tensors(self) -> dict:
+        """What `_made_once` keeps."""
+        return {}
+
+    def _made_once(self, name, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
+        """Keep a tensor on every device it was asked for on: a copy at every step would wait for the device."""
+        key = name, torch.device(device)
+        if key not in self._tensors:
+            # A first call may come in inference mode, whose tensors no later training step could use.
+            with torch.inference_mode(False):
+                self._tensors[key] = make().to(device)
+        return self._tensors[key]
+
+    def _block_ids(self) -> Tensor:
+        lengths = torch.tensor(self.block_lengths, device="cpu")
+        return torch.repeat_interleave(torch.arange(self.num_blocks, device="cpu"), lengths)
+
+    def _block_causal_bias(self, dtype: torch.dtype) -> Tensor:
+        ids = self._block_ids()
+        is_hidden = ids[:, None] < ids[None, :]
+        return torch.zeros(is_hidden.shape, dtype=dtype, device="cpu").masked_fill_(is_hidden, -torch.inf)
+
+    def _tile_cells(self) -> Tensor:
+        (h, w), (tile_h, tile_w) = self.grid, self.shapes[0]
+        cells = torch.arange(h * w, device="cpu").view(h // tile_h, tile_h, w // tile_w, tile_w)
+        return cells.permute(0, 2, 1, 3).reshape(-1)
 
     def split(self, tokens_BL: Tensor) -> list[Tensor]:
         """Split a sequence in block order, (B, L, …), into its K blocks.
@@ -183,14 +219,6 @@ class BlockLayout:
                 raise ValueError(f"idx_Bl[{k}] has shape {tuple(idx.shape)}; expected {expected}")
             if idx.dtype != torch.int64:
                 raise ValueError(f"idx_Bl[{k}] has dtype {idx.dtype}; expected torch.int64")
-
-    @cached_property
-    def tile_cells(self) -> Tensor:
-        """Raster cell number of each token of a tile layout, (L,) int64: the order in which tiles read the grid."""
-        assert not self.is_scales, "scales overlap: a token has no single cell"
-        (h, w), (tile_h, tile_w) = self.grid, self.shapes[0]
-        cells = torch.arange(h * w).view(h // tile_h, tile_h, w // tile_w, tile_w)
-        return cells.permute(0, 2, 1, 3).reshape(-1)
 
     def tile_slices(self, k: int) -> tuple[slice, slice]:
         """Return the rows and columns of the grid that tile k covers."""

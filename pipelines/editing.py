@@ -216,5 +216,5 @@ def mask_blocks(layout: BlockLayout, mask: Tensor) -> list[Tensor]:
     """
     if not layout.is_scales:
         cells = F.interpolate(mask, size=layout.grid, mode="area").flatten(1)
-        return layout.split(cells[:, layout.tile_cells.to(cells.device)] >= 0.5)
+        return layout.split(cells[:, layout.tile_cells(cells.device)] >= 0.5)
     return [F.interpolate(mask, size=shape, mode="area").flatten(1) >= 0.5 for shape in layout.shapes]

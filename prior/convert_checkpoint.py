@@ -121,10 +121,9 @@ def prior_to_var(model: BlockPrior) -> dict[str, Tensor]:
     """
     config = model.config
     _check_expressible(config)
-    is_seen = model.layout.block_causal_mask()
     derived = {
-        "lvl_1L": model.layout.block_ids()[None],
-        "attn_bias_for_masking": torch.zeros(is_seen.shape).masked_fill_(~is_seen, -torch.inf)[None, None],
+        "lvl_1L": model.layout.block_ids().clone()[None],
+        "attn_bias_for_masking": model.layout.block_causal_bias("cpu", torch.float32).clone()[None, None],
     }
     for name, shape in _derived_shapes(config).items():
         derived.setdefault(name, torch.zeros(shape))

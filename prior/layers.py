@@ -40,9 +40,8 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout,
             for start, end in layout.bounds
         ]
         return torch.cat(outputs, dim=2)
-    mask = layout.block_causal_mask().to(q.device)
     # A float mask takes the fast kernel where a boolean one does not.
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+    bias = layout.block_causal_bias(q.device, q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 

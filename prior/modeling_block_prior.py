@@ -225,9 +225,8 @@ class BlockPrior(PreTrainedModel):
 
     def positions(self) -> Tensor:
         """Return the sum of block and position embeddings, (1, L, D)."""
-        lengths = torch.tensor(self.layout.block_lengths, device=self.pos_1LC.device)
-        levels = self.lvl_embed.weight.repeat_interleave(lengths, dim=0, output_size=self.layout.num_tokens)
-        return self.pos_1LC + levels
+        block_ids = self.layout.block_ids(self.pos_1LC.device)
+        return self.pos_1LC + self.lvl_embed.weight.index_select(0, block_ids)
 
     def logits(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
         """Return scores of all codes, (B, l, D) → (B, l, V), computed in float32 where the weights are."""

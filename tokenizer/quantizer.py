@@ -46,7 +46,6 @@ class VectorQuantizer(nn.Module):
         self.epsilon = epsilon
         self.layout = layout
         self.normalize_codes = normalize_codes
-        self._tile_cells: Tensor | None = None
         self.codebook = Codebook(
             num_embeddings,
             embedding_dim,
@@ -89,7 +88,7 @@ class VectorQuantizer(nn.Module):
     def split_indices(self, flat_idx: Tensor, batch_size: int) -> list[Tensor]:
         """Order the flat indices of `forward` into the layout's K tiles, each (B, L_k)."""
         idx_map = flat_idx.view(batch_size, -1)
-        return self.layout.split(idx_map[:, self._tile_cells_on(idx_map.device)])
+        return self.layout.split(idx_map[:, self.layout.tile_cells(idx_map.device)])
 
     def training_features(self, features: Tensor) -> Tensor:
         """Return the vectors (B, h·w, C) that codes are initialised from."""
@@ -105,7 +104,7 @@ class VectorQuantizer(nn.Module):
     def idxBl_to_features(self, idx_Bl: list[Tensor]) -> Tensor:
         """Return the quantized map (B, C, h, w) that K tiles of indices stand for."""
         idx = torch.cat(list(idx_Bl), dim=1)
-        raster_idx = torch.empty_like(idx).index_copy_(1, self._tile_cells_on(idx.device), idx)
+        raster_idx = torch.empty_like(idx).index_copy_(1, self.layout.tile_cells(idx.device), idx)
         h, _ = self.layout.grid
         return rearrange(self._lookup(raster_idx), "b (h w) c -> b c h w", h=h)
 
@@ -136,13 +135,6 @@ class VectorQuantizer(nn.Module):
         tile_h, _ = self.layout.shapes[k]
         canvas[:, :, rows, columns] = rearrange(codes, "b (h w) c -> b c h w", h=tile_h)
         return canvas, codes if k + 1 < self.layout.num_blocks else None
-
-    def _tile_cells_on(self, device: torch.device) -> Tensor:
-        """Return the layout's tile cells, kept on the device they were last asked for on."""
-        # A copy from the host at every training step would wait for the device.
-        if self._tile_cells is None or self._tile_cells.device != device:
-            self._tile_cells = self.layout.tile_cells.to(device)
-        return self._tile_cells
 
     def _lookup(self, idx: Tensor) -> Tensor:
         """Return code vectors as the decoder receives them, (…) → (…, C)."""

@@ -53,13 +53,13 @@ def test_known_values_of_tiles():
 
 def test_quadrants_read_top_left_top_right_bottom_left_bottom_right():
     layout = BlockLayout.tiles(2, 4)
-    assert layout.tile_cells.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert layout.tile_cells().tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
 
 
 @pytest.mark.parametrize("name", ["raster", "rows"])
 def test_single_cells_and_rows_keep_raster_order(name):
     layout = LAYOUTS[name]
-    assert layout.tile_cells.tolist() == list(range(layout.num_tokens))
+    assert layout.tile_cells().tolist() == list(range(layout.num_tokens))
 
 
 @tile_layouts
@@ -68,13 +68,13 @@ def test_tiles_cover_every_cell_exactly_once(layout):
     for k in range(layout.num_blocks):
         visits[layout.tile_slices(k)] += 1
     assert torch.equal(visits, torch.ones_like(visits))
-    assert sorted(layout.tile_cells.tolist()) == list(range(layout.grid[0] * layout.grid[1]))
+    assert sorted(layout.tile_cells().tolist()) == list(range(layout.grid[0] * layout.grid[1]))
 
 
 @tile_layouts
 def test_tile_cells_and_tile_slices_name_the_same_cells_in_the_same_order(layout):
     numbers = torch.arange(layout.grid[0] * layout.grid[1]).view(layout.grid)
-    for k, cells in enumerate(layout.tile_cells.split(layout.block_lengths)):
+    for k, cells in enumerate(layout.tile_cells().split(layout.block_lengths)):
         assert torch.equal(numbers[layout.tile_slices(k)].flatten(), cells)
 
 
@@ -96,9 +96,12 @@ def test_split_takes_vectors_too():
 
 @all_layouts
 def test_mask_lets_a_token_see_its_own_block_and_all_before(layout):
-    mask = layout.block_causal_mask()
+    bias = layout.block_causal_bias("cpu", torch.float64)
+    assert bias is layout.block_causal_bias("cpu", torch.float64)
+    assert bias.dtype == torch.float64
+    mask = bias == 0
+    assert (bias[~mask] == -torch.inf).all()
     block_of = [k for k, length in enumerate(layout.block_lengths) for _ in range(length)]
-    assert mask.dtype == torch.bool
     assert mask.shape == (layout.num_tokens, layout.num_tokens)
     for query, key in product(range(layout.num_tokens), repeat=2):
         assert mask[query, key].item() == (block_of[key] <= block_of[query])
@@ -111,7 +114,7 @@ def test_dict_survives_json(layout):
 
 def test_equality_is_by_content_and_ignores_what_was_computed_on_the_way():
     layout = BlockLayout.tiles(2, (4, 4))
-    assert layout.num_tokens == len(layout.tile_cells)
+    assert layout.num_tokens == len(layout.tile_cells())
     assert layout == BlockLayout.tiles((2, 2), 4)
     assert hash(layout) == hash(BlockLayout.tiles((2, 2), 4))
     assert layout != BlockLayout.tiles(1, 4)
