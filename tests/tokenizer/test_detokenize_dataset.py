@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from nextblock.data.tokens import TokenDataset
+from nextblock.detokenize import DetokenizeConfig, detokenize
 from nextblock.evaluation.pictures import to_uint8
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.detokenize_dataset import DetokenizeConfig, detokenize
 
 
 @pytest.fixture
