@@ -19,6 +19,7 @@ from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid, to_uint8
 from nextblock.training.accelerator import build_accelerator
+from nextblock.training.alarms import CodeUsage
 from nextblock.training.config import options_dataclass, parse_run_config
 from nextblock.training.keyed_random import keyed_uniform
 from nextblock.training.loop import fit
@@ -112,6 +113,9 @@ class TokenizerTask:
         self.eval_data = eval_data
         self.perceptual = perceptual if perceptual is None else perceptual.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, NO_DECAY))
+        self.modules, self.optimizers = [self.model], [self.optimizer]
+        num_tokens = [config.loop.batch_size * length for length in model.layout.block_lengths]
+        self.code_usage = CodeUsage(num_codes=model.config.vocab_size, num_tokens=num_tokens)
         self.adversary = None
         if config.discriminator.weight > 0:
             options = config.discriminator
@@ -120,6 +124,8 @@ class TokenizerTask:
             self.discriminator, self.discriminator_optimizer = accelerator.prepare(
                 discriminator, discriminator_optimizer
             )
+            self.modules.append(self.discriminator)
+            self.optimizers.append(self.discriminator_optimizer)
             self.adversary = Adversary(accelerator, self.discriminator, options)
 
     def start(self) -> None:
