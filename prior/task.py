@@ -138,6 +138,7 @@ class PriorTask:
         self.metric_names, self.block_shares = _block_metrics(self.layout)
         self.block_shares = self.block_shares.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, NO_DECAY))
+        self.modules, self.optimizers, self.code_usage = [self.model], [self.optimizer], None
 
     def start(self) -> None:
         """Decode the first training rows to `tokens_check.png`: wrong tokens are seen before they are learned."""

@@ -16,6 +16,7 @@ from nextblock.data.keyed_random import keyed_uniform
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid, to_uint8
+from nextblock.training.alarms import CodeUsage
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 from nextblock.training.run_config import options_dataclass
@@ -107,6 +108,9 @@ class TokenizerTask:
         self.eval_data = eval_data
         self.perceptual = perceptual if perceptual is None else perceptual.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, NO_DECAY))
+        self.modules, self.optimizers = [self.model], [self.optimizer]
+        num_tokens = [config.loop.batch_size * length for length in model.layout.block_lengths]
+        self.code_usage = CodeUsage(num_codes=model.config.vocab_size, num_tokens=num_tokens)
         self.adversary = None
         if config.discriminator.weight > 0:
             options = config.discriminator
@@ -115,6 +119,8 @@ class TokenizerTask:
             self.discriminator, self.discriminator_optimizer = accelerator.prepare(
                 discriminator, discriminator_optimizer
             )
+            self.modules.append(self.discriminator)
+            self.optimizers.append(self.discriminator_optimizer)
             self.adversary = Adversary(accelerator, self.discriminator, options)
 
     def start(self) -> None:

@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
-
-from torch import nn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 _USAGE = re.compile(r"train/codebook/(?:block_(?P<block>\d+)/)?usage")
 REMEDY = (
@@ -28,6 +27,19 @@ def expected_usage(num_tokens: int, vocab_size: int) -> float:
     return -math.expm1(num_tokens * math.log1p(-1 / vocab_size))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodeUsage:
+    """What there is to use: a task states it whose metrics tell "codebook/usage", and "codebook/block_3/usage" or so.
+
+    Args:
+        num_codes: V.
+        num_tokens: tokens that usage is measured on at a time, of each block.
+    """
+
+    num_codes: int
+    num_tokens: Sequence[int]
+
+
 class UsageAlarm:
     """Warn when the codebook, or one block's part in it, uses far fewer codes than it could.
 
@@ -36,20 +48,17 @@ class UsageAlarm:
     since the start, where that is less: coarse scales of images that are alike need few codes.
 
     Args:
-        model: its `layout` and `config.vocab_size`, where it has them, say how many tokens and codes there are.
-        batch_size: samples that usage is measured on at a time.
+        code_usage: how many codes and tokens there are; None never rings.
         threshold: share of that usage under which the alarm rings; None never rings.
         cooldown: steps that the same figure then stays silent for.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, threshold: float | None, cooldown: int):
+    def __init__(self, code_usage: CodeUsage | None, threshold: float | None, cooldown: int):
+        self._code_usage = code_usage
         self._threshold = threshold
         self._cooldown = cooldown
         self._rang_at: dict[str, int] = {}
         self._highest: dict[str, float] = {}
-        layout = getattr(model, "layout", None)
-        self._vocab_size = None if layout is None else model.config.vocab_size
-        self._num_tokens = [] if layout is None else [batch_size * length for length in layout.block_lengths]
 
     def messages(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Return a warning for every figure that is too low and not in its cooldown.
@@ -58,7 +67,7 @@ class UsageAlarm:
             step: steps taken.
             values: figures of a log line; "train/codebook/usage" and "train/codebook/block_3/usage" are looked at.
         """
-        if self._threshold is None:
+        if self._code_usage is None or self._threshold is None:
             return []
         found = []
         for name, value in values.items():
@@ -82,7 +91,5 @@ class UsageAlarm:
         return found
 
     def _attainable(self, block: str | None) -> float:
-        if self._vocab_size is None:
-            return 1.0
-        num_tokens = sum(self._num_tokens) if block is None else self._num_tokens[int(block)]
-        return expected_usage(num_tokens, self._vocab_size)
+        num_tokens = self._code_usage.num_tokens
+        return expected_usage(sum(num_tokens) if block is None else num_tokens[int(block)], self._code_usage.num_codes)

@@ -8,11 +8,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from nextblock.evaluation.report import environment
 from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole
 
 logger = get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint.json"
+# Another one whenever checkpoints written before cannot be loaded any more. Version 0.1.0 wrote none.
+FORMAT_VERSION = 2
 RUN_CONFIG_NAME = "config.yaml"
 
 
@@ -38,6 +41,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept:
     if accelerator.is_main_process:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {
+            "format_version": FORMAT_VERSION,
+            "nextblock": environment()["nextblock"],
             "step": step,
             "num_processes": accelerator.num_processes,
             "sha256": {str(path.relative_to(temporary)): file_sha256(path) for path in files},
@@ -86,6 +91,20 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def _check_format(checkpoint: Path) -> None:
+    """Refuse a whole checkpoint that a version with another format wrote."""
+    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+    found = manifest.get("format_version")
+    if found == FORMAT_VERSION:
+        return
+    writer = "0.1.0 or earlier" if found is None else manifest["nextblock"]
+    raise ValueError(
+        f"checkpoint {checkpoint} was written by nextblock {writer}, in format {found or 1}; expected format "
+        f"{FORMAT_VERSION}. Finish that training with the version that wrote it, or start another one, in another "
+        "output_dir, from the model that it exported: --loop.init_from FOLDER"
+    )
+
+
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     """Choose the checkpoint to resume from.
 
@@ -97,17 +116,20 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
         The checkpoint, or None if "latest" finds the folder empty.
 
     Raises:
-        ValueError: if the named checkpoint is damaged, or every checkpoint of the folder is.
+        ValueError: if the named checkpoint is damaged, or every checkpoint of the folder is; if the checkpoint has the
+            format of another version.
     """
     if wanted != "latest":
         problem = damage(Path(wanted))
         if problem:
             raise ValueError(f"resume_from_checkpoint is {wanted}, which cannot be used: {problem}")
+        _check_format(Path(wanted))
         return Path(wanted)
     candidates = sorted(folder.glob("step_*"), reverse=True)
     for candidate in candidates:
         problem = damage(candidate)
         if problem is None:
+            _check_format(candidate)
             return candidate
         logger.warning(f"checkpoint {candidate} is damaged: {problem}; trying the one before")
     if candidates:

@@ -1,11 +1,13 @@
 """Guard against a loss or gradient that is not finite: such steps change nothing, many in a row end the training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from .sharding import local_part, whole_tensor
@@ -23,13 +25,24 @@ class StepGuard:
     scaler's, and the loss alone is guarded. Use it as a context, in which optimizers carry its hook.
 
     Args:
-        accelerator: its prepared models and optimizers are guarded.
+        accelerator: knows the device, the other processes, and whether a scaler guards the gradients.
+        modules: all that are trained, prepared by the accelerator.
+        optimizers: theirs, prepared too.
         max_steps: non-finite steps in a row that end the training.
         first_step: steps already taken.
         checkpoints: folder of the checkpoints, the newest of which the error names.
     """
 
-    def __init__(self, accelerator: Accelerator, max_steps: int, first_step: int, checkpoints: Path):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        modules: Sequence[nn.Module],
+        optimizers: Sequence[AcceleratedOptimizer],
+        *,
+        max_steps: int,
+        first_step: int,
+        checkpoints: Path,
+    ):
         self._max_steps = max_steps
         self._checkpoints = checkpoints
         self._device = accelerator.device
@@ -37,10 +50,10 @@ class StepGuard:
         self._looks_every_step = self._device.type == "cpu"
         self._is_alone = accelerator.num_processes == 1
         self._num_done = first_step
-        models = [accelerator.unwrap_model(model) for model in accelerator._models]
-        self._modules = [module for model in models for module in model.modules()]
+        unwrapped = [accelerator.unwrap_model(module) for module in modules]
+        self._modules = [part for module in unwrapped for part in module.modules()]
         has_scaler = accelerator.scaler is not None
-        self._optimizers = [] if has_scaler else [prepared.optimizer for prepared in accelerator._optimizers]
+        self._optimizers = [] if has_scaler else [prepared.optimizer for prepared in optimizers]
         self._handles: list = []
         self._before: list[tuple[Tensor, Tensor]] = []
         self._has_bad_gradient = self._flag(False)
@@ -75,7 +88,7 @@ class StepGuard:
         norm = get_total_norm(gradients)
         is_bad = ~whole_tensor(norm).isfinite()
         self._has_bad_gradient = self._has_bad_gradient | is_bad
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if optimizer.defaults.get("fused"):
             # Fused optimizers skip a step on the device when a gradient scaler says so; here the guard says so.
             optimizer.found_inf = is_bad.float()
         elif is_bad:

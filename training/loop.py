@@ -1,7 +1,7 @@
 """The one training loop: `fit` owns when things happen, a task owns what happens.
 
 Cadence, weight average, tracking, pictures, guards, saving, stopping and resuming live here; forward, backward and
-optimizer steps in the tasks of `tokenizer/train.py` and `prior/train.py`.
+optimizer steps in the tasks of the two stages. From top to bottom: what a task is, a run, its steps, what these call.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from tqdm.auto import tqdm
 
 from nextblock.files.atomic import write_text_whole
 
-from .alarms import UsageAlarm
+from .alarms import CodeUsage, UsageAlarm
+from .average import WeightAverage
 from .checkpoint import RUN_CONFIG_NAME, save_checkpoint
-from .ema import build_weight_average, update_weight_average
 from .guards import StepGuard
 from .initial_weights import load_initial_weights
 from .loop_config import LoopConfig
@@ -47,7 +48,13 @@ class Task(Protocol):
     """What a training does; `fit` says when."""
 
     model: nn.Module
-    """The prepared model."""
+    """The prepared model, which is averaged, evaluated and exported."""
+    modules: Sequence[nn.Module]
+    """All prepared models, `model` and a discriminator say."""
+    optimizers: Sequence[AcceleratedOptimizer]
+    """All prepared optimizers."""
+    code_usage: CodeUsage | None
+    """How many codes and tokens an alarm about unused codes has to do with; None where there is nothing to watch."""
 
     def start(self) -> None:
         """Do what comes before step 0 of a fresh training; a resumed one skips it."""
@@ -87,16 +94,11 @@ def fit(
 
     Raises:
         NonFiniteError: after `loop.max_nonfinite_steps` steps in a row with a non-finite loss or gradient.
-        ValueError: if `loop.resume_from_checkpoint` does not fit what `output_dir` holds.
+        ValueError: if `loop.resume_from_checkpoint` does not fit what `output_dir` holds, or `loop.ema_decay` is set
+            for a sharded model.
     """
     config, options = run_config.loop, run_config_text(run_config)
-    raw_model = accelerator.unwrap_model(task.model)
-    average = None
-    if config.ema_decay is not None:
-        if is_sharded(raw_model):
-            raise ValueError(f"ema_decay is {config.ema_decay}; expected null with a sharded model (FSDP)")
-        average = build_weight_average(raw_model, config.ema_decay)
-        accelerator.register_for_checkpointing(average)
+    average = _build_average(accelerator, task.model, config.ema_decay)
     checkpoints = output_dir / "checkpoints"
     with StopRequest(accelerator) as stop:
         first_step = resume(accelerator, checkpoints, config, options)
@@ -105,20 +107,44 @@ def fit(
             write_text_whole(output_dir / RUN_CONFIG_NAME, options)
         with RunRecord(accelerator, output_dir, first_step) as record:
             if first_step == 0:
-                # Dropout differs between processes; everything that must not is keyed on the sample.
-                set_seed(config.seed, device_specific=True)
-                task.start()
-                if config.init_from is not None:
-                    load_initial_weights(raw_model, config.init_from, config.init_except)
+                _start(accelerator, task, config)
             recorder = Recorder(accelerator, output_dir, first_step, asdict(run_config))
             batches = iter(_loader(accelerator, dataset, collate, config, first_step))
-            with StepGuard(accelerator, config.max_nonfinite_steps, first_step, checkpoints) as guard:
+            with StepGuard(
+                accelerator,
+                task.modules,
+                task.optimizers,
+                max_steps=config.max_nonfinite_steps,
+                first_step=first_step,
+                checkpoints=checkpoints,
+            ) as guard:
                 training = _Training(accelerator, task, config, options, average, recorder, guard, checkpoints)
                 training.run(batches, first_step, stop, record)
             if record.last_step == config.num_steps:
                 _export(accelerator, task, average, recorder)
             accelerator.end_training()
     return record.last_step == config.num_steps
+
+
+def _build_average(accelerator: Accelerator, model: nn.Module, decay: float | None) -> WeightAverage | None:
+    """Make the weight average, which checkpoints then hold too; None without a decay."""
+    if decay is None:
+        return None
+    raw_model = accelerator.unwrap_model(model)
+    if is_sharded(raw_model):
+        raise ValueError(f"ema_decay is {decay}; expected null with a sharded model (FSDP)")
+    average = WeightAverage(raw_model, decay)
+    accelerator.register_for_checkpointing(average)
+    return average
+
+
+def _start(accelerator: Accelerator, task: Task, config: LoopConfig) -> None:
+    """Do what comes before step 0: seed, let the task start, and take over another model's weights if asked to."""
+    # Dropout differs between processes; everything that must not is keyed on the sample.
+    set_seed(config.seed, device_specific=True)
+    task.start()
+    if config.init_from is not None:
+        load_initial_weights(accelerator.unwrap_model(task.model), config.init_from, config.init_except)
 
 
 @dataclass
@@ -129,15 +155,14 @@ class _Training:
     task: Task
     config: LoopConfig
     options: str
-    average: nn.Module | None
+    average: WeightAverage | None
     recorder: Recorder
     guard: StepGuard
     checkpoints: Path
 
     def __post_init__(self):
         self.raw_model = self.accelerator.unwrap_model(self.task.model)
-        config = self.config
-        self.usage_alarm = UsageAlarm(self.raw_model, config.batch_size, config.usage_alarm, config.alarm_cooldown)
+        self.usage_alarm = UsageAlarm(self.task.code_usage, self.config.usage_alarm, self.config.alarm_cooldown)
 
     def run(self, batches, first_step: int, stop: StopRequest, record: RunRecord) -> None:
         """Take steps until the last one or an agreed stop, and tell the record how far it came."""
@@ -183,7 +208,7 @@ class _Training:
         is_good = self.guard.after_step(metrics)
         self.recorder.add(metrics)
         if self.average is not None:
-            update_weight_average(self.average, self.raw_model, is_good)
+            self.average.update(self.raw_model, is_good)
 
     def _evaluate_if_due(self, num_done: int) -> None:
         """Evaluate where the cadence says so, which an interrupted run makes good when it goes on."""
@@ -234,7 +259,7 @@ def _on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tens
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _learned_model(accelerator: Accelerator, task: Task, average: nn.Module | None) -> nn.Module:
+def _learned_model(accelerator: Accelerator, task: Task, average: WeightAverage | None) -> nn.Module:
     """Return what is evaluated and exported, whole on every process: the weight average, or the raw weights."""
     if average is not None:
         return average.module
@@ -242,7 +267,7 @@ def _learned_model(accelerator: Accelerator, task: Task, average: nn.Module | No
     return whole_model(model) if is_sharded(model) else model
 
 
-def _evaluate(accelerator: Accelerator, task: Task, average: nn.Module | None) -> tuple[dict, dict]:
+def _evaluate(accelerator: Accelerator, task: Task, average: WeightAverage | None) -> tuple[dict, dict]:
     """Evaluate the weight average, or the raw weights where there is none."""
     model = _learned_model(accelerator, task, average)
     was_training = model.training
@@ -254,7 +279,7 @@ def _evaluate(accelerator: Accelerator, task: Task, average: nn.Module | None) -
     return metrics, pictures
 
 
-def _export(accelerator: Accelerator, task: Task, average: nn.Module | None, recorder: Recorder) -> None:
+def _export(accelerator: Accelerator, task: Task, average: WeightAverage | None, recorder: Recorder) -> None:
     """Let the task write the trained model."""
     model = _learned_model(accelerator, task, average)
     if accelerator.is_main_process:

@@ -104,7 +104,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, no_decay: Collect
     Args:
         model: whose trainable parameters are optimized.
         config: rates and decay.
-        no_decay: last name parts of further parameters, or of their modules, that are not decayed.
+        no_decay: last name parts of further parameters, or of their modules, that are not decayed: what the model's
+            class states as its `no_decay`, nothing for a discriminator.
 
     Returns:
         The optimizer, with a decayed and an undecayed group.

@@ -2,12 +2,12 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -148,4 +148,6 @@ def _image_options(tracker_name: str) -> dict[str, str]:
 
 def _seconds_since_process_start() -> float:
     """Return the age of this process, imports and data preparation included."""
-    return time.time() - psutil.Process().create_time()
+    # Field 22, in ticks since the machine started; the program's name, field 2, may itself hold spaces and brackets.
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

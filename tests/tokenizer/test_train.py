@@ -18,6 +18,7 @@ from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig
 from nextblock.train_tokenizer import main, train
 from nextblock.training.accelerator import build_accelerator
+from nextblock.training.alarms import CodeUsage
 from nextblock.training.loop_config import LoopConfig
 
 # Two micro-batches a step, dropout, revival and a moving-average codebook.
@@ -147,8 +148,8 @@ def test_the_exported_tokenizer_is_the_weight_average(alone, image_folder, read_
     exported = VQVAE.from_pretrained(alone)
     state = torch.load(alone / "checkpoints" / "step_00000006" / "custom_checkpoint_0.pkl")
     average = VQVAE(exported.config).eval()
-    average.load_state_dict({name.removeprefix("module."): t for name, t in state.items() if name != "n_averaged"})
-    assert state["n_averaged"] == 6
+    average.load_state_dict(state["module"])
+    assert state["num_updates"] == 6
     raw = load_file(alone / "checkpoints" / "step_00000006" / "model.safetensors")
     assert not torch.equal(raw["quantizer.codebook.weight"], exported.quantizer.codebook.weight)
     pixel_values = held_out(image_folder)
@@ -215,6 +216,8 @@ def test_code_use_is_logged_for_each_block(fresh_accelerate):
         entropy = -(shares * shares.log()).sum()
         assert metrics[f"codebook/{prefix}perplexity"].item() == pytest.approx(entropy.exp().item())
     assert metrics["codebook/block_0/usage"] < metrics["codebook/block_2/usage"]
+    # Of all images of a step, over processes and micro-batches.
+    assert task.code_usage == CodeUsage(num_codes=24, num_tokens=[64, 4 * 64, 16 * 64])
 
 
 def test_a_collapse_rings_the_alarm(alone, train_here, tmp_path, monkeypatch):

@@ -110,6 +110,13 @@ def test_without_a_discriminator_training_is_what_it_was(fresh_accelerate):
     assert metrics[0].keys() >= terms and not any("adversarial" in name or "discr" in name for name in metrics[0])
 
 
+def test_the_guard_hears_of_all_that_is_prepared(fresh_accelerate):
+    plain, task = make_task(), make_task(GAN)
+    assert (plain.modules, plain.optimizers) == ([plain.model], [plain.optimizer])
+    assert task.modules == [task.model, task.discriminator]
+    assert task.optimizers == [task.optimizer, task.discriminator_optimizer]
+
+
 def test_each_side_starts_at_its_step(fresh_accelerate):
     plain = make_task()
     run_steps(plain)
@@ -295,11 +302,11 @@ def test_an_interrupted_adversarial_training_equals_an_uninterrupted_one(
     for name in names:
         assert got[name] == expected[name], name
     folders = [run / "checkpoints" / "step_00000006" for run in (broken, whole)]
-    for name in ("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        states = [torch.load(folder / name) for folder in folders]
-        assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items()), name
-    averages = torch.load(folders[0] / "custom_checkpoint_0.pkl")
-    assert averages["num_updates"] == 5 and averages["means"].abs().min() > 0
+    averages = [torch.load(folder / "custom_checkpoint_0.pkl") for folder in folders]
+    weights = [torch.load(folder / "custom_checkpoint_1.pkl")["module"] for folder in folders]
+    for states in (averages, weights):
+        assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    assert averages[0]["num_updates"] == 5 and averages[0]["means"].abs().min() > 0
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert read_metrics(broken) == read_metrics(whole)
     assert any(line.get("train/discriminator/r1", 0) > 0 for line in read_metrics(whole))

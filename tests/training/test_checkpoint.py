@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from nextblock.files.atomic import file_sha256, write_text_whole
-from nextblock.training.checkpoint import MANIFEST_NAME, damage, find_checkpoint, load_checkpoint, save_checkpoint
+from nextblock.training.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    _manifest_sha256,
+    damage,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from nextblock.training.loop_config import LoopConfig
+from nextblock.training.resume import resume
 
 FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "config.yaml")
 
@@ -102,7 +113,8 @@ def test_loading_restores_weights_optimizer_generators_and_registered_objects(tr
 
 def test_a_manifest_lists_every_file(folder):
     manifest = json.loads((folder / "step_00000002" / MANIFEST_NAME).read_text())
-    assert (manifest["step"], manifest["num_processes"]) == (2, 1)
+    assert (manifest["step"], manifest["num_processes"], manifest["format_version"]) == (2, 1, FORMAT_VERSION)
+    assert manifest["nextblock"] == metadata.version("nextblock")
     assert sorted(manifest["sha256"]) == sorted(FILES)
     for name, checksum in manifest["sha256"].items():
         assert file_sha256(folder / "step_00000002" / name) == checksum
@@ -191,6 +203,43 @@ def test_no_byte_of_the_manifest_can_change_unnoticed(folder):
     for other in ("[]", "null", '"text"', "{}", '{"own_sha256": null}'):
         path.write_text(other)
         assert "unreadable" in damage(path.parent) or "has changed" in damage(path.parent)
+
+
+def rewrite_manifest(checkpoint: Path, *dropped: str, **changed) -> None:
+    """Make a checkpoint's manifest one of another version, whole again."""
+    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
+    manifest = {name: value for name, value in manifest.items() if name not in dropped} | changed
+    (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest | {"own_sha256": _manifest_sha256(manifest)}))
+
+
+REMEDY = r"Finish that training with the version that wrote it, or start another one.*--loop.init_from FOLDER"
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_its_writer_and_a_way_on(folder):
+    newest = folder / "step_00000002"
+    for changed, said in (
+        ({"format_version": 9, "nextblock": "7.1"}, "was written by nextblock 7.1, in format 9; expected format 2"),
+        ({}, "was written by nextblock 0.1.0 or earlier, in format 1; expected format 2"),
+    ):
+        rewrite_manifest(newest, "format_version", "nextblock", **changed)
+        # Not passed over for an older one, as a damaged one is: it is the newest that the user means.
+        for wanted in ("latest", str(newest)):
+            with pytest.raises(ValueError, match=rf"checkpoint {newest} {said}\. {REMEDY}"):
+                find_checkpoint(folder, wanted)
+    assert find_checkpoint(folder, str(folder / "step_00000001")) is not None
+    # Damage is still told from age.
+    flip_a_byte(newest / "optimizer.bin")
+    assert find_checkpoint(folder, "latest") == folder / "step_00000001"
+
+
+def test_an_older_checkpoint_without_its_run_config_is_refused_alike(training, folder):
+    newest = folder / "step_00000002"
+    (newest / "config.yaml").unlink()
+    checksums = json.loads((newest / MANIFEST_NAME).read_text())["sha256"]
+    del checksums["config.yaml"]
+    rewrite_manifest(newest, "format_version", "nextblock", sha256=checksums)
+    with pytest.raises(ValueError, match=f"nextblock 0.1.0 or earlier.*{REMEDY}"):
+        resume(training.accelerator, folder, LoopConfig(resume_from_checkpoint="latest"), "loop: {}\n")
 
 
 def test_latest_of_an_empty_folder_is_none_and_a_wrong_path_is_refused(folder, tmp_path):

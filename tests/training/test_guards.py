@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from nextblock.training.accelerator import build_accelerator
-from nextblock.training.ema import build_weight_average, lerp_where, update_weight_average
+from nextblock.training.alarms import CodeUsage
 from nextblock.training.guards import NonFiniteError, StepGuard
 from nextblock.training.loop import fit
 from nextblock.training.loop_config import LoopConfig
@@ -55,6 +55,8 @@ class PoisonedTask:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=is_fused)
         self.accelerator = accelerator
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.modules, self.optimizers = [self.model], [self.optimizer]
+        self.code_usage = CodeUsage(num_codes=1, num_tokens=[4])
         self.states, self.losses, self.exported = [], [], None
 
     def start(self) -> None:
@@ -101,6 +103,12 @@ def train(folder, poison: dict[int, str] | None = None, is_fused: bool = True, *
     return task, fit(accelerator, task, Numbers(), collate, ToyRun(loop=config), folder)
 
 
+def guard_of(task: PoisonedTask, folder, max_steps: int) -> StepGuard:
+    """Guard a task's steps from the first one on."""
+    where = {"max_steps": max_steps, "first_step": 0, "checkpoints": folder}
+    return StepGuard(task.accelerator, task.modules, task.optimizers, **where)
+
+
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -132,7 +140,7 @@ def test_a_bad_step_leaves_no_trace(tmp_path, kind, is_fused):
         task.losses[3] if kind == "loss" else (task.losses[2] + task.losses[3]) / 2
     )
     average = torch.load(saved / "step_00000006" / "custom_checkpoint_0.pkl")
-    assert average["n_averaged"] == 5
+    assert average["num_updates"] == 5
 
 
 def test_bad_steps_in_a_row_end_the_training_and_name_the_last_checkpoint(tmp_path):
@@ -158,7 +166,7 @@ def test_without_looking_every_step_the_same_steps_are_undone(tmp_path):
     """The way of a GPU, on the CPU: `check` alone looks."""
     accelerator = Accelerator(cpu=True)
     task = PoisonedTask(accelerator, {1: "loss", 2: "gradient", 4: "gradient"})
-    with StepGuard(accelerator, 3, 0, tmp_path) as guard:
+    with guard_of(task, tmp_path, max_steps=3) as guard:
         guard._looks_every_step = False
         states = []
         for step in range(5):
@@ -185,28 +193,11 @@ def test_under_a_gradient_scaler_gradients_are_left_to_it(tmp_path, monkeypatch)
     accelerator = Accelerator(cpu=True)
     task = PoisonedTask(accelerator, {})
     monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
-    with StepGuard(accelerator, 2, 0, tmp_path) as guard:
+    with guard_of(task, tmp_path, max_steps=2) as guard:
         assert not task.optimizer.optimizer._optimizer_step_pre_hooks
         guard.before_step()
         assert guard.after_step({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.inf)})
         assert not guard.after_step({"loss": torch.tensor(math.nan)})
-
-
-def test_the_average_skips_bad_steps():
-    model = nn.Linear(2, 2)
-    average = build_weight_average(model, 0.5)
-    update_weight_average(average, model, torch.tensor(True))
-    before = [parameter.clone() for parameter in average.module.parameters()]
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    update_weight_average(average, model, torch.tensor(False))
-    assert all(torch.equal(a, b) for a, b in zip(average.module.parameters(), before, strict=True))
-    assert average.n_averaged == 1
-    start, goal = torch.zeros(3), torch.ones(3)
-    lerp_where([start], [goal], 0.25, torch.tensor(False))
-    assert start.tolist() == [0.0] * 3
-    lerp_where([start], [goal], 0.25, torch.tensor(True))
-    assert start.tolist() == [0.25] * 3
 
 
 def test_a_signal_saves_the_step_at_hand_and_exports_nothing(tmp_path, caplog):

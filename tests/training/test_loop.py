@@ -45,6 +45,7 @@ class ToyTask:
     def __init__(self, accelerator, crash_at: int | None = None):
         model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.model, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
+        self.modules, self.optimizers, self.code_usage = [self.model], [self.optimizer], None
         self.crash_at = crash_at
         self.batches, self.losses, self.evaluated, self.exported, self.num_starts = [], [], [], [], 0
 
@@ -148,7 +149,7 @@ def test_the_average_is_evaluated_and_exported(tmp_path):
     raw = task.model.state_dict()
     assert not any(torch.equal(tensor, raw[name]) for name, tensor in exported.items())
     saved = torch.load(tmp_path / "checkpoints" / "step_00000004" / "custom_checkpoint_0.pkl")
-    assert all(torch.equal(tensor, saved[f"module.{name}"]) for name, tensor in exported.items())
+    assert all(torch.equal(tensor, saved["module"][name]) for name, tensor in exported.items())
     assert metrics == {"eval/bias": exported["2.bias"].item()}
 
 

@@ -1,6 +1,9 @@
 """What a run leaves for people: metrics.jsonl, event files, pictures."""
 
 import json
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,17 @@ def read_lines(folder) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(line.pop("time/total") > 0 for line in lines)
     return lines
+
+
+def test_a_process_is_as_old_as_its_start():
+    script = "import time; from nextblock.training.recorder import _seconds_since_process_start as age; a = age(); "
+    script += "time.sleep(0.5); print(a, age())"
+    start = time.monotonic()
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    passed = time.monotonic() - start
+    first, second = map(float, output.split())
+    # The clock of /proc ticks every hundredth of a second.
+    assert 0.1 < first < second <= passed + 0.02 and second - first >= 0.48
 
 
 def test_training_metrics_are_means_since_the_last_line(accelerator, tmp_path):
