@@ -211,8 +211,8 @@ def _judge_digits(tokenizer, config: EvaluateConfig, heldout, images, class_labe
     """Measure samples and reconstructions against the real digits."""
     import numpy as np
 
+    from nextblock.data.pixels import to_uint8
     from nextblock.evaluation.digits_judge import DigitSet, digit_figures
-    from nextblock.evaluation.pictures import to_uint8
 
     batches = list(_open_split(tokenizer, config, config.data.split))
     train_images = np.concatenate([to_uint8(batch["pixel_values"]) for batch in batches])

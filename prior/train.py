@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.images import ImageDataConfig
-from nextblock.evaluation.pictures import class_grid, image_grid, to_uint8
+from nextblock.data.pixels import to_uint8
+from nextblock.evaluation.pictures import class_grid, image_grid
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.config import options_dataclass, parse_run_config
 from nextblock.training.keyed_random import drop_class_labels

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.data.images import ImageSource
+from nextblock.data.pixels import to_pixel_values
 from nextblock.data.token_shards import split_identifier, write_shard
 from nextblock.data.unreadable import UnreadableImageError
 from nextblock.data.views import ViewSet
@@ -142,8 +143,6 @@ class Encoder:
         self.is_autocast = is_autocast
         self.memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
-        # A divisor on the device: a Python number would be multiplied by its rounded reciprocal there.
-        self.half_range = torch.tensor(127.5, device=self.device)
         if is_compiled:
             model.encoder.compile()
 
@@ -154,8 +153,7 @@ class Encoder:
     @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode (B, H, W, 3) uint8 to what the quantizer receives."""
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        pixel_values = pixels.to(torch.float32, memory_format=self.memory_format) / self.half_range - 1
+        pixel_values = to_pixel_values(pixels.to(self.device, non_blocking=True), self.memory_format)
         with torch.autocast(self.device.type, torch.bfloat16) if self.is_autocast else nullcontext():
             return self.model.encode(pixel_values)
 

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
-from nextblock.evaluation.pictures import comparison_grid, to_uint8
+from nextblock.evaluation.pictures import comparison_grid
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.config import options_dataclass, parse_run_config
 from nextblock.training.keyed_random import keyed_uniform

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nextblock.data.pixels import to_uint8
 from nextblock.data.tokens import TokenDataset
-from nextblock.evaluation.pictures import to_uint8
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.detokenize_dataset import DetokenizeConfig, detokenize
 
