@@ -3,30 +3,33 @@
 Legend: B images, K blocks, L_k tokens of block k, C code channels, H×W pixels, h×w latent cells.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
-from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
+from nextblock.data.pixels import to_output
 from nextblock.prior.sampling import SamplingOptions, image_generators
+from nextblock.training.offload import run_offload_hook
 
+from . import editing, storage
 from .block_loop import BlockLoop
-from .editing import PICTURE_TYPES, EditingMixin
+from .editing import Labels, Output
+from .given_images import ImageInput
 from .labels import resolve_labels
 from .sampling_request import BatchShape, SamplingRequest, check_callback, check_counts
-from .storage import StorageMixin, check_loading
 
 
-class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
+class ClassToImagePipeline(DiffusionPipeline):
     """Sample images of given classes, and edit images that are given.
 
     Args:
@@ -42,11 +45,6 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         if tokenizer is not None and prior is not None:
             prior.check_quantizer(tokenizer.quantizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
-        # A scale factor would round sizes down to its multiples.
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=True)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
         self._guidance_scale, self._interrupt = 1.0, False
 
     @property
@@ -75,7 +73,7 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Raises:
             ValueError: if `use_safetensors` is False or `dtype` is none.
         """
-        check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
+        storage.check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"use_safetensors": True})
 
     @classmethod
@@ -90,12 +88,7 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Returns:
             The local folder.
         """
-        names = ("cache_dir", "revision", "token", "force_download", "local_files_only")
-        return snapshot_download(
-            pretrained_model_name,
-            allow_patterns=["*.json", "*.safetensors", "README.md"],
-            **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
-        )
+        return storage.download_pipeline(pretrained_model_name, kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -186,13 +179,188 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range or a class name is unknown.
         """
-        check_counts(output_type, PICTURE_TYPES, decode_batch_size=decode_batch_size)
+        check_counts(output_type, editing.PICTURE_TYPES, decode_batch_size=decode_batch_size)
         callback = None, ()
         request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
         with self._hooks_freed():
             _, maps = self._sample(request, keeps_maps=True)
             num_decoded = decode_batch_size or request.batch.num_images
             return [self._decode(features, num_decoded, output_type) for features in maps]
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: ImageInput,
+        mask_image: ImageInput,
+        class_labels: Labels = None,
+        num_images_per_label: int = 1,
+        *,
+        fit: str = "crop",
+        **options,
+    ) -> Output:
+        """Paint part of an image anew: in-painting and class-conditional editing by a token mask.
+
+        In every block, tokens outside the mask come from the encoded image and tokens inside from the prior. A token is
+        inside if at least half of its area is.
+
+        Args:
+            image: one image, or one for each label: PIL, or in [0, 1], [-1, 1] or uint8 an array (H, W, 3) or
+                (n, H, W, 3) or a tensor (3, H, W) or (n, 3, H, W).
+            mask_image: one mask, or one for each image, over all of it: PIL, or an array or tensor (H, W) or (n, H, W)
+                of booleans, numbers in [0, 1] or uint8. White is painted anew, black is kept.
+            class_labels: see `__call__`.
+            num_images_per_label: see `__call__`.
+            fit: how images and masks are brought to the tokenizer's size: "crop" to the center as in training,
+                "stretch", or "pad" by repeating the edges.
+            options: further arguments of `__call__`.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: if images, masks and labels do not fit each other, or an option is outside its range.
+        """
+        return editing.inpaint(self, image, mask_image, class_labels, num_images_per_label, fit, options)
+
+    @torch.no_grad()
+    def outpaint(
+        self,
+        image: ImageInput,
+        box: tuple[int, int, int, int],
+        class_labels: Labels = None,
+        num_images_per_label: int = 1,
+        *,
+        fit: str = "crop",
+        **options,
+    ) -> Output:
+        """Paint what lies around an image: the image goes into a box of the picture, the rest is sampled.
+
+        Args:
+            image: one image, or one for each label.
+            box: (left, top, right, bottom) in pixels of the tokenizer's size.
+            class_labels, num_images_per_label, options: see `inpaint`.
+            fit: how the image fills the box; see `inpaint`.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: if the box does not lie inside the picture, or as for `inpaint`.
+        """
+        return editing.outpaint(self, image, box, class_labels, num_images_per_label, fit, options)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: ImageInput,
+        decode_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        fit: str = "crop",
+    ) -> Output:
+        """Encode images to indices and decode them: the best that the tokenizer allows.
+
+        Args:
+            image: one or several, see `inpaint` as for `fit`.
+            decode_batch_size, output_type, return_dict: see `__call__`.
+            fit: how images are brought to size.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: if the image is none, or an option is outside its range.
+        """
+        return editing.reconstruct(self, image, decode_batch_size, output_type, return_dict, fit)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a: ImageInput,
+        image_b: ImageInput,
+        num_steps: int = 8,
+        decode_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        fit: str = "crop",
+    ) -> Output:
+        """Go from one image to another along the straight line between their quantized maps.
+
+        Args:
+            image_a, image_b: the first and the last image, see `inpaint` as for `fit`.
+            num_steps: images, the reconstructions of both among them; at least 2.
+            decode_batch_size, return_dict: see `__call__`.
+            output_type: "pil", "np" or "pt": between two images there are no indices.
+            fit: how images are brought to size.
+
+        Returns:
+            As `__call__`, with `num_steps` images.
+
+        Raises:
+            ValueError: if there are several images on a side, or an option is outside its range.
+        """
+        sides = image_a, image_b
+        return editing.interpolate(self, *sides, num_steps, decode_batch_size, output_type, return_dict, fit)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        *,
+        recipe: Mapping | None = None,
+        metrics: Mapping[str, float] | None = None,
+        sample_images: Sequence[Image.Image] | None = None,
+        **hub_options,
+    ) -> None:
+        """Save configuration, safetensors and a model card.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: True; there are no pickled weights.
+            variant: such as "bf16", a part of the weights' file names.
+            max_shard_size: largest file of weights.
+            push_to_hub: whether to publish the folder, under its name unless there is a `repo_id`.
+            recipe: how the pipeline was trained, name → value, for the card.
+            metrics: what was measured, name → number, for the card.
+            sample_images: pictures for the card's grid.
+            hub_options: see `push_to_hub`, and `repo_id`.
+
+        Raises:
+            ValueError: if `safe_serialization` is False, or options for the hub come without `push_to_hub`.
+        """
+        files = save_directory, safe_serialization, variant, max_shard_size, push_to_hub
+        card = {"recipe": recipe, "metrics": metrics, "sample_images": sample_images}
+        storage.save_pipeline(self, *files, **card, **hub_options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload pipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **saving,
+    ) -> str:
+        """Publish the pipeline with its model card.
+
+        Args:
+            repo_id: the repository, created if there is none.
+            commit_message, create_pr: of the commit, which may be a pull request.
+            private: whether a new repository is private; None leaves it to the hub.
+            token: None takes the stored one.
+            saving: `variant`, `max_shard_size`, `recipe`, `metrics` and `sample_images` of `save_pretrained`.
+
+        Returns:
+            The commit's address.
+        """
+        hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        return storage.publish_pipeline(self, repo_id, saving, **hub)
 
     def compile(self, **options) -> None:
         """Compile the prior's layers and the tokenizer's decoder; the calls that meet a new shape take long.
@@ -290,14 +458,13 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
 
     def _decode(self, features: Tensor, num_images: int | None, output_type: str):
         """Decode maps (B, C, h, w) in batches of one shape."""
-        if hasattr(self.tokenizer, "_hf_hook"):
-            self.tokenizer._hf_hook.pre_forward(self.tokenizer)  # Offload hooks fire by themselves on `forward` only.
+        run_offload_hook(self.tokenizer)
         batch = BatchShape.choose(len(features), num_images, self.tokenizer, self._execution_device)
         images = [
             self.tokenizer.decode(batch.pad(part))[: len(part)].clamp(-1, 1).float()
             for part in features.split(batch.num_images)
         ]
-        return self.image_processor.postprocess(torch.cat(images), output_type=output_type)
+        return to_output(torch.cat(images), output_type)
 
 
 # `DiffusionPipeline.from_pretrained` finds the class that a saved pipeline names among diffusers' own attributes.
