@@ -15,6 +15,7 @@ from torch import Tensor
 from nextblock.data.blocks import BlockLayout
 
 from .given_images import ImageInput, images_to_pixel_values, masks_to_tensor, split_images, split_masks
+from .sampling_loop import decode
 from .sampling_request import OUTPUT_TYPES, check_counts
 
 PICTURE_TYPES = OUTPUT_TYPES[:3]
@@ -75,7 +76,7 @@ def reconstruct(
         images = idx_Bl = pipe.tokenizer.img_to_idxBl(pixel_values)
         if output_type != "latent":
             features = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl)
-            images = pipe._decode(features, decode_batch_size, output_type)
+            images = decode(pipe, features, decode_batch_size, output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
@@ -103,7 +104,7 @@ def interpolate(
         idx_Bl = pipe.tokenizer.img_to_idxBl(torch.cat(ends))
         first, last = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl).split(1)
         weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
-        images = pipe._decode(torch.lerp(first, last, weights.view(-1, 1, 1, 1)), decode_batch_size, output_type)
+        images = decode(pipe, torch.lerp(first, last, weights.view(-1, 1, 1, 1)), decode_batch_size, output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 

@@ -17,16 +17,13 @@ from transformers import PreTrainedModel
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
-from nextblock.data.pixels import to_output
-from nextblock.prior.sampling import SamplingOptions, image_generators
-from nextblock.training.offload import run_offload_hook
 
 from . import editing, storage
-from .block_loop import BlockLoop
 from .editing import Labels, Output
 from .given_images import ImageInput
 from .labels import resolve_labels
-from .sampling_request import BatchShape, SamplingRequest, check_callback, check_counts
+from .sampling_loop import decode, make_request, sample
+from .sampling_request import check_counts
 
 
 class ClassToImagePipeline(DiffusionPipeline):
@@ -141,11 +138,13 @@ class ClassToImagePipeline(DiffusionPipeline):
         check_counts(output_type, decode_batch_size=decode_batch_size)
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         options |= {"is_smooth": is_smooth}
-        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        request = make_request(
+            self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options
+        )
         with self._hooks_freed():
-            images, maps = self._sample(request)
+            images, maps = sample(self, request)
             if output_type != "latent":
-                images = self._decode(maps[-1], decode_batch_size or request.batch.num_images, output_type)
+                images = decode(self, maps[-1], decode_batch_size or request.batch.num_images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -181,11 +180,13 @@ class ClassToImagePipeline(DiffusionPipeline):
         """
         check_counts(output_type, editing.PICTURE_TYPES, decode_batch_size=decode_batch_size)
         callback = None, ()
-        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        request = make_request(
+            self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options
+        )
         with self._hooks_freed():
-            _, maps = self._sample(request, keeps_maps=True)
+            _, maps = sample(self, request, keeps_maps=True)
             num_decoded = decode_batch_size or request.batch.num_images
-            return [self._decode(features, num_decoded, output_type) for features in maps]
+            return [decode(self, features, num_decoded, output_type) for features in maps]
 
     @torch.no_grad()
     def inpaint(
@@ -383,71 +384,6 @@ class ClassToImagePipeline(DiffusionPipeline):
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
         return resolve_labels(class_labels, self.prior.config.num_classes, self.prior.config.class_names)
 
-    def _request(
-        self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback: tuple, options: dict
-    ) -> SamplingRequest:
-        """Check a call as a whole."""
-        check_counts("pil", num_images_per_label=num_images_per_label, batch_size=batch_size)
-        config = self.prior.config
-        sampling = SamplingOptions(**options)
-        sampling.check(config.num_classes, config.vocab_size, self.prior.layout.is_scales)
-        tensor_inputs = check_callback(*callback, self._callback_tensor_inputs)
-        labels = [label for label in self.resolve_labels(class_labels) for _ in range(num_images_per_label)]
-        if idx_Bl is not None:
-            self.prior.check_given(idx_Bl, len(labels))
-        return SamplingRequest(
-            labels=labels,
-            # Last: a single generator moves on, which a refused call must not cause.
-            generators=image_generators(generator, len(labels)),
-            given_idx_Bl=idx_Bl,
-            options=sampling,
-            batch=BatchShape.choose(len(labels), batch_size, self.prior, self._execution_device),
-            callback=callback[0],
-            tensor_inputs=tensor_inputs,
-        )
-
-    def _sample(self, request: SamplingRequest, keeps_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """Sample all images in batches of one shape.
-
-        Returns K tensors (B, L_k) of indices, −1 where a callback stopped before, and the maps (B, C, h, w) after each
-        block, or the last alone.
-        """
-        labels = torch.tensor(request.labels, device=self._execution_device)
-        # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
-        self.tokenizer.quantizer.to(self._execution_device)
-        starts, self._interrupt, batches, maps = range(0, len(labels), request.batch.num_images), False, [], []
-        with self.progress_bar(total=len(starts) * self.num_timesteps) as bar:
-            for start in starts:
-                idx_Bl, batch_maps = self._sample_batch(request, labels, start, bar, keeps_maps)
-                batches.append(idx_Bl)
-                maps.append(batch_maps)
-        idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
-        return idx_Bl, [torch.cat(features) for features in zip(*maps, strict=True)]
-
-    def _sample_batch(self, request: SamplingRequest, labels: Tensor, start: int, bar, keeps_maps: bool):
-        """Sample one batch; padded rows are computed and dropped."""
-        batch, rows = request.batch, slice(start, start + request.batch.num_images)
-        own, given = request.generators[rows], request.given_idx_Bl
-        n = len(own)
-        # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
-        self._guidance_scale = request.options.guidance_scale
-        loop, idx_Bl = BlockLoop(self, request, n, bar, keeps_maps), []
-        if not self.interrupt:
-            idx_Bl = self.prior.generate(
-                batch.pad(labels[rows]),
-                self.tokenizer.quantizer,
-                generator=own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
-                given_idx_Bl=given and [batch.pad(idx[rows]) for idx in given],
-                on_block_end=loop,
-                is_guidance_fixed=request.callback is None,
-                **vars(request.options),
-            )
-        lengths = self.prior.layout.block_lengths[len(idx_Bl) :]
-        rest, maps = [labels.new_full((n, length), -1) for length in lengths], loop.maps
-        # The last map stands for the blocks that an interruption left out.
-        maps += [loop.canvas[:n]] * ((self.num_timesteps if keeps_maps else 1) - len(maps))
-        return [idx[:n] for idx in idx_Bl] + rest, maps
-
     @contextmanager
     def _hooks_freed(self):
         """Offload the models again after work on them, also after work that failed."""
@@ -455,16 +391,6 @@ class ClassToImagePipeline(DiffusionPipeline):
             yield
         finally:
             self.maybe_free_model_hooks()
-
-    def _decode(self, features: Tensor, num_images: int | None, output_type: str):
-        """Decode maps (B, C, h, w) in batches of one shape."""
-        run_offload_hook(self.tokenizer)
-        batch = BatchShape.choose(len(features), num_images, self.tokenizer, self._execution_device)
-        images = [
-            self.tokenizer.decode(batch.pad(part))[: len(part)].clamp(-1, 1).float()
-            for part in features.split(batch.num_images)
-        ]
-        return to_output(torch.cat(images), output_type)
 
 
 # `DiffusionPipeline.from_pretrained` finds the class that a saved pipeline names among diffusers' own attributes.
