@@ -31,11 +31,11 @@ quickstart:
 else
 quickstart: .venv/installed
 	rm -rf $(OUT)
-	python -m nextblock.tokenizer.train --config tokenizer/digits-$(LAYOUT) --output_dir $(OUT)/tokenizer
-	python -m nextblock.tokenizer.tokenize_dataset --config tokenizer/tokenize-digits --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/tokens
-	python -m nextblock.prior.train --config prior/digits-$(LAYOUT) --tokens $(OUT)/tokens --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/prior --pipeline_dir $(OUT)/pipeline
-	python -m nextblock.pipelines.sample --config pipelines/sample-digits-$(LAYOUT) --pipeline $(OUT)/pipeline --output_dir $(OUT)/samples
-	python -m nextblock.pipelines.evaluate --config pipelines/evaluate-digits --pipeline $(OUT)/pipeline --samples $(OUT)/samples --run_dirs '[$(OUT)/tokenizer,$(OUT)/prior]' --output_dir $(OUT)
+	nextblock train-tokenizer --config tokenizer/digits-$(LAYOUT) --output_dir $(OUT)/tokenizer
+	nextblock tokenize --config tokenizer/tokenize-digits --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/tokens
+	nextblock train-prior --config prior/digits-$(LAYOUT) --tokens $(OUT)/tokens --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/prior --pipeline_dir $(OUT)/pipeline
+	nextblock sample --config pipelines/sample-digits-$(LAYOUT) --pipeline $(OUT)/pipeline --output_dir $(OUT)/samples
+	nextblock evaluate --config pipelines/evaluate-digits --pipeline $(OUT)/pipeline --samples $(OUT)/samples --run_dirs '[$(OUT)/tokenizer,$(OUT)/prior]' --output_dir $(OUT)
 endif
 
 # The first of these that is new enough; PYTHON names another.

@@ -21,14 +21,15 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch import Tensor
 
+from nextblock.command_line import parse_run_config
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.train import TokenizerTrainConfig, train
-from nextblock.training.config import parse_run_config
+from nextblock.tokenizer.task import TokenizerTrainConfig
+from nextblock.train_tokenizer import train
 
 SIDE = 64
 HELD_OUT_SHARE = 0.25
@@ -120,7 +121,7 @@ def run_training(config_name: str, data_dir: Path, run_dir: Path, arguments: arg
     options += ["--loop.seed", str(arguments.seed)]
     if arguments.num_steps is not None:
         options += ["--loop.num_steps", str(arguments.num_steps)]
-    config = parse_run_config(TokenizerTrainConfig, prog="gan.py", argv=options)
+    config = parse_run_config(TokenizerTrainConfig, command="gan.py", argv=options)
     # Of the processor: other work on the machine does not count.
     start = time.process_time()
     train(config)

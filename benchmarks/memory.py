@@ -35,7 +35,7 @@ def measure(depth: int, batch_size: int, loss_chunk_size: int | None = None, gra
 
     from nextblock.data.blocks import BlockLayout
     from nextblock.prior import BlockPrior, BlockPriorConfig
-    from nextblock.prior.train import NO_DECAY
+    from nextblock.prior.task import NO_DECAY
     from nextblock.training.optim import OptimizerConfig, build_optimizer
 
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ import torch
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.token_shards import write_shard
 from nextblock.data.tokens import TokenDataset, TokenManifest
-from nextblock.training.checkpoint import file_sha256
+from nextblock.files.atomic import file_sha256
 
 LAYOUTS = {
     256: BlockLayout.from_dict({"kind": "tiles", "tile": [4, 4], "grid": [16, 16]}),

@@ -2,7 +2,7 @@
 
 The plain loop recomputes the AdaLN modulations at every block, grows its key/value cache by concatenation, guides every
 block and decodes channels first, as a direct transcription of the papers does. The loops run in processes of their own
-and take turns. One keeps freed memory, as `python -m nextblock.pipelines.sample` does on a CPU; one is compiled as by
+and take turns. One keeps freed memory, as `nextblock sample` does on a CPU; one is compiled as by
 `pipe.compile()`. Weights are random: time does not depend on them.
 
     python benchmarks/sampling.py --depth 16 --batch_sizes 1 8 --dtypes float32 bfloat16
@@ -21,11 +21,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from nextblock.cpu import keep_freed_memory
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.prior.sampling import guidance_scales
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.training.freed_memory import keep_freed_memory
 
 SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
 LOOPS = ("plain", "nextblock", "nextblock, freed memory kept", "nextblock, compiled")

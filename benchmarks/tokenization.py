@@ -24,14 +24,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from nextblock.command_line import parse_run_config
+from nextblock.cpu import keep_freed_memory
 from nextblock.data.augment import TransformConfig
 from nextblock.data.image_folder import scan_image_folder
+from nextblock.data.token_jobs import RowDataset, Shard
 from nextblock.data.views import ViewSet
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.shard_jobs import Encoder, RowDataset, Shard, write_rows, write_shards
-from nextblock.tokenizer.train import TokenizerTrainConfig
-from nextblock.training.config import parse_run_config
-from nextblock.training.freed_memory import keep_freed_memory
+from nextblock.tokenizer.encoder import Encoder, write_rows, write_shards
+from nextblock.tokenizer.task import TokenizerTrainConfig
 
 VQGAN = {
     "image_size": 256,
@@ -151,7 +152,7 @@ def measure(name: str, num_processes: int) -> dict:
     """Run one case."""
     options, num_images, batch_size, size = CASES[name]
     if isinstance(options, str):
-        parsed = parse_run_config(TokenizerTrainConfig, prog="benchmark", argv=["--config", options, "--output_dir=x"])
+        parsed = parse_run_config(TokenizerTrainConfig, command="bench", argv=[f"--config={options}", "--output_dir=x"])
         options = {k: v for k, v in asdict(parsed.model).items() if v is not None}
     with tempfile.TemporaryDirectory() as folder:
         images, output = Path(folder, "images"), Path(folder, "output")

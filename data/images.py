@@ -96,7 +96,7 @@ def load_source(config: ImageDataConfig, split: str, *, in_order: bool = False) 
     if config.is_streamed and not in_order:
         raise ValueError(
             f"is_streamed=True: a stream of path={config.path!r} gives images in one order only, and here they are "
-            "needed in any; expected is_streamed=False, or tokens that tokenize_dataset makes of the stream"
+            "needed in any; expected is_streamed=False, or tokens that `nextblock tokenize` makes of the stream"
         )
     if config.source == "digits":
         return DigitsSource(*load_digits_split(split))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from nextblock.files.atomic import file_sha256, write_whole
+
 from .blocks import BlockLayout
 
 if TYPE_CHECKING:
@@ -69,8 +71,6 @@ def write_shard(
     import pyarrow.parquet as pq
     from datasets import ClassLabel, Features, List, Value
 
-    from nextblock.training.checkpoint import flush_to_disk
-
     dtype = index_dtype(vocab_size)
     features = Features(
         {
@@ -91,11 +91,8 @@ def write_shard(
     ]
     schema = features.arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), _REJECTED_KEY: json.dumps(list(rejected)).encode()})
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary)
-    flush_to_disk(temporary)
-    temporary.replace(path)
-    flush_to_disk(path.parent)
+    table = pa.Table.from_arrays(columns, schema=schema)
+    write_whole(path, lambda file: pq.write_table(table, file))
 
 
 def read_footer(path: Path) -> tuple[int, list[dict]]:
@@ -126,8 +123,6 @@ def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
         ValueError: if the file is missing, has changed, or holds something else.
     """
     import pyarrow.parquet as pq
-
-    from nextblock.training.checkpoint import file_sha256
 
     if not path.is_file():
         raise ValueError(f"shard {path} is missing; its manifest lists it")

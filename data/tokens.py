@@ -4,7 +4,6 @@ A folder holds `manifest.json` and `data/<split>-00000-of-00003.parquet` files, 
 Legend: B batch, L all tokens, V codes.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,34 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nextblock.files.atomic import write_text_whole
+from nextblock.files.fingerprints import model_fingerprint
+
 from .blocks import BlockLayout
+from .keyed_random import keyed_uniform
 from .token_shards import open_rows
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-
-
-def tokenizer_options(model: torch.nn.Module) -> dict:
-    """Return a tokenizer's configuration without what its tokens do not depend on, such as paths and versions."""
-    options = {k: v for k, v in model.config.to_diff_dict().items() if not k.startswith(("_", "transformers"))}
-    return {name: value for name, value in options.items() if name not in ("architectures", "dtype")}
-
-
-def tokenizer_fingerprint(model: torch.nn.Module) -> str:
-    """Hash everything of a tokenizer that its tokens depend on.
-
-    Args:
-        model: the tokenizer; half-precision weights give another hash than float32 ones.
-
-    Returns:
-        A hexadecimal SHA-256 over architecture, names, dtypes, shapes and values.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(tokenizer_options(model), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -57,7 +37,7 @@ class TokenManifest:
     embedding_dim: int
     """C, the code channels of the tokenizer."""
     tokenizer_sha256: str
-    """`tokenizer_fingerprint` of the tokenizer."""
+    """`model_fingerprint` of the tokenizer."""
     image_size: list[int]
     """[H, W] in pixels."""
     class_names: list[str]
@@ -88,9 +68,7 @@ class TokenManifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder of tokens; it comes last, so a folder without one is unfinished."""
-        from nextblock.training.checkpoint import write_atomically
-
-        write_atomically(folder / MANIFEST_NAME, json.dumps(asdict(self), indent=2) + "\n")
+        write_text_whole(folder / MANIFEST_NAME, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "TokenManifest":
@@ -101,7 +79,7 @@ class TokenManifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            raise ValueError(f"{folder} has no {MANIFEST_NAME}; expected a folder that tokenize_dataset finished")
+            raise ValueError(f"{folder} has no {MANIFEST_NAME}; expected a folder that `nextblock tokenize` finished")
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path} has format_version {fields.get('format_version')}; expected {FORMAT_VERSION}")
@@ -123,7 +101,7 @@ class TokenManifest:
             "layout": model.layout.to_dict(),
             "vocab_size": model.config.vocab_size,
             "image_size": list(model.config.image_size),
-            "weights": tokenizer_fingerprint(model),
+            "weights": model_fingerprint(model),
         }
         for name, value in expected.items():
             if got[name] != value:
@@ -215,8 +193,6 @@ class TokenDataset(Dataset):
 
     def _draw_views(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return a view for each image, (B,) int64."""
-        from nextblock.training.keyed_random import keyed_uniform
-
         views = np.empty(len(index), np.int64)
         for epoch in np.unique(epochs).tolist():
             is_here = epochs == epoch

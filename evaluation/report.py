@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from nextblock.files.atomic import write_text_whole
 
 _AIM_PATTERN = re.compile(r"(>=|<=) *(-?\d+(?:\.\d+)?)")
 _PACKAGES = ("nextblock", "torch", "transformers", "diffusers", "accelerate", "scikit-learn", "numpy")
@@ -91,10 +92,7 @@ def write_json(content: dict, path: str | Path) -> None:
         content: dicts, lists, text, numbers.
         path: the file to write; it appears whole or not at all.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text_whole(Path(path), json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Reads `metrics.jsonl`, the log that a training leaves in its output folder: one JSON object a line.
+"""What a training leaves in its output folder, and reading its log `metrics.jsonl`: one JSON object a line.
 
 Each object holds "step" and figures such as "train/loss" or "eval/psnr".
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-LOG_NAME = "metrics.jsonl"
+LOG_NAME, ALARMS_NAME, RECORD_NAME = "metrics.jsonl", "alarms.jsonl", "run.json"
 
 
 def read_log(run_dir: str | Path) -> list[dict]:

@@ -11,7 +11,7 @@ import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from nextblock.training.checkpoint import flush_to_disk
+from nextblock.files.atomic import flush_to_disk, write_whole
 
 NPZ_NAME = "images.npz"
 # ADM's evaluator wants the images under the first name; the second is where its samples have their labels.
@@ -199,17 +199,3 @@ def map_images(path: Path) -> np.ndarray:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
-
-
-def write_whole(path: Path, save: Callable[[BinaryIO], None]) -> None:
-    """Write a file under a temporary name, flush it, and rename it into place.
-
-    Args:
-        path: of the file.
-        save: receives the open file.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        save(file)
-    flush_to_disk(temporary)
-    temporary.replace(path)

@@ -4,8 +4,9 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_block_prior import BlockPriorConfig
 from .modeling_block_prior import BlockPrior, PriorOutput
+from .sampling import SamplingOptions
 
 AutoConfig.register(BlockPriorConfig.model_type, BlockPriorConfig)
 AutoModel.register(BlockPriorConfig, BlockPrior)
 
-__all__ = ["BlockPrior", "BlockPriorConfig", "PriorOutput"]
+__all__ = ["BlockPrior", "BlockPriorConfig", "PriorOutput", "SamplingOptions"]

@@ -32,7 +32,7 @@ TINY_PRIOR = """
     --loop.num_steps 6 --loop.save_every 3 --loop.batch_size 8
 """.split()
 NO_TRACKER = ["--loop.tracker", "null"]
-# Two processes that share one import: they run entry points one after another, each with a process group of its own.
+# Two processes that share one import: they run commands one after another, each with a process group of its own.
 WORKER = """
 import json, os, runpy, shutil, sys
 import datasets, diffusers, torch
@@ -43,14 +43,14 @@ child = os.fork()
 rank = "1" if child else "0"
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 torch.use_deterministic_algorithms(True)
-for port, module, arguments in json.loads(sys.argv[1]):
-    if module == "copy":
+for port, command, arguments in json.loads(sys.argv[1]):
+    if command == "copy":
         if rank == "0":
             shutil.copytree(*arguments, ignore=shutil.ignore_patterns("step_00000006"))
         continue
     os.environ["MASTER_PORT"] = str(port)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = ["nextblock", command, *arguments]
+    runpy.run_module("nextblock", run_name="__main__", alter_sys=True)
     assert PartialState().num_processes == 2
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -81,10 +81,10 @@ def run_here():
     """Run an entry point's function in this process, with the configuration of a command line."""
     import torch
 
-    from nextblock.training.config import parse_run_config
+    from nextblock.command_line import parse_run_config
 
     def run(function, config_class, *arguments):
-        config = parse_run_config(config_class, prog="test", argv=[str(argument) for argument in arguments])
+        config = parse_run_config(config_class, command="test", argv=[str(argument) for argument in arguments])
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         _reset_accelerate()
         torch.use_deterministic_algorithms(True)
@@ -125,10 +125,10 @@ def _run(command: list[str], cwd: Path) -> tuple[int, str]:
 
 @pytest.fixture(scope="session")
 def run_on_two():
-    """Run entry points, or copies of folders without the last checkpoint, one after another on two processes."""
+    """Run commands, or copies of folders without the last checkpoint, one after another on two processes."""
 
     def run(*jobs: tuple[str, list], cwd: Path) -> None:
-        numbered = [(_free_port(), module, [str(argument) for argument in arguments]) for module, arguments in jobs]
+        numbered = [(_free_port(), command, [str(argument) for argument in arguments]) for command, arguments in jobs]
         status, output = _run([sys.executable, "-c", WORKER, json.dumps(numbered)], cwd)
         assert status == 0, output
 
@@ -137,12 +137,12 @@ def run_on_two():
 
 @pytest.fixture(scope="session")
 def launch_two():
-    """Launch an entry point on two processes as a user does."""
+    """Launch a command on two processes as a user does."""
 
-    def run(module: str, *arguments: str, cwd: Path) -> None:
+    def run(command: str, *arguments: str, cwd: Path) -> None:
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         launcher += ["--main_process_port", str(_free_port())]
-        status, output = _run([sys.executable, "-m", *launcher, "-m", module, *arguments], cwd)
+        status, output = _run([sys.executable, "-m", *launcher, "-m", "nextblock", command, *arguments], cwd)
         assert status == 0, output
 
     return run
@@ -213,7 +213,7 @@ def tokenize_arguments(image_folder, tokenizer_dir) -> list[str]:
 @pytest.fixture(scope="session")
 def tokens_dir(tokenize_arguments, run_here, tmp_path_factory) -> Path:
     """The tokens of the generated images."""
-    from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
+    from nextblock.tokenize_images import TokenizeConfig, tokenize
 
     folder = tmp_path_factory.mktemp("tokens") / "new"
     run_here(tokenize, TokenizeConfig, *tokenize_arguments, "--output_dir", folder)
@@ -239,16 +239,16 @@ def two_process_runs(
         "tokenizer": ["--model.num_res_blocks", "1", "--model.dropout", "0.1", "--model.hidden_dim", "16"],
         "prior": ["--model.dropout", "0.1", "--model.drop_path", "0.1"],
     }
-    jobs = [("nextblock.tokenizer.tokenize_dataset", [*tokenize_arguments, "--output_dir", root / "tokens"])]
-    jobs.append(("nextblock.prior.train", [*prior_arguments, *NO_TRACKER, *_prior_folders(root / "prior")]))
+    jobs = [("tokenize", [*tokenize_arguments, "--output_dir", root / "tokens"])]
+    jobs.append(("train-prior", [*prior_arguments, *NO_TRACKER, *_prior_folders(root / "prior")]))
     for stage, arguments in (("tokenizer", tokenizer_arguments), ("prior", prior_arguments)):
         whole, resumed = root / f"{stage}_whole", root / f"{stage}_resumed"
         folders = _prior_folders if stage == "prior" else lambda folder: ["--output_dir", folder]
         arguments = [*arguments, *dropout[stage], "--loop.gradient_accumulation_steps", "2", *NO_TRACKER]
-        jobs.append((f"nextblock.{stage}.train", [*arguments, *folders(whole)]))
+        jobs.append((f"train-{stage}", [*arguments, *folders(whole)]))
         jobs.append(("copy", [whole, resumed]))
         resume = ["--loop.resume_from_checkpoint", "latest"]
-        jobs.append((f"nextblock.{stage}.train", [*arguments, *folders(resumed), *resume]))
+        jobs.append((f"train-{stage}", [*arguments, *folders(resumed), *resume]))
     run_on_two(*jobs, cwd=root)
     return root
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from nextblock.command_line import parse_run_config
 from nextblock.data.blocks import BlockLayout
-from nextblock.pipelines.evaluate import EvaluateConfig
-from nextblock.pipelines.sample import SampleConfig
+from nextblock.evaluate import EvaluateConfig
+from nextblock.evaluate_tokenizer import EvaluateTokenizerConfig
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.train import PriorTrainConfig
+from nextblock.prior.task import PriorTrainConfig
+from nextblock.sample import SampleConfig
+from nextblock.tokenize_images import TokenizeConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.evaluate import EvaluateTokenizerConfig
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig
-from nextblock.tokenizer.train import TokenizerTrainConfig
-from nextblock.training.config import parse_run_config
+from nextblock.tokenizer.task import TokenizerTrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = {
@@ -36,7 +36,7 @@ SCALES_512 = [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]
 def parse(name: str):
     """Read a shipped config as a user does, by its name."""
     config_class, required = next(run for prefix, run in RUNS.items() if name.startswith(prefix))
-    return parse_run_config(config_class, prog="test", argv=["--config", name, *required])
+    return parse_run_config(config_class, command="test", argv=["--config", name, *required])
 
 
 @pytest.mark.parametrize("name", NAMES)

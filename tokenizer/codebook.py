@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from nextblock.training.keyed_random import keyed_uniform
+from nextblock.data.keyed_random import keyed_uniform
 
 # One chunk of the N×V score matrix in bytes: small enough for a core's cache on a CPU, large enough to fill a GPU.
 _CPU_CHUNK_BYTES = 1 << 20

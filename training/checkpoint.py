@@ -2,40 +2,18 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole
+
 logger = get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint.json"
 RUN_CONFIG_NAME = "config.yaml"
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    """Make a file's or folder's content survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk(temporary)
-    temporary.replace(path)
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept: int, run_config: str) -> None:
@@ -67,7 +45,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept:
         manifest["own_sha256"] = _manifest_sha256(manifest)
         for path in files:
             flush_to_disk(path)
-        write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest, indent=2))
+        write_text_whole(temporary / MANIFEST_NAME, json.dumps(manifest, indent=2))
         flush_to_disk(temporary)
         if final.exists():
             shutil.rmtree(final)

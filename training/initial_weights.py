@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .state_dicts import check_state_dict, read_state_dict
+from nextblock.files.state_dicts import check_state_dict, read_state_dict
 
 
 def load_initial_weights(model: nn.Module, folder: str | Path, fresh: Sequence[str] = ()) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from nextblock.files.atomic import write_text_whole
+
 from .alarms import UsageAlarm
-from .checkpoint import RUN_CONFIG_NAME, save_checkpoint, write_atomically
-from .config import run_config_text
+from .checkpoint import RUN_CONFIG_NAME, save_checkpoint
 from .ema import build_weight_average, update_weight_average
 from .guards import StepGuard
 from .initial_weights import load_initial_weights
@@ -28,6 +29,7 @@ from .loop_config import LoopConfig
 from .order import StepSampler
 from .recorder import Recorder
 from .resume import resume
+from .run_config import run_config_text
 from .run_record import RunRecord
 from .sharding import is_sharded, whole_model
 from .stopping import StopRequest, ignore_stop_signals
@@ -100,7 +102,7 @@ def fit(
         first_step = resume(accelerator, checkpoints, config, options)
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(output_dir / RUN_CONFIG_NAME, options)
+            write_text_whole(output_dir / RUN_CONFIG_NAME, options)
         with RunRecord(accelerator, output_dir, first_step) as record:
             if first_step == 0:
                 # Dropout differs between processes; everything that must not is keyed on the sample.

@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from nextblock.evaluation.training_log import ALARMS_NAME, LOG_NAME
+from nextblock.files.atomic import write_text_whole
+
 from .sharding import whole_tensor
 
 logger = get_logger(__name__)
-
-ALARMS_NAME = "alarms.jsonl"
 
 
 class Recorder:
@@ -46,7 +46,7 @@ class Recorder:
             (output_dir / "pictures").mkdir(parents=True, exist_ok=True)
             if (output_dir / ALARMS_NAME).exists():
                 _keep_lines_up_to(output_dir / ALARMS_NAME, first_step)
-            lines = _keep_lines_up_to(output_dir / "metrics.jsonl", first_step)
+            lines = _keep_lines_up_to(output_dir / LOG_NAME, first_step)
             self._seconds_before = max((line.get("time/total", 0.0) for line in lines), default=0.0)
             self.last_evaluation = _evaluation_at(lines, first_step)
         if first_step:
@@ -112,7 +112,7 @@ class Recorder:
         """Append one line to metrics.jsonl and tell the trackers."""
         values = values | {"time/total": self._seconds_before + _seconds_since_process_start()}
         if self.accelerator.is_main_process:
-            _append_line(self.output_dir / "metrics.jsonl", {"step": step, **values})
+            _append_line(self.output_dir / LOG_NAME, {"step": step, **values})
         self.accelerator.log(values, step=step)
 
 
@@ -122,7 +122,7 @@ def _keep_lines_up_to(path: Path, step: int) -> list[dict]:
     # A crash may have cut the last line short.
     lines = [(text, json.loads(text)) for text in texts if text.endswith("\n")]
     kept = [(text, line) for text, line in lines if line["step"] <= step]
-    write_atomically(path, "".join(text for text, _ in kept))
+    write_text_whole(path, "".join(text for text, _ in kept))
     return [line for _, line in kept]
 
 

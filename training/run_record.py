@@ -13,10 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from nextblock.evaluation.report import environment
-
-from .checkpoint import write_atomically
-
-RECORD_NAME = "run.json"
+from nextblock.evaluation.training_log import RECORD_NAME
+from nextblock.files.atomic import write_text_whole
 
 
 class RunRecord:
@@ -55,7 +53,7 @@ class RunRecord:
 
     def _write(self) -> None:
         content = {"starts": [*self._earlier, self._start]}
-        write_atomically(self._path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text_whole(self._path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def describe_start(accelerator: Accelerator, first_step: int) -> dict:

@@ -6,7 +6,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .state_dicts import build_without_weights
+from nextblock.files.state_dicts import build_without_weights
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextblock.data.augment import (
-    Placement,
-    TransformConfig,
-    apply_transform,
-    draw_placement,
-    resize_to_cover,
-    warp,
-)
+from nextblock.data.augment import Placement, TransformConfig, apply_transform, draw_placement, resize_to_cover, warp
 
 FULL = TransformConfig(
     resize_ratio=1.25,

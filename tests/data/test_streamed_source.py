@@ -119,5 +119,5 @@ def test_streams_that_do_not_fit_are_refused(tmp_path, hub):
     with pytest.raises(ValueError, match="is_streamed=True: source='digits' is no stream"):
         ImageDataConfig(is_streamed=True)
     config = ImageDataConfig(source="datasets", path=str(tmp_path / "rows"), is_streamed=True)
-    with pytest.raises(ValueError, match="expected is_streamed=False, or tokens that tokenize_dataset makes"):
+    with pytest.raises(ValueError, match="expected is_streamed=False, or tokens that `nextblock tokenize` makes"):
         load_source(config, "train")

@@ -10,7 +10,7 @@ import torch
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.token_shards import write_shard
 from nextblock.data.tokens import TokenDataset, TokenManifest
-from nextblock.training.checkpoint import file_sha256
+from nextblock.files.atomic import file_sha256
 
 LAYOUT, NUM_IMAGES, NUM_VIEWS = BlockLayout.scales([1, 2]), 9, 4
 

@@ -11,15 +11,10 @@ from torch.utils.data import DataLoader
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.token_shards import index_dtype, write_shard
-from nextblock.data.tokens import (
-    MANIFEST_NAME,
-    TokenDataset,
-    TokenManifest,
-    collate_tokens,
-    tokenizer_fingerprint,
-)
+from nextblock.data.tokens import MANIFEST_NAME, TokenDataset, TokenManifest, collate_tokens
+from nextblock.files.atomic import file_sha256
+from nextblock.files.fingerprints import model_fingerprint
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.training.checkpoint import file_sha256
 from nextblock.training.order import StepSampler
 
 LAYOUT = BlockLayout.scales([1, 2])
@@ -124,7 +119,7 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     idx, labels = make_rows(2, 24)
-    monkeypatch.setattr("nextblock.training.checkpoint.flush_to_disk", crash)
+    monkeypatch.setattr("nextblock.files.atomic.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
         write_shard(tmp_path / "a.parquet", idx, labels, ["a", "b"], np.zeros(2), CLASS_NAMES, 24)
     assert not (tmp_path / "a.parquet").exists()
@@ -142,7 +137,7 @@ def test_a_manifest_comes_back_as_it_was_saved(tmp_path):
 
 
 def test_an_unfinished_folder_and_other_formats_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no manifest.json; expected a folder that tokenize_dataset finished"):
+    with pytest.raises(ValueError, match="has no manifest.json; expected a folder that `nextblock tokenize` finished"):
         TokenManifest.load(tmp_path)
     make_folder(tmp_path, format_version=2)
     with pytest.raises(ValueError, match="has format_version 2; expected 1"):
@@ -191,21 +186,21 @@ def make_tokenizer(seed: int = 0, **options) -> VQVAE:
 
 def test_the_fingerprint_covers_weights_and_arithmetic(tmp_path):
     model = make_tokenizer()
-    fingerprint = tokenizer_fingerprint(model)
+    fingerprint = model_fingerprint(model)
     model.save_pretrained(tmp_path)
-    assert tokenizer_fingerprint(VQVAE.from_pretrained(tmp_path)) == fingerprint
-    assert tokenizer_fingerprint(make_tokenizer().train()) == fingerprint
+    assert model_fingerprint(VQVAE.from_pretrained(tmp_path)) == fingerprint
+    assert model_fingerprint(make_tokenizer().train()) == fingerprint
     others = [make_tokenizer(seed=1), make_tokenizer().bfloat16()]
     others += [make_tokenizer(phi_ratio=0.25), make_tokenizer(normalize_codes=True)]
     with torch.no_grad():
         others.append(make_tokenizer())
         others[-1].quantizer.codebook.weight[-1, -1] += 1e-6
-    assert len({fingerprint, *map(tokenizer_fingerprint, others)}) == 6
+    assert len({fingerprint, *map(model_fingerprint, others)}) == 6
 
 
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(tmp_path):
     model = make_tokenizer()
-    make_folder(tmp_path, tokenizer_sha256=tokenizer_fingerprint(model))
+    make_folder(tmp_path, tokenizer_sha256=model_fingerprint(model))
     manifest = TokenManifest.load(tmp_path)
     manifest.check_tokenizer(model, tmp_path)
     vqgan = {"autoencoder": "vqgan", "width_multipliers": [1, 1, 1, 1], "num_res_blocks": 1}

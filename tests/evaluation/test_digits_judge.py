@@ -3,13 +3,7 @@ import pytest
 import torch
 
 from nextblock.data.digits import load_digits_split
-from nextblock.evaluation.digits_judge import (
-    DigitSet,
-    class_accuracy,
-    digit_figures,
-    fit_judge,
-    grey_intensities,
-)
+from nextblock.evaluation.digits_judge import DigitSet, class_accuracy, digit_figures, fit_judge, grey_intensities
 
 
 def _digit_set(split):

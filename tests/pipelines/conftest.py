@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nextblock.command_line import parse_run_config
 from nextblock.data.digits import CLASS_NAMES
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.train import PriorTrainConfig
+from nextblock.prior.task import PriorTrainConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.train import TokenizerTrainConfig
-from nextblock.training.config import parse_run_config
+from nextblock.tokenizer.task import TokenizerTrainConfig
 
 LAYOUTS = {
     "scales": {"layout": "scales", "scales": [1, 2, 4], "num_phi": 2},
@@ -97,7 +97,7 @@ def digits_pipeline_dir(tmp_path_factory) -> Path:
         ("prior", PriorTrainConfig, ("tokens", "tokenizer", "output_dir", "pipeline_dir")),
     ):
         argv = ["--config", f"{stage}/digits-scales", *(f"--{name}=unused" for name in folders)]
-        models[stage] = asdict(parse_run_config(config_class, prog="test", argv=argv).model)
+        models[stage] = asdict(parse_run_config(config_class, command="test", argv=argv).model)
     tokenizer = VQVAE(VQVAEConfig(**models["tokenizer"]))
     sizes = {name: getattr(tokenizer.config, name) for name in ("vocab_size", "embedding_dim")}
     sizes |= {"num_classes": 10, "class_names": list(CLASS_NAMES)}

@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from nextblock.pipelines.sample import main as sample
+from nextblock.sample import main as sample
 
 
 def free_port() -> int:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from nextblock.cpu import fixed_threads
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.pipelines.sample import image_seed, main
-from nextblock.training.part_jobs import fixed_threads
+from nextblock.sample import image_seed, main
 
 
 def draw_share(pipeline_dir: str, rank: int) -> np.ndarray:

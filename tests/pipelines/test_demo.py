@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nextblock.pipelines import demo, demo_handlers
-from nextblock.training.config import parse_run_config
+from nextblock import demo
+from nextblock.command_line import parse_run_config
+from nextblock.pipelines import demo_handlers
 
 OPTIONS = {"guidance_scale": 1.5, "guidance_schedule": "linear", "guidance_power": 1.0, "temperature": 1.0}
 OPTIONS |= {"top_k": 6, "top_p": 1.0, "min_p": 0.0, "is_smooth": False}
@@ -157,7 +158,7 @@ def test_ports_are_checked(options, capsys):
 def test_without_gradio_the_command_says_how_to_install_it(found, monkeypatch, capsys):
     monkeypatch.setattr(demo, "find_spec", lambda name: found)
     with pytest.raises(SystemExit) as end:
-        parse_run_config(demo.DemoConfig, prog="test", argv=["--pipeline", "p"])
+        parse_run_config(demo.DemoConfig, command="test", argv=["--pipeline", "p"])
     assert end.value.code == 2
     assert "the package gradio is missing; install it by `pip install 'nextblock[demo]'`" in capsys.readouterr().err
 

@@ -50,7 +50,7 @@ def address(build_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     build_pipeline().save_pretrained(folder / "pipeline")
     port, log = free_port(), folder / "log"
-    command = [sys.executable, "-m", "nextblock.pipelines.demo", "--pipeline", str(folder / "pipeline")]
+    command = [sys.executable, "-m", "nextblock", "demo", "--pipeline", str(folder / "pipeline")]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--cpu", "true"],

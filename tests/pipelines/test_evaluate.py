@@ -8,9 +8,9 @@ from PIL import Image
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.digits import CLASS_NAMES
+from nextblock.evaluate import layout_name, main
 from nextblock.evaluation.digits_judge import DigitSet, class_accuracy, fit_judge
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.pipelines.evaluate import layout_name, main
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 

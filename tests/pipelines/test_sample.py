@@ -8,8 +8,8 @@ from PIL import Image
 
 from nextblock.data.image_folder import scan_image_folder
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.pipelines.sample import image_seed, main
 from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.sample import image_seed, main
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 

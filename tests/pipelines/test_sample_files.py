@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextblock.pipelines.sample_files import NpzFile, PictureFolder, class_folder_names, map_images, write_whole
+from nextblock.files.atomic import write_whole
+from nextblock.pipelines.sample_files import NpzFile, PictureFolder, class_folder_names, map_images
 
 LABELS = np.array([0, 0, 3, 3, 12], np.int64)
 BATCHES = [range(0, 2), range(2, 4), range(4, 5)]

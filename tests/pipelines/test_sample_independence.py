@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from nextblock.cpu import fixed_threads
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.pipelines.sample import image_seed, main
-from nextblock.training.part_jobs import fixed_threads
+from nextblock.sample import image_seed, main
 
 ARGUMENTS = "--num_images_per_label 3 --batch_size 7 --seed 5 --cpu true".split()
 

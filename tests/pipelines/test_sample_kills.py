@@ -62,7 +62,7 @@ def test_a_killed_worker_ends_the_others_and_the_job_goes_on_later(ten_class_pip
     arguments = ["--pipeline", str(ten_class_pipeline_dir), "--output_dir", "out", "--batch_size", "1"]
     arguments += ["--num_images_per_label", "60", "--cpu", "true"]
     command = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0".split()
-    command += ["-m", "nextblock.pipelines.sample", *arguments]
+    command += ["-m", "nextblock", "sample", *arguments]
     launched = run(command, tmp_path)
     try:
         deadline = time.monotonic() + 120
@@ -78,7 +78,7 @@ def test_a_killed_worker_ends_the_others_and_the_job_goes_on_later(ten_class_pip
     assert launched.returncode != 0 and "SIGKILL" in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert not (tmp_path / "out" / "images.npz").exists()
-    finished = run(["-m", "nextblock.pipelines.sample", *arguments], tmp_path)
+    finished = run(["-m", "nextblock", "sample", *arguments], tmp_path)
     assert "600 images, " in finished.communicate(timeout=240)[0] and finished.returncode == 0
     with np.load(tmp_path / "out" / "images.npz") as arrays:
         assert len(arrays["arr_0"]) == 600

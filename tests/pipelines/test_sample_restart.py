@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
+from nextblock.files import atomic
 from nextblock.pipelines import ClassToImagePipeline, sample_files
-from nextblock.pipelines.sample import main
+from nextblock.sample import main
 
 FORMATS = {"npz": sample_files.NpzFile, "png": sample_files.PictureFolder}
 OPTIONS = ["--num_images_per_label", "2", "--batch_size", "3", "--seed", "5"]
@@ -48,7 +49,7 @@ def stop_in_part(patch, files_class, number: int) -> None:
 
     def fail(self, batch, images):
         if batch.start == 3 * number:
-            patch.setattr(sample_files, "flush_to_disk", interrupt)
+            patch.setattr(atomic, "flush_to_disk", interrupt)
         write(self, batch, images)
 
     def interrupt(path):
@@ -61,7 +62,7 @@ def stop_in_part(patch, files_class, number: int) -> None:
 def test_a_job_that_stopped_goes_on_and_ends_as_if_it_had_not(sample_in, finished, tmp_path, capsys, number):
     output_format, expected = finished
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nextblock.pipelines.sample._NUM_WRITERS", 1)
+        patch.setattr("nextblock.sample._NUM_WRITERS", 1)
         stop_in_part(patch, FORMATS[output_format], number)
         with pytest.raises(OSError, match="no space left"):
             sample_in(tmp_path, "--output_format", output_format)
@@ -83,11 +84,15 @@ def test_a_job_that_stopped_after_its_last_part_ends_as_if_it_had_not(sample_in,
     def interrupt(*arguments, **options):
         raise OSError("no space left")
 
-    for moment in ("sample_files.NpzFile._write_archive", "sample_files.shutil.rmtree", "sample.class_grid"):
+    for moment in (
+        "pipelines.sample_files.NpzFile._write_archive",
+        "pipelines.sample_files.shutil.rmtree",
+        "sample.class_grid",
+    ):
         if output_format == "png" and "sample_files" in moment:
             continue
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"nextblock.pipelines.{moment}", interrupt)
+            patch.setattr(f"nextblock.{moment}", interrupt)
             with pytest.raises(OSError, match="no space left"):
                 sample_in(tmp_path, "--output_format", output_format)
     sample_in(tmp_path, "--output_format", output_format)

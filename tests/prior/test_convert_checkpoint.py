@@ -7,11 +7,12 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
+from nextblock.convert_prior import main
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.prior.class_names import imagenet_class_names
-from nextblock.prior.convert_checkpoint import main, prior_from_var, prior_to_var, var_arguments
-from nextblock.tokenizer.convert_checkpoint import vqvae_from_var
+from nextblock.prior.var_checkpoint import prior_from_var, prior_to_var, var_arguments
+from nextblock.tokenizer.var_checkpoint import vqvae_from_var
 
 from ..parity import VAR_CASES, WHOLE, load_case
 

@@ -1,7 +1,6 @@
 """Prior training end to end: exact resumption, process counts, accumulation, and the pipeline that it exports."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +16,13 @@ from nextblock.data.images import ImageDataConfig
 from nextblock.data.tokens import TokenDataset, collate_tokens
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.train import NO_DECAY, PriorTask, PriorTrainConfig, main, train
+from nextblock.prior.task import NO_DECAY, PriorTask, PriorTrainConfig
 from nextblock.prior.training_data import PriorData
+from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
-from nextblock.tokenizer.train import TokenizerTrainConfig
-from nextblock.tokenizer.train import train as train_tokenizer
+from nextblock.tokenizer.task import TokenizerTrainConfig
+from nextblock.train_prior import main, train
+from nextblock.train_tokenizer import train as train_tokenizer
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.order import StepSampler
 
@@ -318,9 +318,8 @@ def test_images_without_classes_from_end_to_end(run_here, plain_image_folder, to
 
 def test_the_command_works_in_another_folder(prior_arguments, tmp_path, monkeypatch, fresh_accelerate):
     monkeypatch.chdir(tmp_path)
-    command = ["train", *prior_arguments, "--loop.num_steps", "1", "--loop.tracker", "null"]
-    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", "run", "--pipeline_dir", "pipeline"])
-    main()
+    options = ["--loop.num_steps", "1", "--loop.tracker", "null"]
+    main([*prior_arguments, *options, "--output_dir", "run", "--pipeline_dir", "pipeline"])
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
 
 
@@ -344,7 +343,7 @@ def test_tokens_and_options_that_do_not_fit_are_refused(train_here, tokenizer_di
     other.save_pretrained(tmp_path / "other")
     for wrong, message in (
         (["--tokenizer", tmp_path / "other"], "the tokenizer has weights .* of the tokenizer that made"),
-        (["--tokens", tokenizer_dir], "has no manifest.json; expected a folder that tokenize_dataset finished"),
+        (["--tokens", tokenizer_dir], "has no manifest.json; expected a folder that `nextblock tokenize` finished"),
         (["--loop.batch_size", 145], "batch_size is 145; expected 1 to 144, the size of the data set"),
         (["--loop.batch_size", 9, "--loop.gradient_accumulation_steps", 2], "batch_size is 9; expected a multiple"),
         (["--loop.mixed_precision", "fp16"], "mixed_precision is 'fp16'; expected 'bf16' or 'no' on a CPU"),

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 from nextblock.data.images import ImageDataset
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.prior.train import PriorTask, PriorTrainConfig, train
+from nextblock.prior.task import PriorTask, PriorTrainConfig
+from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
+from nextblock.train_prior import train
 
 SHORT = """
     --model.hidden_size 16 --model.num_layers 2 --model.num_heads 2 --class_dropout 0.3 --num_pictures_per_class 1

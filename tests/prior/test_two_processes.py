@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.train import NO_DECAY
+from nextblock.prior.task import NO_DECAY
 from nextblock.training.optim import OptimizerConfig, build_optimizer
 
 LAYOUT = BlockLayout.scales([1, 2, 3])

@@ -19,8 +19,8 @@ from pathlib import Path
 import datasets  # noqa: F401  the shard writer needs it, and forked processes should find it imported
 import torch
 
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
-from nextblock.training.config import parse_run_config
+from nextblock.command_line import parse_run_config
+from nextblock.tokenize_images import TokenizeConfig, tokenize
 
 
 def free_port() -> int:
@@ -43,7 +43,7 @@ def start(num_processes: int, arguments: list[str]) -> list[int]:
             if num_processes > 1:
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            tokenize(parse_run_config(TokenizeConfig, prog="killed", argv=arguments))
+            tokenize(parse_run_config(TokenizeConfig, command="killed", argv=arguments))
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from nextblock.convert_tokenizer import main
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.convert_checkpoint import main, vqvae_from_var, vqvae_to_var
+from nextblock.tokenizer.var_checkpoint import vqvae_from_var, vqvae_to_var
 
 from ..parity import VAR_CASES, WHOLE, load_case
 

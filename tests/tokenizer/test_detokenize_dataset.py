@@ -6,8 +6,8 @@ from PIL import Image
 
 from nextblock.data.pixels import to_uint8
 from nextblock.data.tokens import TokenDataset
+from nextblock.detokenize import DetokenizeConfig, detokenize
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.detokenize_dataset import DetokenizeConfig, detokenize
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from PIL import Image
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.evaluate_tokenizer import main
 from nextblock.evaluation.codebook import code_counts, perplexity, usage
 from nextblock.evaluation.metrics import psnr
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.evaluate import main
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nextblock.tokenizer.perceptual import PerceptualConfig, load_perceptual_loss
-from nextblock.tokenizer.train import TokenizerTrainConfig, train
+from nextblock.tokenizer.task import TokenizerTrainConfig
+from nextblock.train_tokenizer import train
 
 ALEX = PerceptualConfig(weight=1.0, lpips_network="alex")
 

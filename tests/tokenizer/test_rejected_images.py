@@ -13,8 +13,8 @@ from PIL import Image, PngImagePlugin
 
 from nextblock.data.tokens import TokenDataset, TokenManifest
 from nextblock.data.unreadable import REASONS, UnreadableImageError, rejection_reason
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
-from nextblock.tokenizer.verify_tokens import damage_of
+from nextblock.tokenize_images import TokenizeConfig, tokenize
+from nextblock.verify import damage_of
 
 RNG = np.random.default_rng(0)
 
@@ -155,7 +155,7 @@ def test_counts_that_do_not_add_up_fail_the_job(bad_images, arguments, run_here,
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nextblock.tokenizer.tokenize_dataset.finish", spoiled)
+    monkeypatch.setattr("nextblock.tokenize_images.finish", spoiled)
     with pytest.raises(KeyboardInterrupt):
         run_here(tokenize, TokenizeConfig, *arguments, *source)
     message = "17 images were rejected in view 0 and 18 in view 1; expected the same images"

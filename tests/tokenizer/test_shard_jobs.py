@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from nextblock.data.token_jobs import Shard
 from nextblock.data.tokens import TokenDataset, TokenManifest
+from nextblock.files import part_jobs
+from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.shard_jobs import Encoder, Shard
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
-from nextblock.training import part_jobs
+from nextblock.tokenizer.encoder import Encoder
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_every_option_reaches_the_manifest_and_the_encoder(tokenize_here, tmp_pa
             seen.append((*options, torch.get_num_threads()))
             super().__init__(model, options[0], options[1], False)
 
-    monkeypatch.setattr("nextblock.tokenizer.tokenize_dataset.Encoder", SeenEncoder)
+    monkeypatch.setattr("nextblock.tokenize_images.Encoder", SeenEncoder)
     options = ["--mixed_precision", "bf16", "--is_channels_last", "true", "--is_compiled", "true"]
     before = torch.get_num_threads()
     tokenize_here(tmp_path / "new", *options, "--num_threads", before + 1)

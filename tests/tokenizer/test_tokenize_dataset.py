@@ -1,7 +1,6 @@
 """Tokenization: rows are the images' indices, views are as promised, and any number of processes writes the same."""
 
 import json
-import sys
 
 import datasets
 import numpy as np
@@ -10,10 +9,11 @@ import torch
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
-from nextblock.data.tokens import MANIFEST_NAME, TokenDataset, TokenManifest, tokenizer_fingerprint
+from nextblock.data.tokens import MANIFEST_NAME, TokenDataset, TokenManifest
+from nextblock.files.atomic import file_sha256
+from nextblock.files.fingerprints import model_fingerprint
+from nextblock.tokenize_images import TokenizeConfig, main, tokenize
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, main, tokenize
-from nextblock.training.checkpoint import file_sha256
 
 NUM_TRAIN, NUM_TEST, NUM_VIEWS = 48, 15, 3
 TRANSFORM = TransformConfig(max_shift=2, horizontal_flip=True)
@@ -45,7 +45,7 @@ def test_the_manifest_says_what_the_folder_holds(tokens_dir, tokenizer_dir, imag
     assert manifest.layout == model.layout.to_dict() and manifest.vocab_size == 24
     assert (manifest.image_size, manifest.embedding_dim) == ([16, 16], 4)
     assert manifest.class_names == ["blue tit", "great tit", "wren"]
-    assert manifest.tokenizer_sha256 == tokenizer_fingerprint(model)
+    assert manifest.tokenizer_sha256 == model_fingerprint(model)
     # Where images lie is no part of what the result depends on.
     assert manifest.data["path"] is None and str(image_folder) not in (tokens_dir / MANIFEST_NAME).read_text()
     assert manifest.transform["max_shift"] == 2.0
@@ -108,8 +108,7 @@ def test_the_command_and_its_workers_write_the_same_bytes(
     tokenize_arguments, tokens_dir, tmp_path, monkeypatch, fresh_accelerate, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tokenize", *tokenize_arguments, "--num_workers", "2", "--output_dir", "tokens"])
-    main()
+    main([*tokenize_arguments, "--num_workers", "2", "--output_dir", "tokens"])
     assert files_of(tmp_path / "tokens") == files_of(tokens_dir)
     assert "tokens: 144 rows of train, 15 rows of test" in capsys.readouterr().out
 

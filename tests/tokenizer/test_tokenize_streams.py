@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
+from nextblock.tokenize_images import TokenizeConfig, tokenize
 
 
 def files_of(folder) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """Tokenizer training end to end: exact resumption, process counts, accumulation, and what a run leaves."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
 from nextblock.evaluation.metrics import psnr
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.train import TokenizerTask, TokenizerTrainConfig, main, train
+from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig
+from nextblock.train_tokenizer import main, train
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.loop_config import LoopConfig
 
@@ -49,7 +49,7 @@ def launched(launch_two, tokenizer_arguments, tmp_path_factory) -> Path:
     """The same run on two processes, launched from another folder."""
     folder = tmp_path_factory.mktemp("launched")
     arguments = [*tokenizer_arguments, "--loop.tracker", "null", "--output_dir", "run"]
-    launch_two("nextblock.tokenizer.train", *arguments, cwd=folder)
+    launch_two("train-tokenizer", *arguments, cwd=folder)
     return folder / "run"
 
 
@@ -294,9 +294,7 @@ def test_training_without_held_out_images(train_here, tmp_path, read_metrics):
 
 def test_the_command_works_in_another_folder(tokenizer_arguments, tmp_path, monkeypatch, fresh_accelerate):
     monkeypatch.chdir(tmp_path)
-    command = ["train", *tokenizer_arguments, "--loop.num_steps", "1", "--output_dir", "run"]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
+    main([*tokenizer_arguments, "--loop.num_steps", "1", "--output_dir", "run"])
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
@@ -339,7 +337,7 @@ def test_a_sharding_launch_is_refused(train_here, tmp_path, monkeypatch):
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
         return accelerator
 
-    monkeypatch.setattr("nextblock.tokenizer.train.build_accelerator", sharding)
+    monkeypatch.setattr("nextblock.train_tokenizer.build_accelerator", sharding)
     with pytest.raises(ValueError, match="distributed_type FSDP; expected MULTI_GPU.*trained whole on every GPU"):
         train_here(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -18,11 +18,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nextblock.command_line import parse_run_config
 from nextblock.tokenizer.adversarial import DiscriminatorConfig, build_discriminator
 from nextblock.tokenizer.autoencoder import ResidualBlock, SpatialAttention
 from nextblock.tokenizer.losses import TokenizerLossConfig
-from nextblock.tokenizer.train import TokenizerTask, TokenizerTrainConfig, VQVAEOptions, build_tokenizer, train
-from nextblock.training.config import parse_run_config
+from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, VQVAEOptions, build_tokenizer
+from nextblock.train_tokenizer import train
 from nextblock.training.loop_config import LoopConfig
 
 TINY = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24, "codebook_init_scale": 0.3}
@@ -344,7 +345,7 @@ def test_what_does_not_fit_is_refused(run_here, tokenizer_arguments, tmp_path):
 
 def test_shipped_photograph_configs_differ_in_the_discriminator_alone():
     configs = [
-        parse_run_config(TokenizerTrainConfig, prog="test", argv=["--config", f"tokenizer/{name}", "--output_dir", "x"])
+        parse_run_config(TokenizerTrainConfig, command="test", argv=[f"--config=tokenizer/{name}", "--output_dir=x"])
         for name in ("photos-64", "photos-64-gan")
     ]
     plain, adversarial = configs

@@ -8,8 +8,8 @@ import pytest
 
 from nextblock.data.token_shards import write_shard
 from nextblock.data.tokens import MANIFEST_NAME
-from nextblock.tokenizer.verify_tokens import VerifyConfig, damage_of, main, verify
-from nextblock.training.checkpoint import file_sha256
+from nextblock.files.atomic import file_sha256
+from nextblock.verify import VerifyConfig, damage_of, main, verify
 
 SHARD = "data/train-00001-of-00004.parquet"
 
@@ -33,11 +33,10 @@ def rewrite(folder, changes=None, file=SHARD, **columns):
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
-def test_a_whole_folder_passes(folder, monkeypatch, capsys):
+def test_a_whole_folder_passes(folder, capsys):
     assert damage_of(folder) == []
-    monkeypatch.setattr("sys.argv", ["verify", "--tokens", str(folder)])
     with pytest.raises(SystemExit) as exit_info:
-        main()
+        main(["--tokens", str(folder)])
     assert exit_info.value.code == 0 and "tokens: whole" in capsys.readouterr().out
 
 

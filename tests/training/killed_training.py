@@ -45,7 +45,7 @@ def run_rank(attempt: dict, rank: int, port: int) -> int:
     torch.use_deterministic_algorithms(True)
     sys.argv = [attempt["module"], *attempt["arguments"]]
     try:
-        importlib.import_module(attempt["module"]).main()
+        importlib.import_module(attempt["module"]).main(sys.argv[1:])
     except BaseException:
         traceback.print_exc()
         return 1

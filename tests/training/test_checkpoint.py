@@ -13,15 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from nextblock.training.checkpoint import (
-    MANIFEST_NAME,
-    damage,
-    file_sha256,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from nextblock.files.atomic import file_sha256, write_text_whole
+from nextblock.training.checkpoint import MANIFEST_NAME, damage, find_checkpoint, load_checkpoint, save_checkpoint
 
 FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "config.yaml")
 
@@ -85,16 +78,16 @@ def test_file_sha256_is_that_of_the_content(tmp_path):
 
 def test_a_text_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    write_atomically(path, "old")
-    write_atomically(path, "nöw")
+    write_text_whole(path, "old")
+    write_text_whole(path, "nöw")
     assert path.read_text(encoding="utf-8") == "nöw" and names(tmp_path) == ["file.json"]
 
     def crash(path):
         raise OSError("disk full")
 
-    monkeypatch.setattr("nextblock.training.checkpoint.flush_to_disk", crash)
+    monkeypatch.setattr("nextblock.files.atomic.flush_to_disk", crash)
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "never")
+        write_text_whole(path, "never")
     assert path.read_text(encoding="utf-8") == "nöw"
 
 

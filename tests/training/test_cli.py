@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nextblock.training import cli, conversion, report
-from nextblock.training.commands import COMMANDS
-from nextblock.training.config import parse_run_config
+from nextblock import __main__ as cli
+from nextblock import conversion, report
+from nextblock.command_line import parse_run_config
+from nextblock.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("data", "evaluation", "pipelines", "prior", "tokenizer", "training")
 
 
 class StoppedError(Exception):
@@ -34,16 +34,15 @@ def output_of(capsys, *argv: str, status: int = 0) -> str:
     return out or err
 
 
-def test_every_entry_point_is_a_command():
-    sources = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
-    modules = {f"nextblock.{path.parent.name}.{path.stem}" for path in sources if "__main__" in path.read_text()}
-    assert {command.module for command in COMMANDS.values()} == modules - {cli.__name__}
+def test_every_command_is_a_module_and_every_module_with_a_main_a_command():
+    modules = {path.stem for path in (ROOT / "nextblock").glob("*.py") if "def main(" in path.read_text()}
+    assert {command.module for command in COMMANDS.values()} == modules - {"__main__"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_arguments_are_passed_on(name, monkeypatch):
     received = []
-    monkeypatch.setattr(import_module(COMMANDS[name].module), "main", received.append)
+    monkeypatch.setattr(import_module(f"nextblock.{COMMANDS[name].module}"), "main", received.append)
     cli.main([*name.split(), "--first", "tokenize", "--help"])
     assert received == [["--first", "tokenize", "--help"]]
 
@@ -62,16 +61,6 @@ def test_help_has_every_default_and_ends_with_the_example(name, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_same_as_a_module(name, capsys):
-    module = COMMANDS[name].module
-    with pytest.raises(SystemExit):
-        import_module(module).main(["--help"])
-    text = capsys.readouterr().out
-    assert text.startswith(f"usage: python -m {module} [")
-    assert text.endswith(f"\n\nexample:\n  python -m {module} {COMMANDS[name].example}\n")
-
-
-@pytest.mark.parametrize("name", COMMANDS)
 def test_examples_are_true(name, monkeypatch):
     def parse(*args, **kwargs):
         raise StoppedError(parse_run_config(*args, **kwargs))
@@ -81,7 +70,7 @@ def test_examples_are_true(name, monkeypatch):
 
     if name == "demo":
         pytest.importorskip("gradio")
-    module = import_module(COMMANDS[name].module)
+    module = import_module(f"nextblock.{COMMANDS[name].module}")
     monkeypatch.setattr(conversion, "parse_run_config", parse)
     monkeypatch.setattr(report, "write_report", write_report)
     if hasattr(module, "parse_run_config"):
@@ -131,9 +120,18 @@ def test_errors_of_a_command_name_it(capsys):
 
 
 def test_the_list_of_commands_loads_none_of_them(tmp_path):
-    code = "import sys; from nextblock.training.cli import main; main([]); print('torch' in sys.modules)"
+    code = "import sys, nextblock.__main__ as cli; cli.main([]); print({'torch', 'yaml'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("\nFalse\n")
+    assert done.stdout.endswith("\nset()\n")
+
+
+@pytest.mark.parametrize("start", [["nextblock"], [sys.executable, "-m", "nextblock"]])
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "nextblock", ROOT.parent])
+def test_the_command_line_starts_from_any_folder(start, folder):
+    program = [str(Path(sys.executable).parent / "nextblock")] if start == ["nextblock"] else start
+    done = subprocess.run([*program, "verify", "--tokens", "nowhere"], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("nowhere has no manifest.json")
 
 
 def test_version(capsys):

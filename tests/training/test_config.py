@@ -7,10 +7,11 @@ from typing import Literal
 import pytest
 from transformers import PreTrainedConfig
 
-from nextblock.training import config as config_module
-from nextblock.training.config import options_dataclass, parse_run_config, save_run_config
+from nextblock import command_line as config_module
+from nextblock.command_line import parse_run_config
+from nextblock.training.run_config import options_dataclass, save_run_config
 
-PROG = "python -m nextblock.toy.train"
+COMMAND = "toy"
 
 
 class ToyConfig(PreTrainedConfig):
@@ -95,7 +96,7 @@ def shipped(tmp_path, monkeypatch):
 
 
 def parse(*argv):
-    return parse_run_config(ToyRun, prog=PROG, argv=argv)
+    return parse_run_config(ToyRun, command=COMMAND, argv=argv)
 
 
 def refusal(capsys, *argv):
@@ -132,11 +133,6 @@ def test_later_values_win(tmp_path):
     assert (run.output_dir, run.num_steps, run.optimizer.lr) == ("a", 4, 2e-4)
     assert run.model == ToyOptions(tile=None, beta=1.0)
     assert parse("--num_steps", "5", "--config", first).num_steps == 3
-
-
-def test_process_arguments_are_the_default(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "--output_dir", "out", "--num_steps", "7"])
-    assert parse_run_config(ToyRun, prog=PROG).num_steps == 7
 
 
 def test_shipped_name(shipped, tmp_path, monkeypatch):
@@ -201,7 +197,7 @@ def test_help_shows_descriptions_and_defaults(capsys):
         parse("--help")
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith(f"usage: {PROG} [--config FILE_OR_NAME]")
+    assert text.startswith(f"usage: nextblock {COMMAND} [--config FILE_OR_NAME]")
     assert "Trains a toy." in text
     assert "Folder to write to. (required, type: str)" in text
     assert "Peak learning rate. (type: float, default: 0.001)" in text

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource
-from nextblock.training.freed_memory import keep_freed_memory
+from nextblock.cpu import keep_freed_memory
 
 def faults_of_a_block():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -32,7 +32,7 @@ def test_a_large_block_is_used_again():
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    from nextblock.training.freed_memory import keep_freed_memory
+    from nextblock.cpu import keep_freed_memory
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not keep_freed_memory()

@@ -24,7 +24,7 @@ def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_pat
         fixed = ["--loop.ema_decay", "null", "--loop.tracker", "null", *folders, *options]
         return [str(argument) for argument in [*prior_arguments, *fixed]]
 
-    run_on_two(("nextblock.prior.train", arguments("whole")), cwd=tmp_path)
+    run_on_two(("train-prior", arguments("whole")), cwd=tmp_path)
     resume = ["--loop.resume_from_checkpoint", "latest"]
     jobs = [arguments("sharded"), arguments("stopped"), arguments("stopped", *resume)]
     process = subprocess.Popen(
@@ -78,9 +78,9 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
-    from nextblock.prior import train as prior_train
+    from nextblock.command_line import parse_run_config
+    from nextblock.prior import task as prior_train
     from nextblock.training import loop
-    from nextblock.training.config import parse_run_config
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -108,7 +108,7 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
 
     prior_train.build_accelerator, loop._Training._step = build_sharding_accelerator, step_of_sharded
     try:
-        prior_train.train(parse_run_config(prior_train.PriorTrainConfig, prog="test", argv=arguments))
+        prior_train.train(parse_run_config(prior_train.PriorTrainConfig, command="test", argv=arguments))
     finally:
         prior_train.build_accelerator, loop._Training._step = build_accelerator, take_step
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from nextblock.prior import BlockPrior
-from nextblock.prior.train import PriorTrainConfig
-from nextblock.prior.train import train as train_prior
+from nextblock.prior.task import PriorTrainConfig
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.train import TokenizerTrainConfig, train
+from nextblock.tokenizer.task import TokenizerTrainConfig
+from nextblock.train_prior import train as train_prior
+from nextblock.train_tokenizer import train
 from nextblock.training.initial_weights import load_initial_weights
 from nextblock.training.loop_config import LoopConfig
 

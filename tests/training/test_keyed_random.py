@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nextblock.training.keyed_random import drop_class_labels, keyed_uniform
+from nextblock.data.keyed_random import drop_class_labels, keyed_uniform
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

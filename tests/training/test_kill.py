@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nextblock.training.checkpoint import file_sha256
+from nextblock.files.atomic import file_sha256
 
 NUM_STEPS = 12
 # Two micro-batches a step, dropout; the tokenizer's codebook is a moving average with revival.
@@ -39,7 +39,7 @@ def attempts(tokenizer_arguments, request):
             folders += ["--pipeline_dir", str(output_dir / "pipeline")]
         arguments += [*HARD, *STAGES[stage], *folders, *options]
         return {
-            "module": f"nextblock.{stage.split()[0]}.train",
+            "module": f"nextblock.train_{stage.split()[0]}",
             "arguments": [str(argument) for argument in arguments],
             "output_dir": str(output_dir),
             "num_processes": num_processes,

@@ -25,7 +25,7 @@ NUM_PROCESSES = {"one-gpu": 1, "multi-gpu": 8, "multi-node": 16, "fsdp": 8, "cpu
 
 def launch_arguments(name: str) -> Namespace:
     """Return what the launcher makes of a config."""
-    command = ["--config_file", str(FOLDER / f"{name}.yaml"), "-m", "nextblock.tokenizer.train"]
+    command = ["--config_file", str(FOLDER / f"{name}.yaml"), "-m", "nextblock", "train-tokenizer"]
     return _validate_launch_command(launch_command_parser().parse_args(command))[0]
 
 
@@ -63,7 +63,7 @@ def test_a_signal_to_the_launcher_stops_its_two_cpu_processes(tokenizer_argument
         port = str(listener.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(FOLDER / "cpu-2-processes.yaml")]
-    command += ["--main_process_port", port, "-m", "nextblock.tokenizer.train", *tokenizer_arguments]
+    command += ["--main_process_port", port, "-m", "nextblock", "train-tokenizer", *tokenizer_arguments]
     command += ["--loop.num_steps", "100000", "--loop.save_every", "null", "--loop.tracker", "null"]
     process = subprocess.Popen(
         [*command, "--output_dir", "run"],

@@ -8,16 +8,10 @@ from torch import nn
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.train import NO_DECAY
+from nextblock.prior.task import NO_DECAY
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.train import NO_DECAY as TOKENIZER_NO_DECAY
-from nextblock.training.optim import (
-    OptimizerConfig,
-    build_optimizer,
-    learning_rate_at,
-    set_schedules,
-    weight_decay_at,
-)
+from nextblock.tokenizer.task import NO_DECAY as TOKENIZER_NO_DECAY
+from nextblock.training.optim import OptimizerConfig, build_optimizer, learning_rate_at, set_schedules, weight_decay_at
 
 NUM_STEPS = 21
 

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from nextblock.training.report import chosen_pictures, draw_curves, html_page, main, panels_of
+from nextblock.evaluation.run_page import chosen_pictures, draw_curves, html_page, panels_of
+from nextblock.report import main
 from nextblock.training.run_record import RunRecord, describe_start, git_state
 
 

@@ -1,6 +1,6 @@
 """Judges a trained pipeline: reconstruction, codebook, samples, memorisation, diversity, size and time.
 
-    python -m nextblock.pipelines.evaluate --config pipelines/evaluate-digits
+    nextblock evaluate --config pipelines/evaluate-digits
 
 Writes report.json, reconstructions.png, samples.png and curves.png, and prints the figures beside their aims.
 Legend: N images, K blocks, V codes.
@@ -14,9 +14,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nextblock.data.images import ImageDataConfig
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+from nextblock.data.augment import TransformConfig
+from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.pixels import to_uint8
+from nextblock.evaluation.codebook import codebook_summary
+from nextblock.evaluation.digits_judge import DigitSet, digit_figures
+from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves
+from nextblock.evaluation.reconstruction import reconstruct
 from nextblock.evaluation.report import Aim, Row, environment, format_number, format_table, write_json
-from nextblock.training.config import parse_run_config
+from nextblock.evaluation.training_log import last_value, loss_curves, read_log
+from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines.sample_files import IMAGES_KEY, LABELS_KEY, NPZ_NAME
+
+from .command_line import parse_run_config
 
 _PICTURE_COLUMNS = 10
 _LAYOUT_NAMES = ("scales", "raster", "rows", "quadrants", "tiles")
@@ -57,7 +72,6 @@ class EvaluateConfig:
     """Originals shown above their reconstructions."""
     cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
-
     def __post_init__(self):
         if self.data.eval_split is None:
             raise ValueError("data.eval_split is null; expected the name of the split held out")
@@ -100,13 +114,9 @@ def layout_name(layout) -> str:
     return "tiles"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Judge the pipeline that the command line names, print the figures and write the report."""
-    config = parse_run_config(EvaluateConfig, prog="python -m nextblock.pipelines.evaluate", argv=argv)
-    import torch
-
-    from nextblock.pipelines import ClassToImagePipeline
-
+    config = parse_run_config(EvaluateConfig, command="evaluate", argv=argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
@@ -145,8 +155,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _read_logs(config: EvaluateConfig) -> dict[str, list[dict]]:
     """Read the logs of the trainings that the config names."""
-    from nextblock.evaluation.training_log import read_log
-
     if not config.run_dirs:
         return {}
     return {stage: read_log(folder) for stage, folder in zip(("tokenizer", "prior"), config.run_dirs, strict=True)}
@@ -154,11 +162,6 @@ def _read_logs(config: EvaluateConfig) -> dict[str, list[dict]]:
 
 def _read_samples(folder: Path) -> tuple:
     """Return the images, their classes and the config they were drawn with."""
-    import numpy as np
-    import yaml
-
-    from .sample_files import IMAGES_KEY, LABELS_KEY, NPZ_NAME
-
     images_path, config_path = (folder / name for name in (NPZ_NAME, "config.yaml"))
     for path in (images_path, config_path):
         if not path.is_file():
@@ -178,11 +181,6 @@ def _check_samples(images, image_size: Sequence[int]) -> None:
 
 def _open_split(tokenizer, config: EvaluateConfig, split: str):
     """Load one split's images at the tokenizer's size, unaugmented, in batches."""
-    from torch.utils.data import DataLoader
-
-    from nextblock.data.augment import TransformConfig
-    from nextblock.data.images import ImageDataset, collate, load_source
-
     source = load_source(config.data, split)
     dataset = ImageDataset(source, tuple(tokenizer.config.image_size), TransformConfig(), seed=0)
     return DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)
@@ -190,8 +188,6 @@ def _open_split(tokenizer, config: EvaluateConfig, split: str):
 
 def _reconstruct_heldout(tokenizer, config: EvaluateConfig):
     """Encode and decode the held-out images; the digits' judge wants all the pictures."""
-    from nextblock.evaluation.reconstruction import reconstruct
-
     num_kept = None if config.data.source == "digits" else config.num_pictures
     batches = _open_split(tokenizer, config, config.data.eval_split)
     return reconstruct(tokenizer, batches, tokenizer.config.vocab_size, num_kept=num_kept)
@@ -199,8 +195,6 @@ def _reconstruct_heldout(tokenizer, config: EvaluateConfig):
 
 def _prior_figures(log: list[dict], num_codes: int) -> dict[str, float]:
     """Return the prior's last held-out loss and by how much it beats guessing all codes alike."""
-    from nextblock.evaluation.training_log import last_value
-
     loss = last_value(log, "eval/loss")
     if loss is None:
         return {}
@@ -209,11 +203,6 @@ def _prior_figures(log: list[dict], num_codes: int) -> dict[str, float]:
 
 def _judge_digits(tokenizer, config: EvaluateConfig, heldout, images, class_labels) -> dict[str, float]:
     """Measure samples and reconstructions against the real digits."""
-    import numpy as np
-
-    from nextblock.data.pixels import to_uint8
-    from nextblock.evaluation.digits_judge import DigitSet, digit_figures
-
     batches = list(_open_split(tokenizer, config, config.data.split))
     train_images = np.concatenate([to_uint8(batch["pixel_values"]) for batch in batches])
     train_labels = np.concatenate([batch["class_labels"].numpy() for batch in batches])
@@ -266,11 +255,6 @@ def _notes(config: EvaluateConfig, figures: dict[str, float]) -> list[str]:
 
 def _build_report(config: EvaluateConfig, pipe, heldout, logs: dict[str, list[dict]]) -> dict:
     """Collect what the report says besides the figures."""
-    import torch
-
-    from nextblock.evaluation.codebook import codebook_summary
-    from nextblock.evaluation.training_log import last_value
-
     models = {"tokenizer": pipe.tokenizer, "prior": pipe.prior}
     return {
         "pipeline": config.pipeline,
@@ -290,9 +274,6 @@ def _build_report(config: EvaluateConfig, pipe, heldout, logs: dict[str, list[di
 
 def _draw_pictures(output_dir: Path, config: EvaluateConfig, heldout, logs, images, class_labels) -> None:
     """Save reconstructions, samples and, where a training was named, its loss curves."""
-    from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves
-    from nextblock.evaluation.training_log import loss_curves
-
     num_pictures = config.num_pictures
     shown = heldout.originals[:num_pictures], heldout.reconstructions[:num_pictures]
     comparison_grid(*shown, num_columns=_PICTURE_COLUMNS).save(output_dir / "reconstructions.png")
@@ -311,7 +292,3 @@ def _print_footer(report: dict, output_dir: Path) -> None:
     for note in report["notes"]:
         print(note)
     print(f"report and pictures in {output_dir}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Draw many images from a pipeline; a killed job goes on where it was when it is started again.
 
-    python -m nextblock.pipelines.sample --config pipelines/sample-digits-scales --pipeline DIR …
-    accelerate launch -m nextblock.pipelines.sample --config pipelines/sample-digits-scales --pipeline DIR …
+    nextblock sample --config pipelines/sample-digits-scales --pipeline DIR …
+    accelerate launch -m nextblock sample --config pipelines/sample-digits-scales --pipeline DIR …
 
 Legend: N images, n of a batch, HxW pixels.
 """
@@ -21,16 +21,19 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from nextblock.data.tokens import tokenizer_fingerprint as model_fingerprint
 from nextblock.evaluation.pictures import class_grid
+from nextblock.files.atomic import write_whole
+from nextblock.files.fingerprints import model_fingerprint
+from nextblock.files.part_jobs import claimed_folder
+from nextblock.pipelines.pipeline_class_to_image import ClassToImagePipeline
+from nextblock.pipelines.sample_files import LOSSY_FORMATS, NpzFile, PictureFolder
 from nextblock.prior.sampling import SamplingOptions
-from nextblock.training.config import parse_run_config, save_run_config
-from nextblock.training.freed_memory import keep_freed_memory
-from nextblock.training.part_jobs import Progress, claimed_folder, fixed_threads
 from nextblock.training.processes import connect_processes
+from nextblock.training.run_config import save_run_config
 
-from .pipeline_class_to_image import ClassToImagePipeline
-from .sample_files import LOSSY_FORMATS, NpzFile, PictureFolder, write_whole
+from .command_line import parse_run_config
+from .cpu import fixed_threads, keep_freed_memory
+from .progress import Progress
 
 _PICTURE_NAME = "samples.png"
 _PICTURE_COLUMNS, _PICTURE_ROWS = 10, 10
@@ -239,10 +242,6 @@ def _draw_picture(path: Path, files: NpzFile | PictureFolder, class_labels: np.n
     write_whole(path, partial(grid.save, format="PNG"))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Draw the images that the command line asks for."""
-    sample(parse_run_config(SampleConfig, prog="python -m nextblock.pipelines.sample", argv=argv))
-
-
-if __name__ == "__main__":
-    main()
+    sample(parse_run_config(SampleConfig, command="sample", argv=argv))

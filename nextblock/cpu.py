@@ -1,7 +1,11 @@
-"""Memory that the C library keeps for the next tensor instead of handing it back to the system."""
+"""How a job uses its CPU: so many threads, and memory that the C library keeps for the next tensor."""
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 # Names and values of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -22,3 +26,14 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     # No threshold is large enough for the feature maps of a batch, so no block may be mapped by itself.
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+@contextmanager
+def fixed_threads(num_threads: int) -> Iterator[None]:
+    """Compute with so many CPU threads."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)

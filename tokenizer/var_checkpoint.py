@@ -1,37 +1,25 @@
-"""Takes over a published tokenizer, or writes one of ours in the published format.
-
-    python -m nextblock.tokenizer.convert_checkpoint --format var --checkpoint vae_ch160v4096z32.pth \\
-        --output_dir out/var-tokenizer --scales 1,2,3,4,5,6,8,10,13,16
-    python -m nextblock.tokenizer.convert_checkpoint --format var --export --checkpoint out/tokenizer \\
-        --output_dir out
+"""VAR tokenizers: taking over a published state dict, and writing one of ours under the published names.
 
 VAR: Tian et al. 2024, arXiv:2404.02905. Legend: K scales, V codes, C code channels.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.training.conversion import ConversionConfig, parse_conversion
-from nextblock.training.state_dicts import (
+from nextblock.files.state_dicts import (
     build_without_weights,
     check_state_dict,
     count_numbered,
     float32_tensors,
     infer_size,
-    read_state_dict,
     take_over,
-    write_state_dict,
 )
+from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 # How VAR names φ convolutions shared by all scales, by neighbouring scales, and by none.
 _PHI_PREFIXES = {
@@ -42,32 +30,6 @@ _PHI_PREFIXES = {
 _USE_COUNTER = "quantize.ema_vocab_hit_SV"
 _VAR_GROUPS = 32
 _VAR_EPSILON = 1e-12
-
-
-@dataclass(kw_only=True)
-class ConvertTokenizerConfig(ConversionConfig):
-    """Turns a VAR tokenizer into a tokenizer folder, or with `--export` a folder into a VAR tokenizer.
-
-    Sizes come from the checkpoint's shapes; what shapes leave open has the published value as its default.
-    """
-
-    export_options: ClassVar[frozenset[str]] = ConversionConfig.export_options | {"phi_names"}
-
-    image_size: int | list[int] | None = None
-    """H and W in pixels, or one number for both; null: the last scale times the downsampling."""
-    normalized_codes: bool = False
-    """Compare codes by cosine."""
-    phi_ratio: float = 0.5
-    """Weight of a φ convolution against the identity; 0: the checkpoint has no φ convolutions."""
-    beta: float = 0.25
-    """Weight of the commitment loss."""
-    phi_names: Literal["shared", "partially_shared", "separate"] | None = None
-    """With `--export`: names of φ convolutions; null: as in the checkpoint they came from, else by number."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.phi_names is not None and not self.export:
-            raise ValueError(f"phi_names is {self.phi_names!r} without export; expected null")
 
 
 def vqvae_from_var(
@@ -265,40 +227,3 @@ def _check_expressible(config: VQVAEConfig) -> None:
         raise ValueError(f"phi_ratio is 0 with num_phi {config.num_phi}; expected num_phi 0 in VAR's format")
     if any(height != width for height, width in config.scales):
         raise ValueError(f"scales is {config.scales}; expected square ones in VAR's format")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Convert the tokenizer that the command line names."""
-    config = parse_conversion(
-        ConvertTokenizerConfig,
-        prog="python -m nextblock.tokenizer.convert_checkpoint",
-        argv=sys.argv[1:] if argv is None else argv,
-        flags=("export", "normalized_codes"),
-    )
-    output_dir = Path(config.output_dir)
-    if config.export:
-        model = VQVAE.from_pretrained(config.checkpoint, dtype=torch.float32)
-        state = vqvae_to_var(model, config.phi_names)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_state_dict(state, output_dir / "vae.pth")
-        print(f"{output_dir / 'vae.pth'}: {len(state)} tensors for VAR with {var_arguments(model, state)}")
-        return
-    model = vqvae_from_var(
-        read_state_dict(config.checkpoint),
-        scales=config.scales,
-        image_size=config.image_size,
-        normalize_codes=config.normalized_codes,
-        phi_ratio=config.phi_ratio,
-        beta=config.beta,
-    )
-    model.save_pretrained(output_dir)
-    H, W = model.config.image_size
-    print(
-        f"{output_dir}: tokenizer of {H}×{W} images, {model.config.vocab_size} codes of "
-        f"{model.config.embedding_dim} channels, {model.layout.num_tokens} tokens in "
-        f"{model.layout.num_blocks} scales, {model.num_parameters() / 1e6:.1f} M parameters"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Decode token shards back to pictures, to see what the codes hold.
 
-python -m nextblock.tokenizer.detokenize_dataset --tokenizer DIR --tokens DIR --output_dir DIR --num_images 64
+nextblock detokenize --tokenizer DIR --tokens DIR --output_dir DIR --num_images 64
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from PIL import Image
 from nextblock.data.pixels import to_pictures
 from nextblock.data.tokens import TokenDataset, TokenManifest
 from nextblock.evaluation.pictures import image_grid
-from nextblock.training.config import parse_run_config
+from nextblock.tokenizer.modeling_vqvae import VQVAE
 from nextblock.training.processes import connect_processes
 
-from .modeling_vqvae import VQVAE
+from .command_line import parse_run_config
 
 _NUM_COLUMNS = 10
 
@@ -99,10 +99,6 @@ def picture_name(row: int) -> str:
     return f"{row:08d}.png"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the command line and decode."""
-    detokenize(parse_run_config(DetokenizeConfig, prog="python -m nextblock.tokenizer.detokenize_dataset", argv=argv))
-
-
-if __name__ == "__main__":
-    main()
+    detokenize(parse_run_config(DetokenizeConfig, command="detokenize", argv=argv))

@@ -1,67 +1,28 @@
-"""Takes over a published prior, or writes one of ours in the published format.
-
-    python -m nextblock.prior.convert_checkpoint --format var --checkpoint var_d16.pth \\
-        --output_dir out/var-d16 --scales 1,2,3,4,5,6,8,10,13,16 --to_pipeline --tokenizer out/var-tokenizer
-    python -m nextblock.prior.convert_checkpoint --format var --export --checkpoint out/prior --output_dir out
+"""VAR transformers: taking over a published state dict, and writing one of ours under the published names.
 
 VAR: Tian et al. 2024, arXiv:2404.02905. Legend: K scales, L tokens, V codes, C code channels, D width.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.class_names import imagenet_class_names
-from nextblock.training.conversion import ConversionConfig, parse_conversion
-from nextblock.training.state_dicts import (
+from nextblock.files.state_dicts import (
     Shapes,
     build_without_weights,
     check_state_dict,
     count_numbered,
     float32_tensors,
     infer_size,
-    read_state_dict,
     take_over,
-    write_state_dict,
 )
+from nextblock.prior import BlockPrior, BlockPriorConfig
 
 _VAR_HEAD_WIDTH = 64
-_VAR_ATTENTION_SCALE = 0.25
+VAR_ATTENTION_SCALE = 0.25
 _VAR_DROP_PATH_PER_LAYER = 0.1 / 24
-
-
-@dataclass(kw_only=True)
-class ConvertPriorConfig(ConversionConfig):
-    """Turns a VAR transformer into a prior or a pipeline, or with `--export` a prior into a VAR transformer.
-
-    Sizes come from the checkpoint's shapes; what shapes leave open has the published value as its default.
-    """
-
-    num_heads: int | None = None
-    """Attention heads; null: as many as there are learned attention temperatures, else the width over 64."""
-    attention_scale: float = _VAR_ATTENTION_SCALE
-    """Factor on 1/sqrt(head width) in the softmax, without normalised attention."""
-    class_names: str | None = None
-    """File with a class name a line, "imagenet" or "none"; null: ImageNet's for 1000 classes, else none."""
-    to_pipeline: bool = False
-    """Write a pipeline of the tokenizer and the prior."""
-    tokenizer: str | None = None
-    """With `--to_pipeline`: the tokenizer's folder."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.to_pipeline != (self.tokenizer is not None):
-            raise ValueError(
-                f"to_pipeline is {self.to_pipeline}, tokenizer {self.tokenizer!r}; expected both or neither"
-            )
 
 
 def prior_from_var(
@@ -69,7 +30,7 @@ def prior_from_var(
     *,
     scales: list[int | list[int]],
     num_heads: int | None = None,
-    attention_scale: float = _VAR_ATTENTION_SCALE,
+    attention_scale: float = VAR_ATTENTION_SCALE,
     class_names: list[str] | None = None,
 ) -> BlockPrior:
     """Build a prior from the tensors of a VAR transformer.
@@ -202,70 +163,8 @@ def _check_expressible(config: BlockPriorConfig) -> None:
         raise ValueError(f"layout is {config.layout}; expected square scales in VAR's format")
     if config.num_classes == 0:
         raise ValueError("num_classes is 0; expected at least 1 in VAR's format")
-    if not config.use_normalized_attention and config.attention_scale != _VAR_ATTENTION_SCALE:
+    if not config.use_normalized_attention and config.attention_scale != VAR_ATTENTION_SCALE:
         raise ValueError(
-            f"attention_scale is {config.attention_scale}; expected {_VAR_ATTENTION_SCALE} in VAR's format "
+            f"attention_scale is {config.attention_scale}; expected {VAR_ATTENTION_SCALE} in VAR's format "
             "without normalised attention"
         )
-
-
-def _read_class_names(source: str | None, num_classes: int) -> list[str] | None:
-    """Return the names that the class_names option asks for."""
-    if source == "imagenet" or (source is None and num_classes == 1000):
-        return imagenet_class_names()
-    if source in (None, "none"):
-        return None
-    if not Path(source).is_file():
-        raise ValueError(f"class_names is {source!r}; expected a file with names, 'imagenet' or 'none'")
-    return Path(source).read_text(encoding="utf-8").splitlines()
-
-
-def _export(config: ConvertPriorConfig) -> None:
-    """Write a VAR transformer."""
-    model = BlockPrior.from_pretrained(config.checkpoint, dtype=torch.float32)
-    state = prior_to_var(model)
-    path = Path(config.output_dir) / f"var_d{model.config.num_layers}.pth"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_state_dict(state, path)
-    print(f"{path}: {len(state)} tensors for VAR with {var_arguments(model.config)}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Convert the prior that the command line names."""
-    config = parse_conversion(
-        ConvertPriorConfig,
-        prog="python -m nextblock.prior.convert_checkpoint",
-        argv=sys.argv[1:] if argv is None else argv,
-        flags=("export", "to_pipeline"),
-    )
-    if config.export:
-        _export(config)
-        return
-    state = read_state_dict(config.checkpoint)
-    num_classes = infer_size(state, ("class_emb.weight", 0), default=1) - 1
-    prior = prior_from_var(
-        state,
-        scales=config.scales,
-        num_heads=config.num_heads,
-        attention_scale=config.attention_scale,
-        class_names=_read_class_names(config.class_names, num_classes),
-    )
-    kind = "prior"
-    if config.to_pipeline:
-        from nextblock.pipelines import ClassToImagePipeline
-        from nextblock.tokenizer import VQVAE
-
-        tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
-        ClassToImagePipeline(tokenizer=tokenizer, prior=prior).save_pretrained(config.output_dir)
-        kind = "pipeline with a prior"
-    else:
-        prior.save_pretrained(config.output_dir)
-    print(
-        f"{config.output_dir}: {kind} of {prior.config.num_layers} layers, width {prior.config.hidden_size}, "
-        f"{prior.config.num_heads} heads, {prior.config.num_classes} classes, "
-        f"{prior.num_parameters() / 1e6:.1f} M parameters"
-    )
-
-
-if __name__ == "__main__":
-    main()

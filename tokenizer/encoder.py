@@ -1,131 +1,24 @@
-"""The parts of a tokenization job: which rows a shard holds, decoding them and encoding them.
+"""Encoding the rows of a tokenization job and writing its shards.
 
-Row r of a split of N images is image r mod N in view r div N; shards are fixed ranges of rows, less rejected images.
-Legend: B batch, L all tokens, HxW pixels.
+Legend: B batch, N rows, L all tokens, HxW pixels.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from nextblock.data.images import ImageSource
 from nextblock.data.pixels import to_pixel_values
-from nextblock.data.token_shards import split_identifier, write_shard
-from nextblock.data.unreadable import UnreadableImageError
-from nextblock.data.views import ViewSet
-from nextblock.training.part_jobs import Progress
+from nextblock.data.token_jobs import RowDataset, Shard, as_is
+from nextblock.data.token_shards import write_shard
 
 from .modeling_vqvae import VQVAE
-
-
-class RowDataset(Dataset):
-    """The rows of one split as whole batches of bytes.
-
-    Args:
-        source: N images.
-        views: what the views are.
-        num_views: how many of them this split has.
-        image_size: (H, W).
-        min_image_side: images with a shorter side are rejected.
-        batch_size: B; a shorter batch is padded with black images.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        views: ViewSet,
-        num_views: int,
-        image_size: tuple[int, int],
-        min_image_side: int,
-        batch_size: int,
-    ):
-        self.source = source
-        self.views = views
-        self.num_views = num_views
-        self.image_size = image_size
-        self.min_image_side = min_image_side
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return len(self.source) * self.num_views
-
-    def fingerprint(self) -> str:
-        """Hash the names and labels of all images."""
-        digest = hashlib.sha256()
-        for index in range(len(self.source)):
-            digest.update(f"{self.source.identifier(index)}\t{self.source.label(index)}\n".encode())
-        return digest.hexdigest()
-
-    def __getitems__(self, rows: list[int]) -> dict:
-        """Decode a batch.
-
-        Args:
-            rows: up to B row numbers.
-
-        Returns:
-            `pixels` (B, H, W, 3) uint8; `rows`, those of the usable images; `places`, theirs in the batch; and
-            `failures`, an error by row, which has a reason or None as its machine is at fault.
-        """
-        pixels = np.zeros((self.batch_size, *self.image_size, 3), np.uint8)
-        kept, failures = [], {}
-        for place, row in enumerate(rows):
-            view, index = divmod(row, len(self.source))
-            try:
-                image = self.source.image(index)
-                self._check_size(image.size, index)
-            except UnreadableImageError as error:
-                failures[row] = error
-                continue
-            pixels[place] = self.views.render(image, self.image_size, view, index)
-            kept.append((row, place))
-        return {
-            "pixels": torch.from_numpy(pixels),
-            "rows": [row for row, _ in kept],
-            "places": [place for _, place in kept],
-            "failures": failures,
-        }
-
-    def _check_size(self, size: tuple[int, int], index: int) -> None:
-        """Refuse an image that is too small."""
-        if min(size) < self.min_image_side:
-            error = ValueError(f"{size[0]}×{size[1]} pixels; expected at least {self.min_image_side} on each side")
-            refused = UnreadableImageError(f"the image {self.source.identifier(index)}", "", error)
-            refused.reason = "too small"
-            raise refused
-
-
-def as_is(batch: dict) -> dict:
-    """Pass on what `RowDataset.__getitems__` has already put together."""
-    return batch
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A range of the rows of a split."""
-
-    name: str
-    rows: range
-
-    @classmethod
-    def plan(cls, split: str, num_rows: int, rows_per_shard: int) -> list[Shard]:
-        """Cut a split into shards; all but the last have `rows_per_shard` rows."""
-        starts = range(0, num_rows, rows_per_shard)
-        names = [f"{split_identifier(split)}-{n:05d}-of-{len(starts):05d}.parquet" for n in range(len(starts))]
-        ranges = [range(start, min(start + rows_per_shard, num_rows)) for start in starts]
-        return [cls(name, rows) for name, rows in zip(names, ranges, strict=True)]
-
-    def batches(self, batch_size: int) -> list[list[int]]:
-        """The shard's rows in batches; the last may be shorter."""
-        return [list(self.rows[start : start + batch_size]) for start in range(0, len(self.rows), batch_size)]
 
 
 class Encoder:
@@ -168,7 +61,7 @@ def write_shards(
     shards: list[Shard],
     dataset: RowDataset,
     encoder: Encoder,
-    progress: Progress,
+    on_rows: Callable[[int], None],
     *,
     num_workers: int,
     skips_errors: bool,
@@ -180,7 +73,7 @@ def write_shards(
         shards: those of this process.
         dataset: the split.
         encoder: the tokenizer.
-        progress: told of every batch.
+        on_rows: told how many rows every batch has.
         num_workers: processes that decode; 0 decodes here.
         skips_errors: leave unusable images out; otherwise stop at the first.
 
@@ -200,7 +93,7 @@ def write_shards(
     writing: Future | None = None
     with ThreadPoolExecutor(1) as executor:
         for shard in shards:
-            rows, idx, rejected = _encode_shard(loader, shard, dataset, encoder, progress, skips_errors)
+            rows, idx, rejected = _encode_shard(loader, shard, dataset, encoder, on_rows, skips_errors)
             if writing is not None:
                 writing.result()
             writing = executor.submit(write_rows, folder / shard.name, rows, idx, rejected, dataset, encoder.model)
@@ -213,7 +106,7 @@ def _encode_shard(
     shard: Shard,
     dataset: RowDataset,
     encoder: Encoder,
-    progress: Progress,
+    on_rows: Callable[[int], None],
     skips_errors: bool,
 ) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """Return the usable rows (N,) of a shard, their indices (N, L), and what was rejected."""
@@ -230,7 +123,7 @@ def _encode_shard(
         if batch["rows"]:
             parts.append(encoder(batch["pixels"])[batch["places"]])
             rows += batch["rows"]
-        progress.add(len(numbers))
+        on_rows(len(numbers))
     return np.array(rows, np.int64), np.concatenate(parts), rejected
 
 

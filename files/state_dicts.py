@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .atomic import write_whole
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
 
@@ -56,9 +58,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def write_state_dict(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors by name with `torch.save`, so that the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def infer_size(state: dict[str, Tensor], *places: tuple[str, int], default: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Train a prior on tokens or images: `accelerate launch -m nextblock.prior.train --config prior/digits-scales …`.
+"""What training a prior is: its options, one step, one evaluation, the export.
 
 Legend: B batch, K blocks, L all tokens, V codes, M metrics.
 """
@@ -6,7 +6,6 @@ Legend: B batch, K blocks, L all tokens, V codes, M metrics.
 import copy
 import math
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,19 +22,17 @@ from transformers import PreTrainedModel
 from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.images import ImageDataConfig
+from nextblock.data.keyed_random import drop_class_labels
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid
-from nextblock.training.accelerator import build_accelerator
-from nextblock.training.config import options_dataclass, parse_run_config
-from nextblock.training.keyed_random import drop_class_labels
-from nextblock.training.loop import fit
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
+from nextblock.training.run_config import options_dataclass
 
 from .configuration_block_prior import BlockPriorConfig
 from .modeling_block_prior import BlockPrior, PriorOutput
 from .sampling import guidance_scales
-from .training_data import PriorData, image_data, token_data
+from .training_data import PriorData
 
 # What the tokens decide is no option of the run.
 BlockPriorOptions = options_dataclass(
@@ -287,34 +284,3 @@ def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_name
     if config.torch_compile:
         model.compile()  # In place: names of weights, and with them checkpoints, stay what they are.
     return model
-
-
-def train(config: PriorTrainConfig) -> None:
-    """Train a prior and save a pipeline in `config.pipeline_dir`.
-
-    Args:
-        config: the run.
-
-    Raises:
-        ValueError: if the configuration or the data do not fit, or another tokenizer made the tokens.
-    """
-    from nextblock.tokenizer import VQVAE
-
-    output_dir = Path(config.output_dir)
-    tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
-    if config.tokens is not None:
-        data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
-    else:
-        data = image_data(config.data, config.transform, config.loop.seed, tuple(tokenizer.config.image_size))
-    accelerator = build_accelerator(config.loop, output_dir)
-    task = PriorTask(accelerator, config, build_prior(config, tokenizer, data.class_names), tokenizer, data)
-    fit(accelerator, task, data.train, data.collate, config, output_dir)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and train."""
-    train(parse_run_config(PriorTrainConfig, prog="python -m nextblock.prior.train", argv=argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Check a folder of tokens: checksums, row counts, ranges, and that every image is accounted for.
 
-python -m nextblock.tokenizer.verify_tokens --tokens DIR
+nextblock verify --tokens DIR
 """
 
 import json
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.token_account import REJECTED_NAME
 from nextblock.data.token_shards import read_footer, read_shard
 from nextblock.data.tokens import TokenManifest
-from nextblock.training.config import parse_run_config
 
-from .job_folder import REJECTED_NAME
+from .command_line import parse_run_config
 
 
 @dataclass(kw_only=True)
@@ -117,10 +117,6 @@ def verify(config: VerifyConfig) -> int:
     return 1 if problems else 0
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the command line and check."""
-    sys.exit(verify(parse_run_config(VerifyConfig, prog="python -m nextblock.tokenizer.verify_tokens", argv=argv)))
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(verify(parse_run_config(VerifyConfig, command="verify", argv=argv)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import ClassVar, Literal, TypeVar
 
-from .config import parse_run_config
+from .command_line import parse_run_config
 
 ConfigT = TypeVar("ConfigT", bound="ConversionConfig")
 
@@ -42,14 +42,14 @@ class ConversionConfig:
 
 
 def parse_conversion(
-    config_class: type[ConfigT], *, prog: str, argv: Sequence[str], flags: Sequence[str]
+    config_class: type[ConfigT], *, command: str, argv: Sequence[str], flags: Sequence[str]
 ) -> ConfigT:
     """Reads a converter's options, in which a flag may stand without a value.
 
     Args:
         config_class: what to read.
-        prog: what the user typed, for `--help` and messages.
-        argv: arguments without the program's name.
+        command: a name among COMMANDS, for `--help` and messages.
+        argv: arguments after the command.
         flags: names of the boolean options.
 
     Returns:
@@ -60,7 +60,7 @@ def parse_conversion(
         f"{argument}=true" if argument in options and (after is None or after.startswith("--")) else argument
         for argument, after in zip_longest(argv, argv[1:])
     ]
-    return parse_run_config(config_class, prog=prog, argv=spelled)
+    return parse_run_config(config_class, command=command, argv=spelled)
 
 
 def _read_scales(text: str) -> list[int | list[int]]:

@@ -1,16 +1,16 @@
-"""The console script: `nextblock COMMAND …` runs the entry point of a module, as `python -m MODULE …` does.
+"""The command line: `nextblock COMMAND …`, also `python -m nextblock COMMAND …`.
 
-`accelerate launch -m nextblock.training.cli COMMAND …` runs it on several processes. It lives here and not in
-nextblock.pipelines because importing that package loads torch and diffusers, which takes seconds.
+`accelerate launch -m nextblock COMMAND …` runs a command on several processes. Only the command's own module is
+imported, so that the list of commands takes no seconds.
 """
 
 import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
-from .commands import COMMANDS, typed_as
+from . import __version__
+from .commands import COMMANDS
 
 _USAGE = "usage: nextblock COMMAND [--OPTION VALUE ...]"
 
@@ -25,14 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_words in (1, 2):
         name = " ".join(arguments[:num_words])
         if name in COMMANDS:
-            with typed_as(name):
-                import_module(COMMANDS[name].module).main(arguments[num_words:])
+            import_module(f"nextblock.{COMMANDS[name].module}").main(arguments[num_words:])
             return
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help_text(list(COMMANDS)))
         return
     if arguments[0] == "--version":
-        print(f"nextblock {version('nextblock')}")
+        print(f"nextblock {__version__}")
         return
     group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
     if group and arguments[1:2] in ([], ["-h"], ["--help"]):

@@ -1,24 +1,19 @@
-"""Draw a run directory as one page: `python -m nextblock.training.report RUN_DIR --output report.html` (or .png)."""
+"""A training's output folder drawn as one page: curves, alarms, last values, pictures, how it ran."""
 
-import argparse
 import base64
 import html
 import io
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nextblock.evaluation.training_log import read_log, series
+from nextblock.files.atomic import write_text_whole
 
-from .checkpoint import write_atomically
-from .commands import program_and_example
-from .recorder import ALARMS_NAME
-from .run_record import RECORD_NAME
+from .training_log import ALARMS_NAME, RECORD_NAME, read_log, series
 
 NUM_PANEL_COLUMNS = 2
 # Titles of panels, and which figures share one; the first pattern that fits a figure takes it.
@@ -207,7 +202,7 @@ def write_report(run_dir: Path, output: Path) -> None:
         ValueError: if the output has another suffix, or the folder no readable log.
     """
     if output.suffix == ".html":
-        write_atomically(output, html_page(run_dir))
+        write_text_whole(output, html_page(run_dir))
     elif output.suffix == ".png":
         _stacked_image(run_dir).save(output)
     else:
@@ -226,24 +221,3 @@ def _stacked_image(run_dir: Path) -> Image.Image:
         canvas.paste(image, (0, top))
         top += image.height
     return canvas
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and write the report."""
-    prog, example = program_and_example("python -m nextblock.training.report")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=prog, epilog=example, formatter_class=raw)
-    parser.description = "Draw a run directory as one HTML page or PNG picture."
-    parser.add_argument("run_dir", type=Path, help="output_dir of a training")
-    parser.add_argument("--output", type=Path, help=".html or .png file (default: report.html in the run directory)")
-    arguments = parser.parse_args(argv)
-    output = arguments.output or arguments.run_dir / "report.html"
-    try:
-        write_report(arguments.run_dir, output)
-    except ValueError as error:
-        parser.error(str(error))
-    print(output)  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()

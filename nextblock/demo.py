@@ -1,6 +1,6 @@
 """Starts a local web page on which to try a pipeline: sample, reconstruct, in-paint, interpolate.
 
-    python -m nextblock.pipelines.demo --pipeline out/quickstart/pipeline
+    nextblock demo --pipeline out/quickstart/pipeline
 
 Needs the optional extra: pip install 'nextblock[demo]'.
 """
@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from nextblock.training.config import parse_run_config
+import torch
+
+from nextblock.pipelines import ClassToImagePipeline
+
+from .command_line import parse_run_config
 
 
 @dataclass(kw_only=True)
@@ -32,7 +36,6 @@ class DemoConfig:
     """Precision of the models; the quantizer stays in float32."""
     cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
-
     def __post_init__(self):
         if self.port is not None and not 0 < self.port < 65536:
             raise ValueError(f"port is {self.port}; expected 1 to 65535, or null")
@@ -42,22 +45,14 @@ class DemoConfig:
             raise ValueError("the package gradio is missing; install it by `pip install 'nextblock[demo]'`")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Serve the page until the process is stopped."""
-    config = parse_run_config(DemoConfig, prog="python -m nextblock.pipelines.demo", argv=argv)
-    # Read when gradio is imported.
+    config = parse_run_config(DemoConfig, command="demo", argv=argv)
+    # Read when gradio is imported, which the page does.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import torch
-
-    from nextblock.pipelines import ClassToImagePipeline
-
-    from .demo_page import CSS, build_page
+    from nextblock.pipelines.demo_page import CSS, build_page
 
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     pipe = ClassToImagePipeline.from_pretrained(config.pipeline).to(device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     build_page(pipe).launch(server_name=config.host, server_port=config.port, share=config.share, css=CSS)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Turn images into token shards; a killed job goes on where it was when it is started again.
 
-accelerate launch -m nextblock.tokenizer.tokenize_dataset --config tokenizer/tokenize-digits --tokenizer DIR …
+accelerate launch -m nextblock tokenize --config tokenizer/tokenize-digits --tokenizer DIR …
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,19 @@ from accelerate import PartialState
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, load_source
-from nextblock.data.tokens import MANIFEST_NAME, TokenManifest, tokenizer_fingerprint, tokenizer_options
+from nextblock.data.token_account import check_finished, finish
+from nextblock.data.token_jobs import RowDataset, Shard
+from nextblock.data.tokens import MANIFEST_NAME, TokenManifest
 from nextblock.data.views import ViewSet
-from nextblock.training.config import parse_run_config
-from nextblock.training.freed_memory import keep_freed_memory
-from nextblock.training.part_jobs import Progress, claimed_folder, fixed_threads
+from nextblock.files.fingerprints import model_fingerprint, model_options
+from nextblock.files.part_jobs import claimed_folder
+from nextblock.tokenizer.encoder import Encoder, write_shards
+from nextblock.tokenizer.modeling_vqvae import VQVAE
 from nextblock.training.processes import connect_processes
 
-from .job_folder import check_finished, finish
-from .modeling_vqvae import VQVAE
-from .shard_jobs import Encoder, RowDataset, Shard, write_shards
+from .command_line import parse_run_config
+from .cpu import fixed_threads, keep_freed_memory
+from .progress import Progress
 
 
 @dataclass(kw_only=True)
@@ -167,7 +170,7 @@ def _describe(
         layout=model.layout.to_dict(),
         vocab_size=model.config.vocab_size,
         embedding_dim=model.config.embedding_dim,
-        tokenizer_sha256=tokenizer_fingerprint(model),
+        tokenizer_sha256=model_fingerprint(model),
         image_size=list(model.config.image_size),
         class_names=list(plans[config.data.split][0].source.class_names),
         data=data,
@@ -185,7 +188,7 @@ def _describe(
             "batch_size": config.batch_size,
             "num_threads": config.num_threads,
         },
-        tokenizer_config=tokenizer_options(model),
+        tokenizer_config=model_options(model),
         splits={
             split: {
                 "num_images": len(dataset.source),
@@ -216,17 +219,13 @@ def _write_missing(
         mine = shards[state.process_index :: state.num_processes]
         options = {"num_workers": config.num_workers, "skips_errors": config.on_error == "skip"}
         if mine:
-            write_shards(folder, mine, plans[split][0], encoder, progress, **options)
+            write_shards(folder, mine, plans[split][0], encoder, progress.add, **options)
     if state.is_main_process:
         awaited = [folder / shard.name for shards in missing.values() for shard in shards]
         progress.wait_while(lambda: not all(path.is_file() for path in awaited))
     progress.close()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the command line and encode."""
-    tokenize(parse_run_config(TokenizeConfig, prog="python -m nextblock.tokenizer.tokenize_dataset", argv=argv))
-
-
-if __name__ == "__main__":
-    main()
+    tokenize(parse_run_config(TokenizeConfig, command="tokenize", argv=argv))

@@ -1,37 +1,32 @@
-"""Train a tokenizer: `accelerate launch -m nextblock.tokenizer.train --config tokenizer/digits-scales`."""
+"""What training a tokenizer is: its options, one step, one evaluation, the export."""
 
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.images import ImageDataConfig, collate
+from nextblock.data.keyed_random import keyed_uniform
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid
-from nextblock.training.accelerator import build_accelerator
-from nextblock.training.config import options_dataclass, parse_run_config
-from nextblock.training.keyed_random import keyed_uniform
-from nextblock.training.loop import fit
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
+from nextblock.training.run_config import options_dataclass
 
 from .adversarial import Adversary, DiscriminatorConfig, build_discriminator, last_weight
 from .autoencoder import ResidualBlock, SpatialAttention
 from .configuration_vqvae import VQVAEConfig
 from .losses import TokenizerLossConfig, assignment_entropy, reconstruction_loss, tokenizer_losses
 from .modeling_vqvae import VQVAE, VQVAEOutput
-from .perceptual import PerceptualConfig, load_perceptual_loss
+from .perceptual import PerceptualConfig
 
 VQVAEOptions = options_dataclass(VQVAEConfig)
 # Codes are places among the features, and decay would pull them towards zero.
@@ -301,41 +296,3 @@ def build_tokenizer(config: TokenizerTrainConfig) -> VQVAE:
             if isinstance(module, (ResidualBlock, SpatialAttention)):
                 module.compile()
     return model
-
-
-def train(config: TokenizerTrainConfig) -> None:
-    """Train a tokenizer and save it in `config.output_dir`.
-
-    Args:
-        config: the run.
-
-    Raises:
-        ValueError: if the configuration or the data does not fit, the perceptual term's weights are out of reach, or
-            the launch shards models (FSDP).
-    """
-    output_dir = Path(config.output_dir)
-    seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
-    # First of all: its weights may be out of reach here.
-    perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None
-    accelerator = build_accelerator(config.loop, output_dir)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "the processes were launched with distributed_type FSDP; expected MULTI_GPU, as in "
-            "configs/accelerate/multi-gpu.yaml: a tokenizer is trained whole on every GPU"
-        )
-    train_data = ImageDataset(load_source(config.data, config.data.split), image_size, config.transform, seed)
-    eval_data = None
-    if config.data.eval_split is not None:
-        eval_source = load_source(config.data, config.data.eval_split)
-        eval_data = ImageDataset(eval_source, image_size, TransformConfig(), seed)
-    task = TokenizerTask(accelerator, config, build_tokenizer(config), train_data, eval_data, perceptual)
-    fit(accelerator, task, train_data, collate, config, output_dir)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and train."""
-    train(parse_run_config(TokenizerTrainConfig, prog="python -m nextblock.tokenizer.train", argv=argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nextblock.data.token_shards import read_footer
-from nextblock.data.tokens import TokenManifest
-from nextblock.training.checkpoint import file_sha256, flush_to_disk, write_atomically
+from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole
 
-from .shard_jobs import RowDataset, Shard
 from .token_card import token_card
+from .token_jobs import RowDataset, Shard
+from .token_shards import read_footer
+from .tokens import TokenManifest
 
 REJECTED_NAME = "rejected.jsonl"
 
@@ -64,8 +64,8 @@ def finish(folder: Path, job: TokenManifest, plans: dict[str, tuple[RowDataset, 
             lines.append({"split": split} | {name: entry[name] for name in ("image_id", "reason", "detail")})
         job.splits[split] |= {"num_rejected": num_rejected, "shards": entries}
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(folder / REJECTED_NAME, text)
-    write_atomically(folder / "README.md", token_card(job))
+    write_text_whole(folder / REJECTED_NAME, text)
+    write_text_whole(folder / "README.md", token_card(job))
     job.save(folder)
     flush_to_disk(folder)
     return check_finished(folder)

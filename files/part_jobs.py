@@ -1,4 +1,4 @@
-"""Jobs done in parts by any number of processes: their folder, their progress, the threads they compute with.
+"""Jobs done in parts by any number of processes: the folder that is theirs.
 
 A job that was killed goes on when it is started again. Its folder holds `job.json`, which comes first and says what the
 job is; a different one is refused.
@@ -9,23 +9,28 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
-import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from tqdm.auto import tqdm
-
-from .checkpoint import flush_to_disk, write_atomically
+from .atomic import write_text_whole
 
 JOB_NAME = "job.json"
 _LOCK_SECONDS = 20.0
 
 
+class Processes(Protocol):
+    """The processes of a job, such as accelerate's `PartialState`."""
+
+    is_main_process: bool
+
+    def wait_for_everyone(self) -> None:
+        """Wait until every process has called this."""
+
+
 @contextmanager
-def claimed_folder(folder: Path, job: Mapping, state: PartialState) -> Iterator[None]:
+def claimed_folder(folder: Path, job: Mapping, state: Processes) -> Iterator[None]:
     """Make a folder this job's, and keep other runs out while processes of this one work in it.
 
     Args:
@@ -42,8 +47,7 @@ def claimed_folder(folder: Path, job: Mapping, state: PartialState) -> Iterator[
         if not path.is_file():
             if any(entry.name != f".{JOB_NAME}.tmp" for entry in folder.iterdir()):
                 raise ValueError(f"output_dir {folder} holds files but no {JOB_NAME}; expected a new folder")
-            write_atomically(path, json.dumps(job, indent=2) + "\n")
-            flush_to_disk(folder)
+            write_text_whole(path, json.dumps(job, indent=2) + "\n")
     else:
         state.wait_for_everyone()
     # Opened once: closing any handle of the file would give the process's lock up.
@@ -78,51 +82,3 @@ def _wait_for_lock(file, folder: Path) -> None:
             if time.monotonic() > deadline:
                 raise ValueError(f"output_dir {folder}: another run is at work there; expected none") from None
             time.sleep(0.2)
-
-
-class Progress:
-    """A bar on the main process over the images of all processes.
-
-    Args:
-        state: this process and the others.
-        name: of the job, shown before the bar.
-        num_images: of the whole job.
-        num_done: those that an earlier run has written.
-    """
-
-    def __init__(self, state: PartialState, name: str, num_images: int, num_done: int):
-        # A counter in the launcher's store, because a collective sum would make processes wait for each other.
-        self._store = dist.distributed_c10d._get_default_store() if state.num_processes > 1 else None
-        self._count = 0
-        is_shown = state.is_main_process
-        options = {"total": num_images, "initial": num_done, "unit": " images", "mininterval": 1.0}
-        self._bar = tqdm(desc=name, disable=not is_shown, **options)
-
-    def add(self, num_images: int) -> None:
-        """Count images of this process, 0 to look at the others' only."""
-        known = self._count
-        self._count = known + num_images if self._store is None else self._store.add("nextblock/images", num_images)
-        self._bar.update(self._count - known)
-
-    def wait_while(self, is_unfinished: Callable[[], bool]) -> None:
-        """Show the other processes' progress until the files they write are there."""
-        # Files and no barrier: a barrier gives up after minutes, and the last part of a process may take hours.
-        while is_unfinished():
-            time.sleep(0.2)
-            self.add(0)
-        self.add(0)
-
-    def close(self) -> None:
-        """Finish the bar."""
-        self._bar.close()
-
-
-@contextmanager
-def fixed_threads(num_threads: int) -> Iterator[None]:
-    """Compute with so many CPU threads."""
-    previous = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(previous)

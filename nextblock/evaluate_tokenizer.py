@@ -1,6 +1,6 @@
 """Measures a tokenizer on held-out images: reconstruction and use of the codebook.
 
-python -m nextblock.tokenizer.evaluate --config tokenizer/evaluate-digits
+nextblock evaluate-tokenizer --config tokenizer/evaluate-digits
 """
 
 from __future__ import annotations
@@ -10,8 +10,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nextblock.data.images import ImageDataConfig
-from nextblock.training.config import parse_run_config
+import torch
+from torch.utils.data import DataLoader
+
+from nextblock.data.augment import TransformConfig
+from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.evaluation.codebook import codebook_summary
+from nextblock.evaluation.pictures import comparison_grid
+from nextblock.evaluation.reconstruction import reconstruct
+from nextblock.evaluation.report import Row, environment, format_table, write_json
+from nextblock.tokenizer import VQVAE
+
+from .command_line import parse_run_config
 
 
 @dataclass(kw_only=True)
@@ -32,7 +42,6 @@ class EvaluateTokenizerConfig:
     """Originals shown above their reconstructions."""
     cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
-
     def __post_init__(self):
         if self.split is None and self.data.eval_split is None:
             raise ValueError(
@@ -43,22 +52,9 @@ class EvaluateTokenizerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive integer")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure the tokenizer that the command line names, print the figures and write the report."""
-    config = parse_run_config(
-        EvaluateTokenizerConfig, prog="python -m nextblock.tokenizer.evaluate", argv=argv
-    )
-    import torch
-    from torch.utils.data import DataLoader
-
-    from nextblock.data.augment import TransformConfig
-    from nextblock.data.images import ImageDataset, collate, load_source
-    from nextblock.evaluation.codebook import codebook_summary
-    from nextblock.evaluation.pictures import comparison_grid
-    from nextblock.evaluation.reconstruction import reconstruct
-    from nextblock.evaluation.report import Row, environment, format_table, write_json
-    from nextblock.tokenizer import VQVAE
-
+    config = parse_run_config(EvaluateTokenizerConfig, command="evaluate-tokenizer", argv=argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
@@ -86,7 +82,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture.save(output_dir / "reconstructions.png")
     print(format_table([Row(name, name.replace("_", " "), value) for name, value in figures.items()]))
     print(f"{len(dataset)} images of split {split!r}; report and picture in {output_dir}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,9 +2,9 @@
 
 import re
 
-from nextblock.data.blocks import BlockLayout
-from nextblock.data.token_shards import index_dtype, split_identifier
-from nextblock.data.tokens import TokenManifest
+from .blocks import BlockLayout
+from .token_shards import index_dtype, split_identifier
+from .tokens import TokenManifest
 
 
 def token_card(manifest: TokenManifest) -> str:
@@ -33,7 +33,7 @@ def token_card(manifest: TokenManifest) -> str:
             "---",
             "# Image tokens",
             "",
-            f"Codebook indices of images of {height}×{width} pixels, made with nextblock's `tokenize_dataset`.",
+            f"Codebook indices of images of {height}×{width} pixels, made with `nextblock tokenize`.",
             "",
             f"- `idx`: {layout.num_tokens} indices below {manifest.vocab_size} ({index_dtype(manifest.vocab_size)}), "
             f"{layout.num_blocks} blocks one after the other",

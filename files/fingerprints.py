@@ -1,0 +1,29 @@
+"""Fingerprints of models: equal where their results are."""
+
+import hashlib
+import json
+
+import torch
+
+
+def model_options(model: torch.nn.Module) -> dict:
+    """Return a model's configuration without what its results do not depend on, such as paths and versions."""
+    options = {k: v for k, v in model.config.to_diff_dict().items() if not k.startswith(("_", "transformers"))}
+    return {name: value for name, value in options.items() if name not in ("architectures", "dtype")}
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Hash everything of a model that its results depend on.
+
+    Args:
+        model: a transformers model; half-precision weights give another hash than float32 ones.
+
+    Returns:
+        A hexadecimal SHA-256 over architecture, names, dtypes, shapes and values.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(model_options(model), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,109 @@
+"""The command line of every command: YAML files and options, read into a run config.
+
+`--config` takes a file or the name of a config shipped in nextblock.configs; later options override it.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from .commands import example_text
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequence[str]) -> ConfigT:
+    """Reads a run config from `--config` files and command line options.
+
+    Bad input ends the process with status 2 and one message, as argparse does; so does a ValueError that
+    `__post_init__` of the config or of a dataclass in it raises.
+
+    Args:
+        config_class: Keyword-only dataclass; its fields may be dataclasses, reached as `--field.name`.
+        command: What follows `nextblock` in `--help` and messages; one among COMMANDS has an example.
+        argv: Arguments after the command.
+
+    Returns:
+        An instance of config_class.
+    """
+    parser = _run_config_parser(config_class, command)
+    namespace = parser.parse_args(list(argv))
+    namespace.pop("config")
+    for name in _misplaced_nulls(config_class, namespace):
+        parser.error(f'Parser key "{name}":\n  Expected a value, got null')
+    try:
+        values = parser.instantiate(namespace)
+        return config_class(**vars(values))
+    except ValueError as error:
+        parser.error(str(error), error)
+
+
+class _ExampleParser(ArgumentParser):
+    """Ends the help with an example; an epilog's line would be broken, and could not be pasted into a shell."""
+
+    example = ""
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.example}" if self.example else "")
+
+
+class _NamedConfigFile(ActionConfigFile):
+    """Config file option that also takes the name of a shipped config."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None):
+        if Path(values).is_file():
+            super().__call__(parser, cfg, values, option_string)
+            return
+        shipped = _shipped_configs()
+        if values not in shipped:
+            names = ", ".join(sorted(shipped)) or "none"
+            parser.error(f"--config: {values!r} is neither a file nor a shipped config ({names})")
+        with resources.as_file(shipped[values]) as path:
+            super().__call__(parser, cfg, str(path), option_string)
+
+
+def _shipped_configs() -> dict[str, Any]:
+    """Shipped config files by name."""
+    found, folders = {}, [("", resources.files("nextblock.configs"))]
+    while folders:
+        prefix, folder = folders.pop()
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                folders.append((f"{prefix}{entry.name}/", entry))
+            elif entry.name.endswith(".yaml"):
+                found[prefix + entry.name.removesuffix(".yaml")] = entry
+    return found
+
+
+def _run_config_parser(config_class: type, command: str) -> ArgumentParser:
+    # The descriptions of fields are the strings under them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, validate_defaults=True)
+    prog = f"nextblock {command}"
+    parser = _ExampleParser(
+        prog=prog,
+        # argparse's own usage repeats every option and would bury the message of an error.
+        usage=f"{prog} [--config FILE_OR_NAME] [--OPTION VALUE ...]",
+        description=inspect.getdoc(config_class),
+        allow_abbrev=False,
+    )
+    help_text = "YAML file, or the name of a shipped config. May be repeated; the last value counts."
+    parser.example = example_text(command)
+    parser.add_argument("--config", action=_NamedConfigFile, help=help_text)
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def _misplaced_nulls(config_class: type, namespace: Namespace, prefix: str = "") -> Iterator[str]:
+    """Dotted names of options that are null against their type, which jsonargparse takes for unset."""
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint, value = hints[field.name], namespace.get(field.name)
+        if value is None and hint is not Any and type(None) not in get_args(hint):
+            yield prefix + field.name
+        elif isinstance(value, Namespace) and dataclasses.is_dataclass(hint):
+            yield from _misplaced_nulls(hint, value, f"{prefix}{field.name}.")

@@ -1,0 +1,104 @@
+"""Take over a published prior, or write one of ours in the published format.
+
+    nextblock convert prior --format var --checkpoint var_d16.pth --output_dir out/var-d16 \\
+        --scales 1,2,3,4,5,6,8,10,13,16 --to_pipeline --tokenizer out/var-tokenizer
+    nextblock convert prior --format var --export --checkpoint out/prior --output_dir out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nextblock.files.state_dicts import infer_size, read_state_dict, write_state_dict
+from nextblock.pipelines import ClassToImagePipeline
+from nextblock.prior import BlockPrior
+from nextblock.prior.class_names import imagenet_class_names
+from nextblock.prior.var_checkpoint import VAR_ATTENTION_SCALE, prior_from_var, prior_to_var, var_arguments
+from nextblock.tokenizer import VQVAE
+
+from .conversion import ConversionConfig, parse_conversion
+
+
+@dataclass(kw_only=True)
+class ConvertPriorConfig(ConversionConfig):
+    """Turns a VAR transformer into a prior or a pipeline, or with `--export` a prior into a VAR transformer.
+
+    Sizes come from the checkpoint's shapes; what shapes leave open has the published value as its default.
+    """
+
+    num_heads: int | None = None
+    """Attention heads; null: as many as there are learned attention temperatures, else the width over 64."""
+    attention_scale: float = VAR_ATTENTION_SCALE
+    """Factor on 1/sqrt(head width) in the softmax, without normalised attention."""
+    class_names: str | None = None
+    """File with a class name a line, "imagenet" or "none"; null: ImageNet's for 1000 classes, else none."""
+    to_pipeline: bool = False
+    """Write a pipeline of the tokenizer and the prior."""
+    tokenizer: str | None = None
+    """With `--to_pipeline`: the tokenizer's folder."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.to_pipeline != (self.tokenizer is not None):
+            raise ValueError(
+                f"to_pipeline is {self.to_pipeline}, tokenizer {self.tokenizer!r}; expected both or neither"
+            )
+
+
+def _read_class_names(source: str | None, num_classes: int) -> list[str] | None:
+    """Return the names that the class_names option asks for."""
+    if source == "imagenet" or (source is None and num_classes == 1000):
+        return imagenet_class_names()
+    if source in (None, "none"):
+        return None
+    if not Path(source).is_file():
+        raise ValueError(f"class_names is {source!r}; expected a file with names, 'imagenet' or 'none'")
+    return Path(source).read_text(encoding="utf-8").splitlines()
+
+
+def _export(config: ConvertPriorConfig) -> None:
+    """Write a VAR transformer."""
+    model = BlockPrior.from_pretrained(config.checkpoint, dtype=torch.float32)
+    state = prior_to_var(model)
+    path = Path(config.output_dir) / f"var_d{model.config.num_layers}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_state_dict(state, path)
+    print(f"{path}: {len(state)} tensors for VAR with {var_arguments(model.config)}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Convert the prior that the command line names."""
+    config = parse_conversion(
+        ConvertPriorConfig,
+        command="convert prior",
+        argv=argv,
+        flags=("export", "to_pipeline"),
+    )
+    if config.export:
+        _export(config)
+        return
+    state = read_state_dict(config.checkpoint)
+    num_classes = infer_size(state, ("class_emb.weight", 0), default=1) - 1
+    prior = prior_from_var(
+        state,
+        scales=config.scales,
+        num_heads=config.num_heads,
+        attention_scale=config.attention_scale,
+        class_names=_read_class_names(config.class_names, num_classes),
+    )
+    kind = "prior"
+    if config.to_pipeline:
+        tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
+        ClassToImagePipeline(tokenizer=tokenizer, prior=prior).save_pretrained(config.output_dir)
+        kind = "pipeline with a prior"
+    else:
+        prior.save_pretrained(config.output_dir)
+    print(
+        f"{config.output_dir}: {kind} of {prior.config.num_layers} layers, width {prior.config.hidden_size}, "
+        f"{prior.config.num_heads} heads, {prior.config.num_classes} classes, "
+        f"{prior.num_parameters() / 1e6:.1f} M parameters"
+    )

@@ -1,0 +1,39 @@
+"""Train a prior on tokens or images: `accelerate launch -m nextblock train-prior --config prior/digits-scales …`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.training_data import image_data, token_data
+from nextblock.tokenizer import VQVAE
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.loop import fit
+
+from .command_line import parse_run_config
+
+
+def train(config: PriorTrainConfig) -> None:
+    """Train a prior and save a pipeline in `config.pipeline_dir`.
+
+    Args:
+        config: the run.
+
+    Raises:
+        ValueError: if the configuration or the data do not fit, or another tokenizer made the tokens.
+    """
+    output_dir = Path(config.output_dir)
+    tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
+    if config.tokens is not None:
+        data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
+    else:
+        data = image_data(config.data, config.transform, config.loop.seed, tuple(tokenizer.config.image_size))
+    accelerator = build_accelerator(config.loop, output_dir)
+    task = PriorTask(accelerator, config, build_prior(config, tokenizer, data.class_names), tokenizer, data)
+    fit(accelerator, task, data.train, data.collate, config, output_dir)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the command line and train."""
+    train(parse_run_config(PriorTrainConfig, command="train-prior", argv=argv))

@@ -1,0 +1,51 @@
+"""Train a tokenizer: `accelerate launch -m nextblock train-tokenizer --config tokenizer/digits-scales …`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate.utils import DistributedType
+
+from nextblock.data.augment import TransformConfig
+from nextblock.data.images import ImageDataset, collate, load_source
+from nextblock.tokenizer.configuration_vqvae import VQVAEConfig
+from nextblock.tokenizer.perceptual import load_perceptual_loss
+from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, build_tokenizer
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.loop import fit
+
+from .command_line import parse_run_config
+
+
+def train(config: TokenizerTrainConfig) -> None:
+    """Train a tokenizer and save it in `config.output_dir`.
+
+    Args:
+        config: the run.
+
+    Raises:
+        ValueError: if the configuration or the data does not fit, the perceptual term's weights are out of reach, or
+            the launch shards models (FSDP).
+    """
+    output_dir = Path(config.output_dir)
+    seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
+    # First of all: its weights may be out of reach here.
+    perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None
+    accelerator = build_accelerator(config.loop, output_dir)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "the processes were launched with distributed_type FSDP; expected MULTI_GPU, as in "
+            "configs/accelerate/multi-gpu.yaml: a tokenizer is trained whole on every GPU"
+        )
+    train_data = ImageDataset(load_source(config.data, config.data.split), image_size, config.transform, seed)
+    eval_data = None
+    if config.data.eval_split is not None:
+        eval_source = load_source(config.data, config.data.eval_split)
+        eval_data = ImageDataset(eval_source, image_size, TransformConfig(), seed)
+    task = TokenizerTask(accelerator, config, build_tokenizer(config), train_data, eval_data, perceptual)
+    fit(accelerator, task, train_data, collate, config, output_dir)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the command line and train."""
+    train(parse_run_config(TokenizerTrainConfig, command="train-tokenizer", argv=argv))
