@@ -24,8 +24,9 @@ from torch import Tensor
 from nextblock.command_line import parse_run_config
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.metrics import psnr
-from nextblock.evaluation.pictures import comparison_grid, to_uint8
+from nextblock.evaluation.pictures import comparison_grid
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.task import TokenizerTrainConfig
 from nextblock.train_tokenizer import train

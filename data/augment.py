@@ -128,12 +128,11 @@ def apply_transform(
     assert image.mode == "RGB", image.mode
     image = resize_to_cover(image, image_size, config.resize_ratio)
     placement = draw_placement(config, seed, epoch, index)
-    top, left = _crop_corner(image, image_size, placement.crop)
-    height, width = image_size
     if config.has_affine:
-        image = warp(image, image_size, (top, left), placement, config.interpolation)
-    elif image.size != (width, height):
-        image = image.crop((left, top, left + width, top + height))
+        corner = _crop_corner(image, image_size, placement.crop)
+        image = warp(image, image_size, corner, placement, config.interpolation)
+    else:
+        image = crop(image, image_size, placement.crop)
     pixels = _pixels(image)
     return pixels[:, ::-1] if placement.is_flipped else pixels
 
@@ -142,7 +141,7 @@ def resize_to_cover(image: Image.Image, image_size: tuple[int, int], ratio: floa
     """Resizes (Lanczos), keeping proportions, to the smallest size that covers `ratio` times the target.
 
     Args:
-        image: RGB, any size.
+        image: any mode and size.
         image_size: (H, W) of the target.
         ratio: 1 or more.
 
@@ -156,6 +155,23 @@ def resize_to_cover(image: Image.Image, image_size: tuple[int, int], ratio: floa
     else:
         size = (box_width, height * box_width // width)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def crop(
+    image: Image.Image, image_size: tuple[int, int], position: tuple[float, float] | None = None
+) -> Image.Image:
+    """Cuts a crop out.
+
+    Args:
+        image: any mode, at least as large as the crop.
+        image_size: (H, W) of the crop.
+        position: (y, x) of the crop in its free space, each in [0, 1); None for the center.
+
+    Returns:
+        The crop, or `image` itself where it is all of it.
+    """
+    (top, left), (height, width) = _crop_corner(image, image_size, position), image_size
+    return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
 
 
 def warp(
@@ -202,14 +218,14 @@ def warp(
 
 
 def _crop_corner(
-    image: Image.Image, image_size: tuple[int, int], crop: tuple[float, float] | None
+    image: Image.Image, image_size: tuple[int, int], position: tuple[float, float] | None
 ) -> tuple[int, int]:
     """(top, left) of the crop; a center that falls between two pixels is rounded to the even one."""
     free = (image.size[1] - image_size[0], image.size[0] - image_size[1])
     assert min(free) >= 0, (image.size, image_size)
-    if crop is None:
+    if position is None:
         return round(free[0] / 2), round(free[1] / 2)
-    return int(crop[0] * (free[0] + 1)), int(crop[1] * (free[1] + 1))
+    return int(position[0] * (free[0] + 1)), int(position[1] * (free[1] + 1))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

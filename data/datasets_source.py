@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .image_folder import to_rgb
+from .pixels import to_rgb
 from .unreadable import UnreadableImageError
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ Legend: N images.
 import os
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .unreadable import UnreadableImageError, UnreadableModeError
+from .pixels import to_rgb
+from .unreadable import UnreadableImageError
 
 IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 
@@ -122,30 +122,3 @@ def _images_below(folder: Path) -> list[Path]:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
     return sorted(files)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns an image upright as its EXIF orientation says and converts it to RGB.
-
-    Args:
-        image: grey, palette, CMYK and other 8-bit modes; transparent, laid over white; 16-bit grey, whose
-            levels are divided by 257.
-
-    Returns:
-        RGB image.
-
-    Raises:
-        UnreadableModeError: for floating-point images and integers beyond 16 bits, whose range is unknown.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise UnreadableModeError(f"pixels from {levels.min()} to {levels.max()}; expected 16 bits, 0 to 65535")
-        return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise UnreadableModeError("floating-point pixels (mode 'F'); expected 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -19,6 +19,7 @@ from .blocks import as_shape
 from .datasets_source import open_dataset
 from .digits import DigitsSource, load_digits_split
 from .image_folder import scan_image_folder
+from .pixels import to_pixel_values
 from .streamed_source import open_stream
 from .tar_source import TarSource, scan_tars
 
@@ -184,11 +185,9 @@ class ImageDataset(Dataset):
         """
         keys = [self._checked(key) for key in keys]
         pixels = np.stack([self._transformed(epoch, index) for epoch, index in keys])
-        values = np.divide(pixels.transpose(0, 3, 1, 2), np.float32(127.5), order="C")
-        values -= 1
         return [
             {"pixel_values": pixel_values, "class_labels": self.source.label(index), "index": index}
-            for pixel_values, (_, index) in zip(torch.from_numpy(values), keys, strict=True)
+            for pixel_values, (_, index) in zip(to_pixel_values(pixels), keys, strict=True)
         ]
 
     def _checked(self, key: int | tuple[int, int]) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .image_folder import IMAGE_SUFFIXES, to_rgb
+from .image_folder import IMAGE_SUFFIXES
+from .pixels import to_rgb
 from .unreadable import UnreadableImageError
 
 

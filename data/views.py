@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .augment import TransformConfig, apply_transform, resize_to_cover
+from .augment import TransformConfig, apply_transform, crop, resize_to_cover
 
 _CROPS = ("top left", "top right", "bottom left", "bottom right", "center")
 
@@ -65,8 +65,8 @@ class ViewSet:
         if view < 2:
             pixels = apply_transform(image, image_size, TransformConfig(), self.seed, 0, index)
             return pixels[:, ::-1] if view else pixels
-        is_mirrored, crop = divmod(view - 2, len(_CROPS))
-        pixels = _crop(resize_to_cover(image, image_size, self.ten_crop_ratio), image_size, _CROPS[crop])
+        is_mirrored, number = divmod(view - 2, len(_CROPS))
+        pixels = _crop(resize_to_cover(image, image_size, self.ten_crop_ratio), image_size, _CROPS[number])
         return pixels[:, ::-1] if is_mirrored else pixels
 
 
@@ -74,7 +74,7 @@ def _crop(image: Image.Image, image_size: tuple[int, int], corner: str) -> np.nd
     """Cut one of the five crops out of an image that covers them."""
     height, width = image_size
     bottom, right = image.height - height, image.width - width
-    top, left = round(bottom / 2), round(right / 2)
-    if corner != "center":
-        top, left = bottom * corner.startswith("bottom"), right * corner.endswith("right")
+    if corner == "center":
+        return np.asarray(crop(image, image_size))
+    top, left = bottom * corner.startswith("bottom"), right * corner.endswith("right")
     return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -9,26 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 _PADDING = 2
 _BACKGROUND = 255
 _MIN_SHOWN_SIDE = 64  # smaller images are enlarged by a whole factor to about this many pixels
-
-
-def to_uint8(pixel_values: Tensor) -> np.ndarray:
-    """Turn pixel values into bytes, rounding to nearest and clipping what lies outside.
-
-    Args:
-        pixel_values: (N, 3, H, W) in [-1, 1].
-
-    Returns:
-        (N, H, W, 3) uint8.
-    """
-    levels = (pixel_values.detach().float().cpu() + 1) * 127.5
-    return levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def image_grid(images: np.ndarray, num_columns: int) -> Image.Image:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextblock.data.pixels import to_uint8
+
 from .codebook import code_counts, codebook_summary
 from .metrics import mean_squared_errors, psnr_from_error
-from .pictures import to_uint8
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from nextblock.data.pixels import to_pictures
 from nextblock.data.tokens import TokenDataset, TokenManifest
-from nextblock.evaluation.pictures import image_grid, to_uint8
+from nextblock.evaluation.pictures import image_grid
 from nextblock.tokenizer.modeling_vqvae import VQVAE
 from nextblock.training.processes import connect_processes
 
@@ -89,8 +90,8 @@ def _write_pictures(
     for start in range(config.batch_size * state.process_index, len(rows), step):
         numbers = rows[start : start + config.batch_size]
         idx_Bl = tokens.layout.split(tokens.__getitems__(numbers)["labels"].to(state.device))
-        for row, pixels in zip(numbers, to_uint8(model.idxBl_to_img(idx_Bl)), strict=True):
-            Image.fromarray(pixels).save(Path(config.output_dir) / picture_name(row))
+        for row, picture in zip(numbers, to_pictures(model.idxBl_to_img(idx_Bl)), strict=True):
+            picture.save(Path(config.output_dir) / picture_name(row))
 
 
 def picture_name(row: int) -> str:

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.codebook import codebook_summary
 from nextblock.evaluation.digits_judge import DigitSet, digit_figures
-from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves, to_uint8
+from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves
 from nextblock.evaluation.reconstruction import reconstruct
 from nextblock.evaluation.report import Aim, Row, environment, format_number, format_table, write_json
 from nextblock.evaluation.training_log import last_value, loss_curves, read_log

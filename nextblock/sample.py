@@ -229,10 +229,9 @@ def _draw(
         class_labels=class_labels[batch.start : batch.stop] if is_conditional else len(batch),
         generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in batch],
         batch_size=config.batch_size,
-        output_type="np",
         **asdict(options),
     ).images
-    return np.round(images * 255).astype(np.uint8)
+    return np.stack([np.asarray(image) for image in images])
 
 
 def _draw_picture(path: Path, files: NpzFile | PictureFolder, class_labels: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from nextblock.data.pixels import fit_image, to_rgb
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import image_grid
 from nextblock.prior.sampling import SamplingOptions
@@ -96,7 +97,7 @@ def reconstruct(pipe, image: Image.Image | None) -> list[Captioned]:
 
     Args:
         pipe: a `ClassToImagePipeline`.
-        image: any size.
+        image: any size; its center is cut out, as for images that are held out of training.
 
     Returns:
         The image at the tokenizer's size, and its reconstruction with its PSNR.
@@ -104,7 +105,7 @@ def reconstruct(pipe, image: Image.Image | None) -> list[Captioned]:
     Raises:
         ValueError: if there is no image.
     """
-    original = _fitted(pipe, image, "image")
+    original = fit_image(_opened(pipe, image, "image"), pipe.tokenizer.config.image_size)
     reconstruction = pipe.reconstruct(original).images[0]
     decibels = psnr(_levels(reconstruction), _levels(original), data_range=255).item()
     layout, (H, W) = pipe.tokenizer.layout, pipe.tokenizer.config.image_size
@@ -133,19 +134,13 @@ def inpaint(
         ValueError: if there is no background or no stroke; or as the pipeline.
     """
     drawing = drawing or {}
-    image = _fitted(pipe, drawing.get("background"), "background")
+    image = _opened(pipe, drawing.get("background"), "background")
     strokes = [np.asarray(layer.convert("RGBA"))[..., 3] >= 128 for layer in drawing.get("layers") or []]
     mask = np.any(strokes, axis=0) if strokes else np.zeros((1, 1), dtype=bool)
     if not mask.any():
         raise ValueError("the drawing has no strokes; expected some over what is to be painted anew")
-    return pipe.inpaint(
-        image,
-        Image.fromarray(mask.astype(np.uint8) * 255),
-        class_label,
-        num_images_per_label,
-        generator=_generator(seed),
-        **options,
-    ).images
+    generator = _generator(seed)
+    return pipe.inpaint(image, mask, class_label, num_images_per_label, generator=generator, **options).images
 
 
 def interpolate(pipe, image_a: Image.Image | None, image_b: Image.Image | None, num_steps: int) -> list[Image.Image]:
@@ -163,14 +158,14 @@ def interpolate(pipe, image_a: Image.Image | None, image_b: Image.Image | None, 
     Raises:
         ValueError: if an image is missing; or as the pipeline.
     """
-    ends = _fitted(pipe, image_a, "first image"), _fitted(pipe, image_b, "last image")
+    ends = _opened(pipe, image_a, "first image"), _opened(pipe, image_b, "last image")
     return pipe.interpolate(*ends, num_steps).images
 
 
 def enlarged(image: Image.Image) -> Image.Image:
     """Enlarge an image by a whole factor to about 512 pixels, for a brush."""
     factor = max(1, EDITOR_SIDE // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return _repeated(image, factor)
 
 
 def label_name(pipe, label: int) -> str:
@@ -185,15 +180,21 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _fitted(pipe, image: Image.Image | None, name: str) -> Image.Image:
-    """Bring an image to the tokenizer's size; one that `enlarged` made becomes what it was."""
+def _repeated(image: Image.Image, factor: int) -> Image.Image:
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _opened(pipe, image: Image.Image | None, name: str) -> Image.Image:
+    """Open a picture as for training; one that `enlarged` made becomes what it was."""
     if image is None:
         raise ValueError(f"the {name} is missing; expected a picture")
-    image = image.convert("RGB")
-    H, W = pipe.tokenizer.config.image_size
-    if image.width % W == 0 and image.height % H == 0:
-        return image.reduce((image.width // W, image.height // H))
-    return pipe.image_processor.resize(image, H, W)
+    image, (H, W) = to_rgb(image), pipe.tokenizer.config.image_size
+    factor = image.width // W
+    if factor > 1 and image.size == (W * factor, H * factor):
+        reduced = image.reduce(factor)
+        if np.array_equal(_repeated(reduced, factor), image):
+            return reduced
+    return image
 
 
 def _levels(image: Image.Image) -> torch.Tensor:

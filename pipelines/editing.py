@@ -1,207 +1,148 @@
-"""Editing on a tokenizer and a prior: painting by a token mask, reconstruction, interpolation, progressive decoding.
+"""Editing on a tokenizer and a prior: painting by a token mask, reconstruction, interpolation.
 
-Painting keeps tokens outside a mask and samples those inside (VAR, arXiv:2404.02905, section 5.4).
-Legend: B images, K blocks, L_k tokens of block k, C code channels, H×W pixels, h×w latent cells.
+Painting keeps tokens outside a mask and samples those inside (VAR, arXiv:2404.02905, section 5.4). The functions do
+what the pipeline's methods of the same names say.
+Legend: B images, K blocks, L_k tokens of block k, H×W pixels, h×w latent cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
-from diffusers.image_processor import PipelineImageInput
-from PIL import Image
 from torch import Tensor
 
 from nextblock.data.blocks import BlockLayout
 
+from .given_images import ImageInput, images_to_pixel_values, masks_to_tensor, split_images, split_masks
+from .sampling_loop import decode
 from .sampling_request import OUTPUT_TYPES, check_counts
 
 PICTURE_TYPES = OUTPUT_TYPES[:3]
+Labels = int | str | Sequence[int | str] | Tensor | None
+Output = ImagePipelineOutput | tuple
 
 
-class EditingMixin:
-    """What a pipeline does with images that are given."""
-
-    @torch.no_grad()
-    def inpaint(
-        self,
-        image: PipelineImageInput,
-        mask_image: PipelineImageInput,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        num_images_per_label: int = 1,
-        **options,
-    ) -> ImagePipelineOutput | tuple:
-        """Paint part of an image anew: in-painting and class-conditional editing by a token mask.
-
-        In every block, tokens outside the mask come from the encoded image and tokens inside from the prior. A token is
-        inside if at least half of its area is.
-
-        Args:
-            image: one image, or one for each label; PIL, array or tensor, resized to the tokenizer's size.
-            mask_image: one mask, or one for each image; white is painted anew, black is kept.
-            class_labels: see `__call__`.
-            num_images_per_label: see `__call__`.
-            options: further arguments of `__call__`.
-
-        Returns:
-            As `__call__`.
-
-        Raises:
-            ValueError: if images, masks and labels do not fit each other, or an option is outside its range.
-        """
-        pixel_values, mask = self._pixels("image", image), self._mask(mask_image)
-        return self._paint(pixel_values, mask, class_labels, num_images_per_label, options)
-
-    @torch.no_grad()
-    def outpaint(
-        self,
-        image: PipelineImageInput,
-        box: tuple[int, int, int, int],
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        num_images_per_label: int = 1,
-        **options,
-    ) -> ImagePipelineOutput | tuple:
-        """Paint what lies around an image: the image goes into a box of the picture, the rest is sampled.
-
-        Args:
-            image: one image, or one for each label, resized to the box.
-            box: (left, top, right, bottom) in pixels of the tokenizer's size.
-            class_labels: see `__call__`.
-            num_images_per_label: see `__call__`.
-            options: further arguments of `__call__`.
-
-        Returns:
-            As `__call__`.
-
-        Raises:
-            ValueError: if the box does not lie inside the picture, or as for `inpaint`.
-        """
-        H, W = self.tokenizer.config.image_size
-        is_box = isinstance(box, (list, tuple)) and len(box) == 4 and all(type(n) is int for n in box)
-        if not is_box or not (0 <= box[0] < box[2] <= W and 0 <= box[1] < box[3] <= H):
-            raise ValueError(f"box is {box!r}; expected (left, top, right, bottom) inside {W} by {H} pixels")
-        left, top, right, bottom = box
-        inside = self._pixels("image", image, (bottom - top, right - left))
-        # What the encoder sees around the box is no edge that it would code.
-        pixel_values = F.pad(inside, (left, W - right, top, H - bottom), mode="replicate")
-        mask = torch.ones(1, 1, H, W, device=pixel_values.device)
-        mask[:, :, top:bottom, left:right] = 0
-        return self._paint(pixel_values, mask, class_labels, num_images_per_label, options)
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        image: PipelineImageInput,
-        decode_batch_size: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Encode images to indices and decode them: the best that the tokenizer allows.
-
-        Args:
-            image: one or several.
-            decode_batch_size: see `__call__`.
-            output_type: see `__call__`.
-            return_dict: see `__call__`.
-
-        Returns:
-            As `__call__`.
-
-        Raises:
-            ValueError: if the image is none, or an option is outside its range.
-        """
-        check_counts(output_type, decode_batch_size=decode_batch_size)
-        pixel_values = self._pixels("image", image)
-        with self._hooks_freed():
-            images = idx_Bl = self.tokenizer.img_to_idxBl(pixel_values)
-            if output_type != "latent":
-                features = self.tokenizer.quantizer.idxBl_to_features(idx_Bl)
-                images = self._decode(features, decode_batch_size, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    @torch.no_grad()
-    def interpolate(
-        self,
-        image_a: PipelineImageInput,
-        image_b: PipelineImageInput,
-        num_steps: int = 8,
-        decode_batch_size: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Go from one image to another along the straight line between their quantized maps.
-
-        Args:
-            image_a: the first image.
-            image_b: the last image.
-            num_steps: images, the reconstructions of both among them; at least 2.
-            decode_batch_size: see `__call__`.
-            output_type: "pil", "np" or "pt": between two images there are no indices.
-            return_dict: see `__call__`.
-
-        Returns:
-            As `__call__`, with `num_steps` images.
-
-        Raises:
-            ValueError: if there are several images on a side, or an option is outside its range.
-        """
-        check_counts(output_type, PICTURE_TYPES, decode_batch_size=decode_batch_size)
-        if type(num_steps) is not int or num_steps < 2:
-            raise ValueError(f"num_steps is {num_steps!r}; expected an integer of at least 2")
-        ends = {name: self._pixels(name, image) for name, image in {"image_a": image_a, "image_b": image_b}.items()}
-        for name, pixel_values in ends.items():
-            if len(pixel_values) != 1:
-                raise ValueError(f"{name} holds {len(pixel_values)} images; expected 1")
-        with self._hooks_freed():
-            idx_Bl = self.tokenizer.img_to_idxBl(torch.cat(list(ends.values())))
-            first, last = self.tokenizer.quantizer.idxBl_to_features(idx_Bl).split(1)
-            weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
-            images = self._decode(torch.lerp(first, last, weights.view(-1, 1, 1, 1)), decode_batch_size, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _paint(self, pixel_values: Tensor, mask: Tensor, class_labels, num_images_per_label: int, options: dict):
-        """Sample the tokens that lie inside a mask."""
-        check_counts("pil", num_images_per_label=num_images_per_label)
-        num_labels = len(self.resolve_labels(class_labels))
-        for name, tensor in {"image": pixel_values, "mask_image": mask}.items():
-            if len(tensor) not in (1, num_labels):
-                raise ValueError(f"{name} holds {len(tensor)} images; expected 1 or {num_labels}, one a label")
-        if "idx_Bl" in options:
-            raise ValueError("idx_Bl is given; expected none, since the known tokens are those of the image")
-        given, is_inside_Bl = [], mask_blocks(self.tokenizer.layout, mask)
-        with self._hooks_freed():
-            for idx, is_inside in zip(self.tokenizer.img_to_idxBl(pixel_values), is_inside_Bl, strict=True):
-                block = torch.where(is_inside, -1, idx).expand(num_labels, -1)
-                given.append(block.repeat_interleave(num_images_per_label, dim=0))
-            return self(class_labels, num_images_per_label, idx_Bl=given, **options)
-
-    def _pixels(self, name: str, image: PipelineImageInput, size: tuple[int, int] | None = None) -> Tensor:
-        """Turn images into (B, 3, H, W) in [-1, 1]."""
-        _check_images(name, image)
-        pixel_values = self.image_processor.preprocess(image, *(size or self.tokenizer.config.image_size))
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"{name} gives pixels of shape {tuple(pixel_values.shape)}; expected (batch, 3, H, W)")
-        largest = pixel_values.abs().amax().item()
-        if not largest <= 1.001:
-            raise ValueError(f"{name} reaches {largest} in absolute value; expected values in [0, 1] or [-1, 1]")
-        return pixel_values.to(self._execution_device)
-
-    def _mask(self, mask_image: PipelineImageInput) -> Tensor:
-        """Turn masks into (B, 1, H, W) of 0 and 1."""
-        _check_images("mask_image", mask_image)
-        mask = self.mask_processor.preprocess(mask_image, *self.tokenizer.config.image_size)
-        if mask.ndim != 4 or mask.shape[1] != 1:
-            raise ValueError(f"mask_image has shape {tuple(mask.shape)}; expected (batch, 1, H, W)")
-        return mask.to(self._execution_device)
+def inpaint(
+    pipe,
+    image: ImageInput,
+    mask_image: ImageInput,
+    class_labels: Labels,
+    num_images_per_label: int,
+    fit: str,
+    options: Mapping,
+) -> Output:
+    """Paint part of an image anew; see `ClassToImagePipeline.inpaint`."""
+    images, masks = split_images("image", image), split_masks("mask_image", mask_image)
+    num_labels = _count_labels(pipe, class_labels, num_images_per_label, image=images, mask_image=masks)
+    size = pipe.tokenizer.config.image_size
+    pixel_values = images_to_pixel_values("image", images, size, fit)
+    mask = masks_to_tensor(masks, images, size, fit)
+    return _paint(pipe, pixel_values, mask, class_labels, num_labels, num_images_per_label, options)
 
 
-def _check_images(name: str, image: PipelineImageInput) -> None:
-    """Refuse what holds no image."""
-    images = image if isinstance(image, (list, tuple)) else [image]
-    if not images or not all(isinstance(each, (Image.Image, np.ndarray, Tensor)) for each in images):
-        raise ValueError(f"{name} is {image!r}; expected a PIL image, an array, a tensor, or a list of them")
+def outpaint(
+    pipe,
+    image: ImageInput,
+    box: tuple[int, int, int, int],
+    class_labels: Labels,
+    num_images_per_label: int,
+    fit: str,
+    options: Mapping,
+) -> Output:
+    """Paint what lies around an image; see `ClassToImagePipeline.outpaint`."""
+    H, W = pipe.tokenizer.config.image_size
+    is_box = isinstance(box, (list, tuple)) and len(box) == 4 and all(type(n) is int for n in box)
+    if not is_box or not (0 <= box[0] < box[2] <= W and 0 <= box[1] < box[3] <= H):
+        raise ValueError(f"box is {box!r}; expected (left, top, right, bottom) inside {W} by {H} pixels")
+    left, top, right, bottom = box
+    images = split_images("image", image)
+    num_labels = _count_labels(pipe, class_labels, num_images_per_label, image=images)
+    inside = images_to_pixel_values("image", images, (bottom - top, right - left), fit)
+    # What the encoder sees around the box is no edge that it would code.
+    pixel_values = F.pad(inside, (left, W - right, top, H - bottom), mode="replicate")
+    mask = torch.ones(1, 1, H, W)
+    mask[:, :, top:bottom, left:right] = 0
+    return _paint(pipe, pixel_values, mask, class_labels, num_labels, num_images_per_label, options)
+
+
+def reconstruct(
+    pipe, image: ImageInput, decode_batch_size: int | None, output_type: str, return_dict: bool, fit: str
+) -> Output:
+    """Encode images and decode them; see `ClassToImagePipeline.reconstruct`."""
+    check_counts(output_type, decode_batch_size=decode_batch_size)
+    pixel_values = _pixel_values(pipe, "image", split_images("image", image), fit)
+    with pipe._hooks_freed():
+        images = idx_Bl = pipe.tokenizer.img_to_idxBl(pixel_values)
+        if output_type != "latent":
+            features = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl)
+            images = decode(pipe, features, decode_batch_size, output_type)
+    return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def interpolate(
+    pipe,
+    image_a: ImageInput,
+    image_b: ImageInput,
+    num_steps: int,
+    decode_batch_size: int | None,
+    output_type: str,
+    return_dict: bool,
+    fit: str,
+) -> Output:
+    """Go from one image to another; see `ClassToImagePipeline.interpolate`."""
+    check_counts(output_type, PICTURE_TYPES, decode_batch_size=decode_batch_size)
+    if type(num_steps) is not int or num_steps < 2:
+        raise ValueError(f"num_steps is {num_steps!r}; expected an integer of at least 2")
+    ends = []
+    for name, image in {"image_a": image_a, "image_b": image_b}.items():
+        images = split_images(name, image)
+        if len(images) != 1:
+            raise ValueError(f"{name} holds {len(images)} images; expected 1")
+        ends.append(_pixel_values(pipe, name, images, fit))
+    with pipe._hooks_freed():
+        idx_Bl = pipe.tokenizer.img_to_idxBl(torch.cat(ends))
+        first, last = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl).split(1)
+        weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
+        images = decode(pipe, torch.lerp(first, last, weights.view(-1, 1, 1, 1)), decode_batch_size, output_type)
+    return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _pixel_values(pipe, name: str, images: list, fit: str) -> Tensor:
+    """Bring images (B, 3, H, W) to the tokenizer's size and the pipeline's device."""
+    pixel_values = images_to_pixel_values(name, images, pipe.tokenizer.config.image_size, fit)
+    return pixel_values.to(pipe._execution_device)
+
+
+def _count_labels(pipe, class_labels: Labels, num_images_per_label: int, **pictures: list) -> int:
+    """Count labels; refuse images and masks of which there is neither one nor one a label."""
+    check_counts("pil", num_images_per_label=num_images_per_label)
+    num_labels = len(pipe.resolve_labels(class_labels))
+    for name, given in pictures.items():
+        if len(given) not in (1, num_labels):
+            raise ValueError(f"{name} holds {len(given)} images; expected 1 or {num_labels}, one a label")
+    return num_labels
+
+
+def _paint(
+    pipe,
+    pixel_values: Tensor,
+    mask: Tensor,
+    class_labels: Labels,
+    num_labels: int,
+    num_images_per_label: int,
+    options: Mapping,
+) -> Output:
+    """Sample the tokens that lie inside a mask."""
+    if "idx_Bl" in options:
+        raise ValueError("idx_Bl is given; expected none, since the known tokens are those of the image")
+    pixel_values, mask = pixel_values.to(pipe._execution_device), mask.to(pipe._execution_device)
+    given, is_inside_Bl = [], mask_blocks(pipe.tokenizer.layout, mask)
+    with pipe._hooks_freed():
+        for idx, is_inside in zip(pipe.tokenizer.img_to_idxBl(pixel_values), is_inside_Bl, strict=True):
+            block = torch.where(is_inside, -1, idx).expand(num_labels, -1)
+            given.append(block.repeat_interleave(num_images_per_label, dim=0))
+        return pipe(class_labels, num_images_per_label, idx_Bl=given, **options)
 
 
 def mask_blocks(layout: BlockLayout, mask: Tensor) -> list[Tensor]:

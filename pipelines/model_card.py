@@ -6,6 +6,15 @@ Legend: K blocks, L_k tokens of block k, V codes, C code channels.
 from collections.abc import Mapping
 
 GRID_NAME = "samples.png"
+# What a prior's configuration may say of its size.
+_SIZES = {
+    "model_type": "{}",
+    "num_layers": "{} layers",
+    "num_hidden_layers": "{} layers",
+    "hidden_size": "width {}",
+    "num_heads": "{} heads",
+    "num_attention_heads": "{} heads",
+}
 
 
 def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | None, has_grid: bool) -> str:
@@ -21,11 +30,12 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
         Markdown with the header that the hub reads.
     """
     tokenizer, prior = pipe.tokenizer, pipe.prior
-    config, layout = prior.config, prior.layout
+    layout, num_classes = prior.layout, getattr(prior.config, "num_classes", 0)
+    dim = getattr(tokenizer.config, "embedding_dim", None)
     height, width = tokenizer.config.image_size
-    kind = "class-conditional" if config.num_classes else "unconditional"
-    label = (config.class_names or [0])[0]
-    call = f"pipe({label!r}, num_images_per_label=4)" if config.num_classes else "pipe(4)"
+    kind = "class-conditional" if num_classes else "unconditional"
+    label = (getattr(prior.config, "class_names", None) or [0])[0]
+    call = f"pipe({label!r}, num_images_per_label=4)" if num_classes else "pipe(4)"
     shapes = ", ".join(f"{h}×{w}" for h, w in _shortened(layout.shapes))
     lines = ["---", "library_name: diffusers", "tags:", "- nextblock", "- image-generation", "---"]
     lines += [f"# Next-block {kind} image generation", ""]
@@ -47,9 +57,9 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
         "|---|---|",
         f"| layout | {layout.kind}, {layout.num_blocks} blocks, {layout.num_tokens} tokens |",
         f"| latent grid | {layout.grid[0]}×{layout.grid[1]} |",
-        f"| codes | {config.vocab_size} of {config.embedding_dim} channels |",
-        f"| classes | {config.num_classes or 'none'} |",
-        f"| prior | {config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads |",
+        f"| codes | {tokenizer.config.vocab_size}{f' of {dim} channels' if dim else ''} |",
+        f"| classes | {num_classes or 'none'} |",
+        f"| prior | {_sizes(prior.config)} |",
         f"| prior parameters | {_num_parameters(prior):,} |",
         f"| tokenizer parameters | {_num_parameters(tokenizer):,} |",
         "",
@@ -61,6 +71,12 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
 def _shortened(shapes) -> list:
     """Return the block sizes once if all are equal."""
     return list(shapes[:1] if len(set(shapes)) == 1 else shapes)
+
+
+def _sizes(config) -> str:
+    """Say of a prior what its configuration has names for; two names of one fact say it once."""
+    facts = (text.format(getattr(config, name)) for name, text in _SIZES.items() if getattr(config, name, None))
+    return ", ".join(dict.fromkeys(facts))
 
 
 def _num_parameters(model) -> int:

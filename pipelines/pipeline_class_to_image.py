@@ -3,30 +3,30 @@
 Legend: B images, K blocks, L_k tokens of block k, C code channels, H×W pixels, h×w latent cells.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
-from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
-from nextblock.prior.sampling import SamplingOptions, image_generators
 
-from .block_loop import BlockLoop
-from .editing import PICTURE_TYPES, EditingMixin
+from . import editing, storage
+from .editing import Labels, Output
+from .given_images import ImageInput
 from .labels import resolve_labels
-from .sampling_request import BatchShape, SamplingRequest, check_callback, check_counts
-from .storage import StorageMixin, check_loading
+from .sampling_loop import decode, make_request, sample
+from .sampling_request import check_counts
 
 
-class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
+class ClassToImagePipeline(DiffusionPipeline):
     """Sample images of given classes, and edit images that are given.
 
     Args:
@@ -42,11 +42,6 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         if tokenizer is not None and prior is not None:
             prior.check_quantizer(tokenizer.quantizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
-        # A scale factor would round sizes down to its multiples.
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=True)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
         self._guidance_scale, self._interrupt = 1.0, False
 
     @property
@@ -75,7 +70,7 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Raises:
             ValueError: if `use_safetensors` is False or `dtype` is none.
         """
-        check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
+        storage.check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"use_safetensors": True})
 
     @classmethod
@@ -90,12 +85,7 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Returns:
             The local folder.
         """
-        names = ("cache_dir", "revision", "token", "force_download", "local_files_only")
-        return snapshot_download(
-            pretrained_model_name,
-            allow_patterns=["*.json", "*.safetensors", "README.md"],
-            **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
-        )
+        return storage.download_pipeline(pretrained_model_name, kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -148,11 +138,13 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         check_counts(output_type, decode_batch_size=decode_batch_size)
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         options |= {"is_smooth": is_smooth}
-        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        request = make_request(
+            self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options
+        )
         with self._hooks_freed():
-            images, maps = self._sample(request)
+            images, maps = sample(self, request)
             if output_type != "latent":
-                images = self._decode(maps[-1], decode_batch_size or request.batch.num_images, output_type)
+                images = decode(self, maps[-1], decode_batch_size or request.batch.num_images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -186,13 +178,190 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range or a class name is unknown.
         """
-        check_counts(output_type, PICTURE_TYPES, decode_batch_size=decode_batch_size)
+        check_counts(output_type, editing.PICTURE_TYPES, decode_batch_size=decode_batch_size)
         callback = None, ()
-        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        request = make_request(
+            self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options
+        )
         with self._hooks_freed():
-            _, maps = self._sample(request, keeps_maps=True)
+            _, maps = sample(self, request, keeps_maps=True)
             num_decoded = decode_batch_size or request.batch.num_images
-            return [self._decode(features, num_decoded, output_type) for features in maps]
+            return [decode(self, features, num_decoded, output_type) for features in maps]
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: ImageInput,
+        mask_image: ImageInput,
+        class_labels: Labels = None,
+        num_images_per_label: int = 1,
+        *,
+        fit: str = "crop",
+        **options,
+    ) -> Output:
+        """Paint part of an image anew: in-painting and class-conditional editing by a token mask.
+
+        In every block, tokens outside the mask come from the encoded image and tokens inside from the prior. A token is
+        inside if at least half of its area is.
+
+        Args:
+            image: one image, or one for each label: PIL, or in [0, 1], [-1, 1] or uint8 an array (H, W, 3) or
+                (n, H, W, 3) or a tensor (3, H, W) or (n, 3, H, W).
+            mask_image: one mask, or one for each image, over all of it: PIL, or an array or tensor (H, W) or (n, H, W)
+                of booleans, numbers in [0, 1] or uint8. White is painted anew, black is kept.
+            class_labels: see `__call__`.
+            num_images_per_label: see `__call__`.
+            fit: how images and masks are brought to the tokenizer's size: "crop" to the center as in training,
+                "stretch", or "pad" by repeating the edges.
+            options: further arguments of `__call__`.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: if images, masks and labels do not fit each other, or an option is outside its range.
+        """
+        return editing.inpaint(self, image, mask_image, class_labels, num_images_per_label, fit, options)
+
+    @torch.no_grad()
+    def outpaint(
+        self,
+        image: ImageInput,
+        box: tuple[int, int, int, int],
+        class_labels: Labels = None,
+        num_images_per_label: int = 1,
+        *,
+        fit: str = "crop",
+        **options,
+    ) -> Output:
+        """Paint what lies around an image: the image goes into a box of the picture, the rest is sampled.
+
+        Args:
+            image: one image, or one for each label.
+            box: (left, top, right, bottom) in pixels of the tokenizer's size.
+            class_labels, num_images_per_label, options: see `inpaint`.
+            fit: how the image fills the box; see `inpaint`.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: if the box does not lie inside the picture, or as for `inpaint`.
+        """
+        return editing.outpaint(self, image, box, class_labels, num_images_per_label, fit, options)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: ImageInput,
+        decode_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        fit: str = "crop",
+    ) -> Output:
+        """Encode images to indices and decode them: the best that the tokenizer allows.
+
+        Args:
+            image: one or several, see `inpaint` as for `fit`.
+            decode_batch_size, output_type, return_dict: see `__call__`.
+            fit: how images are brought to size.
+
+        Returns:
+            As `__call__`.
+
+        Raises:
+            ValueError: if the image is none, or an option is outside its range.
+        """
+        return editing.reconstruct(self, image, decode_batch_size, output_type, return_dict, fit)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a: ImageInput,
+        image_b: ImageInput,
+        num_steps: int = 8,
+        decode_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        fit: str = "crop",
+    ) -> Output:
+        """Go from one image to another along the straight line between their quantized maps.
+
+        Args:
+            image_a, image_b: the first and the last image, see `inpaint` as for `fit`.
+            num_steps: images, the reconstructions of both among them; at least 2.
+            decode_batch_size, return_dict: see `__call__`.
+            output_type: "pil", "np" or "pt": between two images there are no indices.
+            fit: how images are brought to size.
+
+        Returns:
+            As `__call__`, with `num_steps` images.
+
+        Raises:
+            ValueError: if there are several images on a side, or an option is outside its range.
+        """
+        sides = image_a, image_b
+        return editing.interpolate(self, *sides, num_steps, decode_batch_size, output_type, return_dict, fit)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        *,
+        recipe: Mapping | None = None,
+        metrics: Mapping[str, float] | None = None,
+        sample_images: Sequence[Image.Image] | None = None,
+        **hub_options,
+    ) -> None:
+        """Save configuration, safetensors and a model card.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: True; there are no pickled weights.
+            variant: such as "bf16", a part of the weights' file names.
+            max_shard_size: largest file of weights.
+            push_to_hub: whether to publish the folder, under its name unless there is a `repo_id`.
+            recipe: how the pipeline was trained, name → value, for the card.
+            metrics: what was measured, name → number, for the card.
+            sample_images: pictures for the card's grid.
+            hub_options: see `push_to_hub`, and `repo_id`.
+
+        Raises:
+            ValueError: if `safe_serialization` is False, or options for the hub come without `push_to_hub`.
+        """
+        files = save_directory, safe_serialization, variant, max_shard_size, push_to_hub
+        card = {"recipe": recipe, "metrics": metrics, "sample_images": sample_images}
+        storage.save_pipeline(self, *files, **card, **hub_options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload pipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **saving,
+    ) -> str:
+        """Publish the pipeline with its model card.
+
+        Args:
+            repo_id: the repository, created if there is none.
+            commit_message, create_pr: of the commit, which may be a pull request.
+            private: whether a new repository is private; None leaves it to the hub.
+            token: None takes the stored one.
+            saving: `variant`, `max_shard_size`, `recipe`, `metrics` and `sample_images` of `save_pretrained`.
+
+        Returns:
+            The commit's address.
+        """
+        hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        return storage.publish_pipeline(self, repo_id, saving, **hub)
 
     def compile(self, **options) -> None:
         """Compile the prior's layers and the tokenizer's decoder; the calls that meet a new shape take long.
@@ -215,71 +384,6 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
         return resolve_labels(class_labels, self.prior.config.num_classes, self.prior.config.class_names)
 
-    def _request(
-        self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback: tuple, options: dict
-    ) -> SamplingRequest:
-        """Check a call as a whole."""
-        check_counts("pil", num_images_per_label=num_images_per_label, batch_size=batch_size)
-        config = self.prior.config
-        sampling = SamplingOptions(**options)
-        sampling.check(config.num_classes, config.vocab_size, self.prior.layout.is_scales)
-        tensor_inputs = check_callback(*callback, self._callback_tensor_inputs)
-        labels = [label for label in self.resolve_labels(class_labels) for _ in range(num_images_per_label)]
-        if idx_Bl is not None:
-            self.prior.check_given(idx_Bl, len(labels))
-        return SamplingRequest(
-            labels=labels,
-            # Last: a single generator moves on, which a refused call must not cause.
-            generators=image_generators(generator, len(labels)),
-            given_idx_Bl=idx_Bl,
-            options=sampling,
-            batch=BatchShape.choose(len(labels), batch_size, self.prior, self._execution_device),
-            callback=callback[0],
-            tensor_inputs=tensor_inputs,
-        )
-
-    def _sample(self, request: SamplingRequest, keeps_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """Sample all images in batches of one shape.
-
-        Returns K tensors (B, L_k) of indices, −1 where a callback stopped before, and the maps (B, C, h, w) after each
-        block, or the last alone.
-        """
-        labels = torch.tensor(request.labels, device=self._execution_device)
-        # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
-        self.tokenizer.quantizer.to(self._execution_device)
-        starts, self._interrupt, batches, maps = range(0, len(labels), request.batch.num_images), False, [], []
-        with self.progress_bar(total=len(starts) * self.num_timesteps) as bar:
-            for start in starts:
-                idx_Bl, batch_maps = self._sample_batch(request, labels, start, bar, keeps_maps)
-                batches.append(idx_Bl)
-                maps.append(batch_maps)
-        idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
-        return idx_Bl, [torch.cat(features) for features in zip(*maps, strict=True)]
-
-    def _sample_batch(self, request: SamplingRequest, labels: Tensor, start: int, bar, keeps_maps: bool):
-        """Sample one batch; padded rows are computed and dropped."""
-        batch, rows = request.batch, slice(start, start + request.batch.num_images)
-        own, given = request.generators[rows], request.given_idx_Bl
-        n = len(own)
-        # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
-        self._guidance_scale = request.options.guidance_scale
-        loop, idx_Bl = BlockLoop(self, request, n, bar, keeps_maps), []
-        if not self.interrupt:
-            idx_Bl = self.prior.generate(
-                batch.pad(labels[rows]),
-                self.tokenizer.quantizer,
-                generator=own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
-                given_idx_Bl=given and [batch.pad(idx[rows]) for idx in given],
-                on_block_end=loop,
-                is_guidance_fixed=request.callback is None,
-                **vars(request.options),
-            )
-        lengths = self.prior.layout.block_lengths[len(idx_Bl) :]
-        rest, maps = [labels.new_full((n, length), -1) for length in lengths], loop.maps
-        # The last map stands for the blocks that an interruption left out.
-        maps += [loop.canvas[:n]] * ((self.num_timesteps if keeps_maps else 1) - len(maps))
-        return [idx[:n] for idx in idx_Bl] + rest, maps
-
     @contextmanager
     def _hooks_freed(self):
         """Offload the models again after work on them, also after work that failed."""
@@ -287,17 +391,6 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
             yield
         finally:
             self.maybe_free_model_hooks()
-
-    def _decode(self, features: Tensor, num_images: int | None, output_type: str):
-        """Decode maps (B, C, h, w) in batches of one shape."""
-        if hasattr(self.tokenizer, "_hf_hook"):
-            self.tokenizer._hf_hook.pre_forward(self.tokenizer)  # Offload hooks fire by themselves on `forward` only.
-        batch = BatchShape.choose(len(features), num_images, self.tokenizer, self._execution_device)
-        images = [
-            self.tokenizer.decode(batch.pad(part))[: len(part)].clamp(-1, 1).float()
-            for part in features.split(batch.num_images)
-        ]
-        return self.image_processor.postprocess(torch.cat(images), output_type=output_type)
 
 
 # `DiffusionPipeline.from_pretrained` finds the class that a saved pipeline names among diffusers' own attributes.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 
 from nextblock.evaluation.pictures import image_grid
@@ -28,80 +29,50 @@ def check_loading(use_safetensors: bool | None, dtype) -> None:
         raise ValueError(f"dtype is {dtype!r}; expected a torch.dtype, or a dict of component → torch.dtype")
 
 
-class StorageMixin:
-    """How a pipeline is saved and published."""
+def download_pipeline(pretrained_model_name: str, options: Mapping) -> str:
+    """Fetch a pipeline from the hub; see `ClassToImagePipeline.download`."""
+    names = ("cache_dir", "revision", "token", "force_download", "local_files_only")
+    return snapshot_download(
+        pretrained_model_name,
+        allow_patterns=["*.json", "*.safetensors", "README.md"],
+        **{name: options[name] for name in names if options.get(name) is not None},
+    )
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        *,
-        recipe: Mapping | None = None,
-        metrics: Mapping[str, float] | None = None,
-        sample_images: Sequence[Image.Image] | None = None,
-        **hub_options,
-    ) -> None:
-        """Save configuration, safetensors and a model card.
 
-        Args:
-            save_directory: the folder.
-            safe_serialization: True; there are no pickled weights.
-            variant: such as "bf16", a part of the weights' file names.
-            max_shard_size: largest file of weights.
-            push_to_hub: whether to publish the folder, under its name unless `hub_options` hold a `repo_id`.
-            recipe: how the pipeline was trained, name → value, for the card.
-            metrics: what was measured, name → number, for the card.
-            sample_images: pictures for the card's grid.
-            hub_options: see `push_to_hub`.
+def save_pipeline(
+    pipe: DiffusionPipeline,
+    save_directory: str | os.PathLike,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    push_to_hub: bool = False,
+    *,
+    recipe: Mapping | None = None,
+    metrics: Mapping[str, float] | None = None,
+    sample_images: Sequence[Image.Image] | None = None,
+    **hub_options,
+) -> None:
+    """Save configuration, safetensors and a model card; see `ClassToImagePipeline.save_pretrained`."""
+    if safe_serialization is not True:
+        raise ValueError(f"safe_serialization is {safe_serialization!r}; expected True")
+    if hub_options and not push_to_hub:
+        raise ValueError(f"push_to_hub is False; expected True with {sorted(hub_options)}")
+    folder = Path(save_directory)
+    DiffusionPipeline.save_pretrained(pipe, folder, variant=variant, max_shard_size=max_shard_size)
+    if sample_images is not None:
+        pictures = np.stack([np.asarray(image.convert("RGB")) for image in sample_images])
+        image_grid(pictures, min(8, len(pictures))).save(folder / GRID_NAME)
+    card = pipeline_card(pipe, recipe, metrics, has_grid=sample_images is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if push_to_hub:
+        upload_folder(folder, hub_options.pop("repo_id", folder.resolve().name), **hub_options)
 
-        Raises:
-            ValueError: if `safe_serialization` is False, or options for the hub come without `push_to_hub`.
-        """
-        if safe_serialization is not True:
-            raise ValueError(f"safe_serialization is {safe_serialization!r}; expected True")
-        if hub_options and not push_to_hub:
-            raise ValueError(f"push_to_hub is False; expected True with {sorted(hub_options)}")
-        folder = Path(save_directory)
-        super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        if sample_images is not None:
-            pictures = np.stack([np.asarray(image.convert("RGB")) for image in sample_images])
-            image_grid(pictures, min(8, len(pictures))).save(folder / GRID_NAME)
-        card = pipeline_card(self, recipe, metrics, has_grid=sample_images is not None)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        if push_to_hub:
-            upload_folder(folder, hub_options.pop("repo_id", folder.resolve().name), **hub_options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload pipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        **saving,
-    ) -> str:
-        """Publish the pipeline with its model card.
-
-        Args:
-            repo_id: the repository, created if there is none.
-            commit_message: of the commit.
-            private: whether a new repository is private; None leaves it to the hub.
-            token: None takes the stored one.
-            create_pr: whether to open a pull request instead of a commit.
-            saving: `variant`, `max_shard_size`, `recipe`, `metrics` and `sample_images` of `save_pretrained`.
-
-        Returns:
-            The commit's address.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **saving)
-            return upload_folder(
-                folder, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr
-            )
+def publish_pipeline(pipe: DiffusionPipeline, repo_id: str, saving: Mapping, **hub_options) -> str:
+    """Publish a pipeline with its model card; see `ClassToImagePipeline.push_to_hub`."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder, **saving)
+        return upload_folder(folder, repo_id, **hub_options)
 
 
 def upload_folder(
@@ -113,7 +84,7 @@ def upload_folder(
     token: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Publish a folder; see `StorageMixin.push_to_hub`."""
+    """Publish a folder; see `ClassToImagePipeline.push_to_hub`."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(

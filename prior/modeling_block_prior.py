@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.training.offload import run_offload_hook
 
 from .chunked_loss import chunked_cross_entropy
 from .configuration_block_prior import BlockPriorConfig
@@ -270,8 +271,7 @@ class BlockPrior(PreTrainedModel):
         Raises:
             ValueError: if an argument is outside its range or the quantizer does not fit.
         """
-        if hasattr(self, "_hf_hook"):
-            self._hf_hook.pre_forward(self)  # Offload hooks fire by themselves on `forward` only.
+        run_offload_hook(self)
         class_labels = torch.as_tensor(class_labels, device=self.device)
         self._check_labels(class_labels)
         self.check_quantizer(quantizer)

@@ -23,7 +23,8 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.keyed_random import drop_class_labels
-from nextblock.evaluation.pictures import class_grid, image_grid, to_uint8
+from nextblock.data.pixels import to_uint8
+from nextblock.evaluation.pictures import class_grid, image_grid
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 from nextblock.training.run_config import options_dataclass

@@ -2,9 +2,11 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import import_module, metadata
 from pathlib import Path
@@ -112,6 +114,41 @@ def test_models_import_neither_diffusers_nor_datasets(module, tmp_path):
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert output == "[]\n"
+
+
+# Names that differ from what pip installs them by.
+DISTRIBUTIONS = {"pil": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+# Accelerate's tracker loads tensorboard; tests run on the others.
+LOADED_BY_NAME = {"tensorboard", "pytest-xdist", "ruff", "setuptools"}
+
+
+def imported_packages(*folders):
+    """What pip installs for the imports below some folders, inside functions too."""
+    modules = {
+        module.split(".")[0]
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] in folders
+        for module in imported_modules(path, ast.walk(parse(path)))
+    }
+    names = {name.lower().replace("_", "-") for name in modules - set(sys.stdlib_module_names) - {"nextblock"}}
+    return {DISTRIBUTIONS.get(name, name) for name in names}
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared, demo, dev = (
+        {re.match(r"[\w-]+", line)[0] for line in lines}
+        for lines in (project["dependencies"], extras["demo"], extras["dev"])
+    )
+    library = imported_packages(*RANKS)
+    assert library <= declared | demo
+    assert declared | demo <= library | LOADED_BY_NAME
+    everything = library | imported_packages("tests")
+    assert everything <= declared | demo | dev
+    assert dev - {"nextblock"} <= everything | LOADED_BY_NAME
+    # One benchmark cuts its data out of the photographs of a package that nothing else needs.
+    assert imported_packages("benchmarks") <= declared | {"scikit-image"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from nextblock.data.pixels import to_pixel_values
 from nextblock.data.token_jobs import RowDataset, Shard, as_is
 from nextblock.data.token_shards import write_shard
 
@@ -35,8 +36,6 @@ class Encoder:
         self.is_autocast = is_autocast
         self.memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
-        # A divisor on the device: a Python number would be multiplied by its rounded reciprocal there.
-        self.half_range = torch.tensor(127.5, device=self.device)
         if is_compiled:
             model.encoder.compile()
 
@@ -47,8 +46,7 @@ class Encoder:
     @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode (B, H, W, 3) uint8 to what the quantizer receives."""
-        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        pixel_values = pixels.to(torch.float32, memory_format=self.memory_format) / self.half_range - 1
+        pixel_values = to_pixel_values(pixels.to(self.device, non_blocking=True), self.memory_format)
         with torch.autocast(self.device.type, torch.bfloat16) if self.is_autocast else nullcontext():
             return self.model.encode(pixel_values)
 

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.evaluation.codebook import code_counts, codebook_statistics
+from nextblock.training.offload import run_offload_hook
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
 from .codebook import Codebook, all_reduced
@@ -119,7 +120,7 @@ class VQVAE(PreTrainedModel):
         Raises:
             ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
         """
-        self._run_offload_hook()
+        run_offload_hook(self)
         return self.quantizer.features_to_idxBl(self.encode(pixel_values))
 
     @torch.no_grad()
@@ -137,7 +138,7 @@ class VQVAE(PreTrainedModel):
             ValueError: if the blocks do not fit the layout, an index on the CPU is not a code, or indices are asked of
                 scales.
         """
-        self._run_offload_hook()
+        run_offload_hook(self)
         self._check_indices(idx_Bl)
         if not as_indices:
             return self.quantizer.idxBl_to_var_input(idx_Bl)
@@ -158,7 +159,7 @@ class VQVAE(PreTrainedModel):
         Raises:
             ValueError: if the blocks do not fit the layout or an index on the CPU is not a code.
         """
-        self._run_offload_hook()
+        run_offload_hook(self)
         self._check_indices(idx_Bl)
         return self.decode(self.quantizer.idxBl_to_features(idx_Bl)).clamp(-1, 1)
 
@@ -195,11 +196,6 @@ class VQVAE(PreTrainedModel):
     def _conv_dtype(self) -> torch.dtype:
         """Dtype of the convolutions, which a half-precision model keeps while its quantizer stays float32."""
         return next(self.decoder.parameters()).dtype
-
-    def _run_offload_hook(self) -> None:
-        """Let an offloaded model come to its device: hooks fire by themselves on `forward` only."""
-        if hasattr(self, "_hf_hook"):
-            self._hf_hook.pre_forward(self)
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
         """Refuse pixels that are no (B, 3, H, W) floats in [-1, 1]."""

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, collate
 from nextblock.data.keyed_random import keyed_uniform
+from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
-from nextblock.evaluation.pictures import comparison_grid, to_uint8
+from nextblock.evaluation.pictures import comparison_grid
 from nextblock.training.alarms import CodeUsage
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules

@@ -104,7 +104,7 @@ def test_judged_digits_are_the_real_ones(folder, tmp_path):
     """Samples that are the training digits themselves: copies, at the floor, and as good as real."""
     from nextblock.data.augment import TransformConfig
     from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
-    from nextblock.evaluation.pictures import to_uint8
+    from nextblock.data.pixels import to_uint8
 
     dataset = ImageDataset(load_source(ImageDataConfig(), "train"), (32, 32), TransformConfig(), seed=0)
     batch = collate([dataset[index] for index in range(len(dataset))])

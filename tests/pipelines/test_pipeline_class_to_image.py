@@ -1,6 +1,5 @@
 """The pipeline: labels, images that do not depend on their batch, saving, offloading, downloading."""
 
-import inspect
 import json
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
-from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines import ClassToImagePipeline, storage
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
@@ -310,8 +309,7 @@ def test_a_download_fetches_configuration_and_safetensors_alone(monkeypatch, tmp
         return str(tmp_path)
 
     make_pipeline().save_pretrained(tmp_path)
-    module = inspect.getmodule(ClassToImagePipeline)
-    monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(storage, "snapshot_download", snapshot_download)
     patterns = {"allow_patterns": ["*.json", "*.safetensors", "README.md"]}
     assert ClassToImagePipeline.download("someone/birds") == str(tmp_path)
     assert calls == [(("someone/birds",), patterns)]

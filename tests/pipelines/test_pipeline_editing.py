@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nextblock.data.pixels import fit_image
 from nextblock.pipelines import save_animation
 from nextblock.prior.sampling import draw_gumbels
 
@@ -39,6 +40,31 @@ def test_reconstruction_is_encoding_and_decoding(any_pipe, images):
     array = np.stack([np.array(each) for each in images]) / 255.0
     for same in (array.astype(np.float32), torch.from_numpy(array).permute(0, 3, 1, 2).float()):
         torch.testing.assert_close(any_pipe.reconstruct(same, output_type="pt").images, got, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+def test_pictures_of_other_sizes_are_fitted_as_asked(build_pipeline, fit):
+    pipe = build_pipeline()
+    pixels = np.random.default_rng(3).integers(0, 256, (2, 20, 40, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(each) for each in pixels]
+    fitted = [fit_image(picture, (16, 16), fit) for picture in pictures]
+    chosen = {} if fit == "crop" else {"fit": fit}
+
+    def same(method: str, given: tuple, expected: tuple, **options) -> None:
+        got, expected = (
+            getattr(pipe, method)(*arguments, output_type="pt", **options, **how).images
+            for arguments, how in ((given, chosen), (expected, {}))
+        )
+        assert torch.equal(got, expected)
+
+    same("reconstruct", (pictures,), (fitted,))
+    same("interpolate", (*pictures, 3), (*fitted, 3))
+    mask, half = np.zeros((20, 40), bool), np.zeros((16, 16), bool)
+    mask[:, 20:] = half[:, 8:] = True
+    for given in ((pictures[0], mask), (pixels[0], Image.fromarray(mask))):
+        same("inpaint", (*given, 1), (fitted[0], half, 1), temperature=1e-6)
+    box = (2, 4, 6, 16)
+    same("outpaint", (pictures[0], box, 1), (fit_image(pictures[0], (12, 4), fit), box, 1), temperature=1e-6)
 
 
 def test_outpainting_is_inpainting_around_the_box(any_pipe, images):

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from nextblock.pipelines import ClassToImagePipeline, pipeline_class_to_image, storage
+from nextblock.pipelines import ClassToImagePipeline, storage
 
 FRESH = """
 import sys, torch
@@ -129,7 +129,7 @@ def test_a_hub_repository_is_downloaded_once_and_read_as_a_folder(pipe, tmp_path
         calls.append((repo_id, kwargs))
         return str(tmp_path)
 
-    monkeypatch.setattr(pipeline_class_to_image, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(storage, "snapshot_download", snapshot_download)
     loaded = ClassToImagePipeline.from_pretrained("someone/birds", revision="v1", dtype=torch.float32)
     (repo_id, options), *more = calls
     assert repo_id == "someone/birds" and options["revision"] == "v1" and not more
@@ -149,7 +149,7 @@ def test_the_model_card_says_what_the_pipeline_is(pipe, build_pipeline, tmp_path
         "| layout | scales, 3 blocks, 21 tokens |",
         "| codes | 12 of 8 channels |",
         "| classes | 3 |",
-        "| prior | 2 layers, width 16, 2 heads |",
+        "| prior | nextblock_block_prior, 2 layers, width 16, 2 heads |",
         f"| prior parameters | {num_parameters:,} |",
     ):
         assert part in card

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nextblock.data.pixels import to_uint8
 from nextblock.data.tokens import TokenDataset
 from nextblock.detokenize import DetokenizeConfig, detokenize
-from nextblock.evaluation.pictures import to_uint8
 from nextblock.tokenizer import VQVAE
 
 
