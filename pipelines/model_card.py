@@ -21,11 +21,11 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
         Markdown with the header that the hub reads.
     """
     tokenizer, prior = pipe.tokenizer, pipe.prior
-    config, layout = prior.config, prior.layout
+    classes, layout = prior.conditions, prior.layout
     height, width = tokenizer.config.image_size
-    kind = "class-conditional" if config.num_classes else "unconditional"
-    label = (config.class_names or [0])[0]
-    call = f"pipe({label!r}, num_images_per_label=4)" if config.num_classes else "pipe(4)"
+    kind = "class-conditional" if classes.num_classes else "unconditional"
+    label = (classes.class_names or [0])[0]
+    call = f"pipe({label!r}, num_images_per_label=4)" if classes.num_classes else "pipe(4)"
     shapes = ", ".join(f"{h}×{w}" for h, w in _shortened(layout.shapes))
     lines = ["---", "library_name: diffusers", "tags:", "- nextblock", "- image-generation", "---"]
     lines += [f"# Next-block {kind} image generation", ""]
@@ -47,9 +47,9 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
         "|---|---|",
         f"| layout | {layout.kind}, {layout.num_blocks} blocks, {layout.num_tokens} tokens |",
         f"| latent grid | {layout.grid[0]}×{layout.grid[1]} |",
-        f"| codes | {config.vocab_size} of {config.embedding_dim} channels |",
-        f"| classes | {config.num_classes or 'none'} |",
-        f"| prior | {config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads |",
+        f"| codes | {prior.vocab_size} of {prior.embedding_dim} channels |",
+        f"| classes | {classes.num_classes or 'none'} |",
+        f"| prior | {_sizes(prior)} |",
         f"| prior parameters | {_num_parameters(prior):,} |",
         f"| tokenizer parameters | {_num_parameters(tokenizer):,} |",
         "",
@@ -61,6 +61,13 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
 def _shortened(shapes) -> list:
     """Return the block sizes once if all are equal."""
     return list(shapes[:1] if len(set(shapes)) == 1 else shapes)
+
+
+def _sizes(prior) -> str:
+    """Describe a prior by those of its sizes that its family has."""
+    named = {"num_layers": "{} layers", "hidden_size": "width {}", "num_heads": "{} heads"}
+    values = {name: getattr(prior.config, name, None) for name in named}
+    return ", ".join(named[name].format(value) for name, value in values.items() if value) or type(prior).__name__
 
 
 def _num_parameters(model) -> int:

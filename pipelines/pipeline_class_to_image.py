@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
+from nextblock.prior.family import check_given, check_quantizer, compile_layers
+from nextblock.prior.generation import generate
 from nextblock.prior.sampling import SamplingOptions, image_generators
 
 from .block_loop import BlockLoop
@@ -31,7 +33,7 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
 
     Args:
         tokenizer: a `VQVAE`.
-        prior: a `BlockPrior` over that tokenizer's indices.
+        prior: over that tokenizer's indices; a `BlockPrior`, or of any family that takes class labels.
     """
 
     model_cpu_offload_seq = "prior->tokenizer"
@@ -40,7 +42,7 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
     def __init__(self, tokenizer: PreTrainedModel, prior: PreTrainedModel):
         super().__init__()
         if tokenizer is not None and prior is not None:
-            prior.check_quantizer(tokenizer.quantizer)
+            check_quantizer(prior, tokenizer.quantizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
         # A scale factor would round sizes down to its multiples.
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=True)
@@ -143,17 +145,98 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range or a class name is unknown.
         """
-        options = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "top_k": top_k}
-        options |= {"guidance_power": guidance_power, "temperature": temperature, "top_p": top_p, "min_p": min_p}
         check_counts(output_type, decode_batch_size=decode_batch_size)
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        options |= {"is_smooth": is_smooth}
-        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        options = SamplingOptions(
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            is_smooth=is_smooth,
+        )
+        request = self.request(
+            class_labels,
+            num_images_per_label,
+            options=options,
+            generator=generator,
+            idx_Bl=idx_Bl,
+            batch_size=batch_size,
+            callback=callback_on_step_end,
+            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        images = self.run(request, output_type, decode_batch_size)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def request(
+        self,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        num_images_per_label: int = 1,
+        *,
+        options: SamplingOptions,
+        generator: Generator | list[Generator] | None = None,
+        idx_Bl: list[Tensor] | None = None,
+        batch_size: int | None = None,
+        callback: Callable | None = None,
+        callback_tensor_inputs: Sequence[str] = (),
+    ) -> SamplingRequest:
+        """Check what is asked for as a whole, before anything is computed.
+
+        Args:
+            class_labels: see `__call__`, as for the other arguments.
+            num_images_per_label: images of each label.
+            options: how tokens are drawn.
+            generator: one, or one for each image.
+            idx_Bl: known tokens.
+            batch_size: images sampled at a time.
+            callback: `callback_on_step_end`.
+            callback_tensor_inputs: `callback_on_step_end_tensor_inputs`.
+
+        Returns:
+            What `run` takes, once: generators move on.
+
+        Raises:
+            ValueError: if an argument is outside its range or a class name is unknown.
+        """
+        check_counts("pil", num_images_per_label=num_images_per_label, batch_size=batch_size)
+        options.check_for(self.prior)
+        tensor_inputs = check_callback(callback, callback_tensor_inputs, self._callback_tensor_inputs)
+        labels = [label for label in self.resolve_labels(class_labels) for _ in range(num_images_per_label)]
+        if idx_Bl is not None:
+            check_given(self.prior, idx_Bl, len(labels))
+        return SamplingRequest(
+            condition=self.prior.conditions.of(torch.tensor(labels)),
+            # Last: a single generator moves on, which a refused call must not cause.
+            generators=image_generators(generator, len(labels)),
+            given_idx_BL=None if idx_Bl is None else self.prior.layout.join(idx_Bl),
+            options=options,
+            batch=BatchShape.choose(len(labels), batch_size, self.prior, self._execution_device),
+            callback=callback,
+            tensor_inputs=tensor_inputs,
+        )
+
+    @torch.no_grad()
+    def run(self, request: SamplingRequest, output_type: str = "pil", decode_batch_size: int | None = None):
+        """Sample the images of a request.
+
+        Args:
+            request: from `request`.
+            output_type: see `__call__`.
+            decode_batch_size: images decoded at a time; None decodes in the batches that were sampled.
+
+        Returns:
+            What `__call__` has as `images`.
+
+        Raises:
+            ValueError: if an argument is outside its range.
+        """
+        check_counts(output_type, decode_batch_size=decode_batch_size)
         with self._hooks_freed():
             images, maps = self._sample(request)
             if output_type != "latent":
                 images = self._decode(maps[-1], decode_batch_size or request.batch.num_images, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return images
 
     @torch.no_grad()
     def progressive(
@@ -187,8 +270,14 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
             ValueError: if an argument is outside its range or a class name is unknown.
         """
         check_counts(output_type, PICTURE_TYPES, decode_batch_size=decode_batch_size)
-        callback = None, ()
-        request = self._request(class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options)
+        request = self.request(
+            class_labels,
+            num_images_per_label,
+            options=SamplingOptions(**options),
+            generator=generator,
+            idx_Bl=idx_Bl,
+            batch_size=batch_size,
+        )
         with self._hooks_freed():
             _, maps = self._sample(request, keeps_maps=True)
             num_decoded = decode_batch_size or request.batch.num_images
@@ -207,36 +296,13 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
             torch.compile(torch.nn.Identity(), **options)
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"options are {options}; expected those of torch.compile: {error}") from error
-        for layer in self.prior.blocks:
-            layer.compile_around_attention(**options)
+        compile_layers(self.prior, **options)
         self.tokenizer.decoder.compile(**options)
 
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
-        return resolve_labels(class_labels, self.prior.config.num_classes, self.prior.config.class_names)
-
-    def _request(
-        self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback: tuple, options: dict
-    ) -> SamplingRequest:
-        """Check a call as a whole."""
-        check_counts("pil", num_images_per_label=num_images_per_label, batch_size=batch_size)
-        config = self.prior.config
-        sampling = SamplingOptions(**options)
-        sampling.check(config.num_classes, config.vocab_size, self.prior.layout.is_scales)
-        tensor_inputs = check_callback(*callback, self._callback_tensor_inputs)
-        labels = [label for label in self.resolve_labels(class_labels) for _ in range(num_images_per_label)]
-        if idx_Bl is not None:
-            self.prior.check_given(idx_Bl, len(labels))
-        return SamplingRequest(
-            labels=labels,
-            # Last: a single generator moves on, which a refused call must not cause.
-            generators=image_generators(generator, len(labels)),
-            given_idx_Bl=idx_Bl,
-            options=sampling,
-            batch=BatchShape.choose(len(labels), batch_size, self.prior, self._execution_device),
-            callback=callback[0],
-            tensor_inputs=tensor_inputs,
-        )
+        conditions = self.prior.conditions
+        return resolve_labels(class_labels, conditions.num_classes, conditions.class_names)
 
     def _sample(self, request: SamplingRequest, keeps_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """Sample all images in batches of one shape.
@@ -244,38 +310,39 @@ class ClassToImagePipeline(EditingMixin, StorageMixin, DiffusionPipeline):
         Returns K tensors (B, L_k) of indices, −1 where a callback stopped before, and the maps (B, C, h, w) after each
         block, or the last alone.
         """
-        labels = torch.tensor(request.labels, device=self._execution_device)
         # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
         self.tokenizer.quantizer.to(self._execution_device)
-        starts, self._interrupt, batches, maps = range(0, len(labels), request.batch.num_images), False, [], []
+        starts, batches, maps = range(0, len(request.condition), request.batch.num_images), [], []
+        self._interrupt = False
         with self.progress_bar(total=len(starts) * self.num_timesteps) as bar:
             for start in starts:
-                idx_Bl, batch_maps = self._sample_batch(request, labels, start, bar, keeps_maps)
+                idx_Bl, batch_maps = self._sample_batch(request, start, bar, keeps_maps)
                 batches.append(idx_Bl)
                 maps.append(batch_maps)
         idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
         return idx_Bl, [torch.cat(features) for features in zip(*maps, strict=True)]
 
-    def _sample_batch(self, request: SamplingRequest, labels: Tensor, start: int, bar, keeps_maps: bool):
+    def _sample_batch(self, request: SamplingRequest, start: int, bar, keeps_maps: bool):
         """Sample one batch; padded rows are computed and dropped."""
         batch, rows = request.batch, slice(start, start + request.batch.num_images)
-        own, given = request.generators[rows], request.given_idx_Bl
+        own, given = request.generators[rows], request.given_idx_BL
         n = len(own)
         # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
         self._guidance_scale = request.options.guidance_scale
         loop, idx_Bl = BlockLoop(self, request, n, bar, keeps_maps), []
         if not self.interrupt:
-            idx_Bl = self.prior.generate(
-                batch.pad(labels[rows]),
+            idx_Bl = generate(
+                self.prior,
+                request.condition[rows].padded(batch.num_rows),
                 self.tokenizer.quantizer,
-                generator=own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
-                given_idx_Bl=given and [batch.pad(idx[rows]) for idx in given],
+                request.options,
+                own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
+                given_idx_BL=None if given is None else batch.pad(given[rows]),
                 on_block_end=loop,
                 is_guidance_fixed=request.callback is None,
-                **vars(request.options),
             )
-        lengths = self.prior.layout.block_lengths[len(idx_Bl) :]
-        rest, maps = [labels.new_full((n, length), -1) for length in lengths], loop.maps
+        lengths, device = self.prior.layout.block_lengths[len(idx_Bl) :], self._execution_device
+        rest, maps = [torch.full((n, length), -1, device=device) for length in lengths], loop.maps
         # The last map stands for the blocks that an interruption left out.
         maps += [loop.canvas[:n]] * ((self.num_timesteps if keeps_maps else 1) - len(maps))
         return [idx[:n] for idx in idx_Bl] + rest, maps

@@ -3,9 +3,10 @@
 from transformers import AutoConfig, AutoModel
 
 from .configuration_block_prior import BlockPriorConfig
-from .modeling_block_prior import BlockPrior, PriorOutput
+from .losses import PriorOutput, prior_output
+from .modeling_block_prior import BlockPrior
 
 AutoConfig.register(BlockPriorConfig.model_type, BlockPriorConfig)
 AutoModel.register(BlockPriorConfig, BlockPrior)
 
-__all__ = ["BlockPrior", "BlockPriorConfig", "PriorOutput"]
+__all__ = ["BlockPrior", "BlockPriorConfig", "PriorOutput", "prior_output"]
