@@ -38,20 +38,3 @@ def keyed_uniform(*keys: int, samples: Tensor) -> Tensor:
         state = _mix(state + _GOLDEN + key)
     state = _mix(state + _GOLDEN + samples)
     return _shift_right(state, 11).double() * 2.0**-53
-
-
-def drop_class_labels(class_labels: Tensor, null_class: int, rate: float, *keys: int, samples: Tensor) -> Tensor:
-    """Replace a share of the labels by the null class, which trains the unconditional half of guidance.
-
-    Args:
-        class_labels: (B,) int64.
-        null_class: the label that stands for "no class".
-        rate: share of labels dropped, in [0, 1].
-        keys: integers such as (seed, step).
-        samples: (B,) int64, the samples' numbers in the data set.
-
-    Returns:
-        (B,) int64 labels.
-    """
-    is_dropped = keyed_uniform(*keys, samples=samples) < rate
-    return torch.where(is_dropped.to(class_labels.device), null_class, class_labels)

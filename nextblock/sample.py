@@ -12,7 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.part_jobs import claimed_folder
 from nextblock.pipelines.pipeline_class_to_image import ClassToImagePipeline
 from nextblock.pipelines.sample_files import LOSSY_FORMATS, NpzFile, PictureFolder
+from nextblock.pipelines.sampling_loop import make_request, run
 from nextblock.prior.sampling import SamplingOptions
 from nextblock.training.processes import connect_processes
 from nextblock.training.run_config import save_run_config
@@ -38,10 +39,6 @@ from .progress import Progress
 _PICTURE_NAME = "samples.png"
 _PICTURE_COLUMNS, _PICTURE_ROWS = 10, 10
 _NUM_WRITERS = 4
-_OPTION_NAMES = (
-    *("guidance_scale", "guidance_schedule", "guidance_power"),
-    *("temperature", "top_k", "top_p", "min_p"),
-)
 
 
 @dataclass(kw_only=True)
@@ -65,20 +62,8 @@ class SampleConfig:
     """Classes to draw, by number or by name; null draws every class, or an unconditional model's images."""
     num_images_per_label: int = 10
     """Images of each class."""
-    guidance_scale: float = 1.25
-    """Strength of classifier-free guidance; 1 is none."""
-    guidance_schedule: Literal["constant", "linear", "power-cosine"] = "constant"
-    """Whether guidance is the same for all blocks or grows from none at the first to full at the last."""
-    guidance_power: float = 1.0
-    """Power of the schedule "power-cosine"; the larger, the later guidance sets in."""
-    temperature: float = 1.0
-    """Divides the logits; below 1 sharpens the distribution of tokens."""
-    top_k: int = 0
-    """Draw each token among the k likeliest codes; 0 among all."""
-    top_p: float = 1.0
-    """Draw each token among the likeliest codes that hold this share of the probability; 1 among all."""
-    min_p: float = 0.0
-    """Draw each token among the codes at least this many times as likely as the likeliest; 0 among all."""
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(guidance_scale=1.25))
+    """How tokens are drawn."""
     seed: int = 0
     """Key of all random numbers."""
     batch_size: int = 100
@@ -132,7 +117,7 @@ def sample(config: SampleConfig) -> None:
     folder = Path(config.output_dir)
     pipe = ClassToImagePipeline.from_pretrained(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    options, labels = _check_against(pipe, config)
+    labels = _check_against(pipe, config)
     job = _describe(config, pipe, labels, state)
     class_labels = np.repeat(np.asarray(labels, np.int64), config.num_images_per_label)
     files = _open_files(config, pipe, class_labels)
@@ -150,7 +135,7 @@ def sample(config: SampleConfig) -> None:
                 keep_freed_memory()
             pipe.to(state.device, getattr(torch, config.dtype))
             with fixed_threads(config.num_threads):
-                _draw_missing(partial(_draw, pipe, config, options, class_labels), missing, N, files, state)
+                _draw_missing(partial(_draw, pipe, config, class_labels), missing, N, files, state)
         if state.is_main_process:
             if not is_finished:
                 files.assemble(batches)
@@ -162,24 +147,23 @@ def sample(config: SampleConfig) -> None:
             print(f"{files.path}: {N} images, {'all there already' if is_finished else drawn}")
 
 
-def _check_against(pipe: ClassToImagePipeline, config: SampleConfig) -> tuple[SamplingOptions, list[int]]:
-    """Return how tokens are drawn and the labels wanted, once the pipeline is known to serve them."""
-    options = SamplingOptions(**{name: getattr(config, name) for name in _OPTION_NAMES})
-    num_classes = pipe.prior.config.num_classes
-    options.check(num_classes, pipe.prior.config.vocab_size, pipe.prior.layout.is_scales)
-    wanted = config.class_labels
+def _check_against(pipe: ClassToImagePipeline, config: SampleConfig) -> list[int]:
+    """Return the labels wanted, once the pipeline is known to serve the configuration."""
+    config.sampling.check_for(pipe.prior)
+    wanted, num_classes = config.class_labels, pipe.prior.conditions.num_classes
     if wanted is None and num_classes:
         wanted = range(num_classes)
-    return options, pipe.resolve_labels(wanted)
+    return pipe.resolve_labels(wanted)
 
 
 def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int], state: PartialState) -> dict:
     """All that the bytes of the images depend on."""
-    fields = ("num_images_per_label", *_OPTION_NAMES, "seed", "batch_size", "num_threads", "dtype", "output_format")
+    fields = ("num_images_per_label", "seed", "batch_size", "num_threads", "dtype", "output_format")
     return {
         "tokenizer_sha256": model_fingerprint(pipe.tokenizer),
         "prior_sha256": model_fingerprint(pipe.prior),
         **{name: getattr(config, name) for name in fields},
+        **asdict(config.sampling),
         "image_quality": config.image_quality if config.output_format in LOSSY_FORMATS else None,
         "device": state.device.type,
         "class_labels": labels,
@@ -188,10 +172,10 @@ def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int
 
 def _open_files(config: SampleConfig, pipe: ClassToImagePipeline, class_labels: np.ndarray) -> NpzFile | PictureFolder:
     """Return what the images are written to."""
-    folder, prior = Path(config.output_dir), pipe.prior.config
+    folder, conditions = Path(config.output_dir), pipe.prior.conditions
     if config.output_format == "npz":
         return NpzFile(folder, class_labels, pipe.tokenizer.config.image_size)
-    classes = prior.num_classes, prior.class_names
+    classes = conditions.num_classes, conditions.class_names
     return PictureFolder(folder, class_labels, *classes, config.output_format, config.image_quality)
 
 
@@ -220,18 +204,17 @@ def _draw_missing(
     progress.close()
 
 
-def _draw(
-    pipe: ClassToImagePipeline, config: SampleConfig, options: SamplingOptions, class_labels: np.ndarray, batch: range
-) -> np.ndarray:
+def _draw(pipe: ClassToImagePipeline, config: SampleConfig, class_labels: np.ndarray, batch: range) -> np.ndarray:
     """Draw one batch, (n, H, W, 3) uint8."""
-    is_conditional = pipe.prior.config.num_classes > 0
-    images = pipe(
-        class_labels=class_labels[batch.start : batch.stop] if is_conditional else len(batch),
+    is_conditional = pipe.prior.conditions.num_classes > 0
+    request = make_request(
+        pipe,
+        class_labels[batch.start : batch.stop] if is_conditional else len(batch),
+        options=config.sampling,
         generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in batch],
         batch_size=config.batch_size,
-        **asdict(options),
-    ).images
-    return np.stack([np.asarray(image) for image in images])
+    )
+    return np.stack([np.asarray(image) for image in run(pipe, request, "pil")])
 
 
 def _draw_picture(path: Path, files: NpzFile | PictureFolder, class_labels: np.ndarray) -> None:

@@ -1,10 +1,14 @@
 """Train a prior on tokens or images: `accelerate launch -m nextblock train-prior --config prior/digits-scales …`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
+from transformers import PreTrainedModel
 
+from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
@@ -12,6 +16,28 @@ from nextblock.training.accelerator import build_accelerator
 from nextblock.training.loop import fit
 
 from .command_line import parse_run_config
+
+
+def export_pipeline(
+    folder: str,
+    prior: PreTrainedModel,
+    tokenizer: PreTrainedModel,
+    recipe: dict,
+    metrics: dict[str, float],
+    images: list[Image.Image],
+) -> None:
+    """Save prior and tokenizer together as a pipeline, whose card says how it was trained and what it reached.
+
+    Args:
+        folder: the pipeline's.
+        prior: the trained prior.
+        tokenizer: whose tokens it predicts.
+        recipe: name → value.
+        metrics: name → number.
+        images: samples.
+    """
+    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior)
+    pipe.save_pretrained(folder, recipe=recipe, metrics=metrics, sample_images=images)
 
 
 def train(config: PriorTrainConfig) -> None:
@@ -30,7 +56,8 @@ def train(config: PriorTrainConfig) -> None:
     else:
         data = image_data(config.data, config.transform, config.loop.seed, tuple(tokenizer.config.image_size))
     accelerator = build_accelerator(config.loop, output_dir)
-    task = PriorTask(accelerator, config, build_prior(config, tokenizer, data.class_names), tokenizer, data)
+    model, export = build_prior(config, tokenizer, data.class_names), partial(export_pipeline, config.pipeline_dir)
+    task = PriorTask(accelerator, config, model, tokenizer, data, export)
     fit(accelerator, task, data.train, data.collate, config, output_dir)
 
 

@@ -37,7 +37,8 @@ class BlockLoop:
         if self._request.callback is not None:
             self._call_back(step)
             self._follow_guidance(step)
-        self.canvas, _ = self._pipe.tokenizer.quantizer.advance(self.canvas, step.content(), step.block)
+        step.advance()
+        self.canvas = step.canvas
         if self._keeps_maps:
             self.maps.append(self.canvas[: self._num_images].clone())
         step.is_last = self._pipe.interrupt
@@ -67,9 +68,8 @@ class BlockLoop:
         """Spread a guidance scale that the callback has set over the blocks to come."""
         if self._pipe.guidance_scale == self._options.guidance_scale:
             return
-        config = self._pipe.prior.config
         options = replace(self._options, guidance_scale=self._pipe.guidance_scale)
-        options.check(config.num_classes, config.vocab_size, self._pipe.prior.layout.is_scales)
+        options.check_for(self._pipe.prior)
         self._options = options
         step.scales[step.block + 1 :] = options.scales(len(step.scales))[step.block + 1 :]
 

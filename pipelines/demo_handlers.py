@@ -170,7 +170,7 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 def label_name(pipe, label: int) -> str:
     """Name a class, by its number where it has no name."""
-    names = pipe.prior.config.class_names
+    names = pipe.prior.conditions.class_names
     return names[label] if names else f"class {label}"
 
 

@@ -50,7 +50,7 @@ def build_page(pipe) -> gr.Blocks:
 
 
 def _sample_tab(pipe) -> None:
-    num_classes = pipe.prior.config.num_classes
+    num_classes = pipe.prior.conditions.num_classes
     num_shown, num_images = (10, 4) if _is_small(pipe) else (4, 1)
 
     def draw(labels, count, is_progressive, seed, *values):
@@ -113,7 +113,7 @@ def _inpaint_tab(pipe) -> None:
                 brush=gr.Brush(default_size=64, colors=["#ff7043"], color_mode="fixed"),
             )
             sample_button = gr.Button("Take a sample to paint on")
-            label = _class_choice(pipe, "Class", 0 if pipe.prior.config.num_classes else None)
+            label = _class_choice(pipe, "Class", 0 if pipe.prior.conditions.num_classes else None)
             count = gr.Slider(1, 16, 4, step=1, label="Images")
             seed, options = _sampling_fields(pipe)
             button = gr.Button("In-paint", variant="primary")
@@ -150,7 +150,7 @@ def _interpolate_tab(pipe) -> None:
 
 def _sampling_fields(pipe) -> tuple[gr.Number, list]:
     """Fields for the seed and, in the order of OPTION_NAMES, the sampling options."""
-    is_conditional, layout = pipe.prior.config.num_classes > 0, pipe.tokenizer.layout
+    is_conditional, layout = pipe.prior.conditions.num_classes > 0, pipe.tokenizer.layout
     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
     scale = gr.Slider(
         0,
@@ -172,7 +172,7 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
     with gr.Accordion("Truncation", open=False):
         temperature = gr.Slider(0.05, 2, 1, step=0.05, label="Temperature")
         top_k = gr.Number(
-            0, precision=0, minimum=0, maximum=pipe.prior.config.vocab_size, label="Top k", info="0 is off"
+            0, precision=0, minimum=0, maximum=pipe.prior.vocab_size, label="Top k", info="0 is off"
         )
         top_p = gr.Slider(0.05, 1, 1, step=0.01, label="Top p", info="1 is off")
         min_p = gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0 is off")
@@ -194,7 +194,7 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
 
 def _class_choice(pipe, label: str, value: int | list[int] | None) -> gr.Dropdown:
     """Drop-down of the classes, of several where the value is a list; hidden for a model without classes."""
-    choices = [(handlers.label_name(pipe, n), n) for n in range(pipe.prior.config.num_classes)]
+    choices = [(handlers.label_name(pipe, n), n) for n in range(pipe.prior.conditions.num_classes)]
     return gr.Dropdown(choices, value=value, multiselect=isinstance(value, list), label=label, visible=bool(choices))
 
 
@@ -235,7 +235,7 @@ def _description(pipe) -> str:
     num_parameters = (pipe.prior.num_parameters() + pipe.tokenizer.num_parameters()) / 1e6
     return (
         f"# nextblock\nImages of {H}×{W} pixels as {layout.num_tokens} tokens in {layout.num_blocks} {kind} {shape}; "
-        f"{pipe.tokenizer.config.vocab_size} codes, {pipe.prior.config.num_classes or 'no'} classes, "
+        f"{pipe.tokenizer.config.vocab_size} codes, {pipe.prior.conditions.num_classes or 'no'} classes, "
         f"{num_parameters:.1f} M parameters."
     )
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from nextblock.prior.conditioning import ClassConditions
 
-def resolve_labels(class_labels, num_classes: int, class_names: list[str] | None) -> list[int]:
+
+def resolve_labels(class_labels, conditions: ClassConditions) -> list[int]:
     """Turn labels and class names into label numbers.
 
     Args:
         class_labels: a number, a name, or several in a sequence, array or tensor. A name counts in any case; part of a
             name does where only one class has it. Without classes: None for one image, or a number of images.
-        num_classes: classes of the prior; 0 if it is unconditional.
-        class_names: one name a class, or None.
+        conditions: the classes of the prior.
 
     Returns:
         Label numbers; the null class for each image of an unconditional model.
@@ -24,13 +25,13 @@ def resolve_labels(class_labels, num_classes: int, class_names: list[str] | None
     """
     if isinstance(class_labels, (Tensor, np.ndarray, np.integer)):
         class_labels = class_labels.tolist()
-    if num_classes == 0:
+    if conditions.num_classes == 0:
         return _unconditional_labels(class_labels)
     if isinstance(class_labels, (int, str)):
         class_labels = [class_labels]
     if not isinstance(class_labels, Sequence) or not class_labels:
         raise ValueError(f"class_labels is {class_labels!r}; expected a label, a class name, or a list of them")
-    return [_label_number(label, num_classes, class_names) for label in class_labels]
+    return [_label_number(label, conditions.num_classes, conditions.class_names) for label in class_labels]
 
 
 def _unconditional_labels(count: int | None) -> list[int]:

@@ -30,11 +30,10 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
         Markdown with the header that the hub reads.
     """
     tokenizer, prior = pipe.tokenizer, pipe.prior
-    layout, num_classes = prior.layout, getattr(prior.config, "num_classes", 0)
-    dim = getattr(tokenizer.config, "embedding_dim", None)
+    layout, num_classes = prior.layout, prior.conditions.num_classes
     height, width = tokenizer.config.image_size
     kind = "class-conditional" if num_classes else "unconditional"
-    label = (getattr(prior.config, "class_names", None) or [0])[0]
+    label = (prior.conditions.class_names or [0])[0]
     call = f"pipe({label!r}, num_images_per_label=4)" if num_classes else "pipe(4)"
     shapes = ", ".join(f"{h}×{w}" for h, w in _shortened(layout.shapes))
     lines = ["---", "library_name: diffusers", "tags:", "- nextblock", "- image-generation", "---"]
@@ -57,7 +56,7 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
         "|---|---|",
         f"| layout | {layout.kind}, {layout.num_blocks} blocks, {layout.num_tokens} tokens |",
         f"| latent grid | {layout.grid[0]}×{layout.grid[1]} |",
-        f"| codes | {tokenizer.config.vocab_size}{f' of {dim} channels' if dim else ''} |",
+        f"| codes | {tokenizer.quantizer.num_codes} of {tokenizer.quantizer.dim} channels |",
         f"| classes | {num_classes or 'none'} |",
         f"| prior | {_sizes(prior.config)} |",
         f"| prior parameters | {_num_parameters(prior):,} |",

@@ -5,7 +5,6 @@ Legend: B images, K blocks, L_k tokens of block k, C code channels, H×W pixels,
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 
 import diffusers
 import torch
@@ -17,12 +16,14 @@ from transformers import PreTrainedModel
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
+from nextblock.prior.family import check_quantizer, compile_layers
+from nextblock.prior.sampling import SamplingOptions
 
 from . import editing, storage
 from .editing import Labels, Output
 from .given_images import ImageInput
 from .labels import resolve_labels
-from .sampling_loop import decode, make_request, sample
+from .sampling_loop import make_request, run, run_progressively
 from .sampling_request import check_counts
 
 
@@ -31,7 +32,7 @@ class ClassToImagePipeline(DiffusionPipeline):
 
     Args:
         tokenizer: a `VQVAE`.
-        prior: a `BlockPrior` over that tokenizer's indices.
+        prior: over that tokenizer's indices; a `BlockPrior`, or of any family that takes class labels.
     """
 
     model_cpu_offload_seq = "prior->tokenizer"
@@ -40,7 +41,7 @@ class ClassToImagePipeline(DiffusionPipeline):
     def __init__(self, tokenizer: PreTrainedModel, prior: PreTrainedModel):
         super().__init__()
         if tokenizer is not None and prior is not None:
-            prior.check_quantizer(tokenizer.quantizer)
+            check_quantizer(prior, tokenizer.quantizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
         self._guidance_scale, self._interrupt = 1.0, False
 
@@ -87,7 +88,6 @@ class ClassToImagePipeline(DiffusionPipeline):
         """
         return storage.download_pipeline(pretrained_model_name, kwargs)
 
-    @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
@@ -133,21 +133,31 @@ class ClassToImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range or a class name is unknown.
         """
-        options = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "top_k": top_k}
-        options |= {"guidance_power": guidance_power, "temperature": temperature, "top_p": top_p, "min_p": min_p}
         check_counts(output_type, decode_batch_size=decode_batch_size)
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        options |= {"is_smooth": is_smooth}
-        request = make_request(
-            self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options
+        options = SamplingOptions(
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            is_smooth=is_smooth,
         )
-        with self._hooks_freed():
-            images, maps = sample(self, request)
-            if output_type != "latent":
-                images = decode(self, maps[-1], decode_batch_size or request.batch.num_images, output_type)
+        request = make_request(
+            self,
+            class_labels,
+            num_images_per_label,
+            options=options,
+            generator=generator,
+            idx_Bl=idx_Bl,
+            batch_size=batch_size,
+            callback=callback_on_step_end,
+            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        images = run(self, request, output_type, decode_batch_size)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @torch.no_grad()
     def progressive(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
@@ -179,14 +189,16 @@ class ClassToImagePipeline(DiffusionPipeline):
             ValueError: if an argument is outside its range or a class name is unknown.
         """
         check_counts(output_type, editing.PICTURE_TYPES, decode_batch_size=decode_batch_size)
-        callback = None, ()
         request = make_request(
-            self, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback, options
+            self,
+            class_labels,
+            num_images_per_label,
+            options=SamplingOptions(**options),
+            generator=generator,
+            idx_Bl=idx_Bl,
+            batch_size=batch_size,
         )
-        with self._hooks_freed():
-            _, maps = sample(self, request, keeps_maps=True)
-            num_decoded = decode_batch_size or request.batch.num_images
-            return [decode(self, features, num_decoded, output_type) for features in maps]
+        return run_progressively(self, request, output_type, decode_batch_size)
 
     @torch.no_grad()
     def inpaint(
@@ -376,21 +388,12 @@ class ClassToImagePipeline(DiffusionPipeline):
             torch.compile(torch.nn.Identity(), **options)
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"options are {options}; expected those of torch.compile: {error}") from error
-        for layer in self.prior.blocks:
-            layer.compile_around_attention(**options)
+        compile_layers(self.prior, **options)
         self.tokenizer.decoder.compile(**options)
 
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
-        return resolve_labels(class_labels, self.prior.config.num_classes, self.prior.config.class_names)
-
-    @contextmanager
-    def _hooks_freed(self):
-        """Offload the models again after work on them, also after work that failed."""
-        try:
-            yield
-        finally:
-            self.maybe_free_model_hooks()
+        return resolve_labels(class_labels, self.prior.conditions)
 
 
 # `DiffusionPipeline.from_pretrained` finds the class that a saved pipeline names among diffusers' own attributes.

@@ -3,83 +3,100 @@
 Legend: B images, n images of a batch, K blocks, L_k tokens of block k, C code channels, h×w latent cells.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from nextblock.data.pixels import to_output
+from nextblock.prior.family import check_given
+from nextblock.prior.generation import generate
 from nextblock.prior.sampling import SamplingOptions, image_generators
 from nextblock.training.offload import run_offload_hook
 
 from .block_loop import BlockLoop
+from .labels import resolve_labels
 from .sampling_request import BatchShape, SamplingRequest, check_callback, check_counts
 
 
 def make_request(
-    pipe, class_labels, num_images_per_label, generator, idx_Bl, batch_size, callback: tuple, options: dict
+    pipe,
+    class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+    num_images_per_label: int = 1,
+    *,
+    options: SamplingOptions,
+    generator: Generator | list[Generator] | None = None,
+    idx_Bl: list[Tensor] | None = None,
+    batch_size: int | None = None,
+    callback: Callable | None = None,
+    callback_tensor_inputs: Sequence[str] = (),
 ) -> SamplingRequest:
-    """Check a call as a whole."""
+    """Check what is asked of a pipeline as a whole, before anything is computed.
+
+    Args:
+        pipe: the pipeline.
+        class_labels: see the pipeline's `__call__`, as for the other arguments.
+        num_images_per_label: images of each label.
+        options: how tokens are drawn.
+        generator: one, or one for each image.
+        idx_Bl: known tokens.
+        batch_size: images sampled at a time.
+        callback: `callback_on_step_end`.
+        callback_tensor_inputs: `callback_on_step_end_tensor_inputs`.
+
+    Returns:
+        What `run` takes, once: generators move on.
+
+    Raises:
+        ValueError: if an argument is outside its range or a class name is unknown.
+    """
     check_counts("pil", num_images_per_label=num_images_per_label, batch_size=batch_size)
-    config = pipe.prior.config
-    sampling = SamplingOptions(**options)
-    sampling.check(config.num_classes, config.vocab_size, pipe.prior.layout.is_scales)
-    tensor_inputs = check_callback(*callback, pipe._callback_tensor_inputs)
-    labels = [label for label in pipe.resolve_labels(class_labels) for _ in range(num_images_per_label)]
+    prior = pipe.prior
+    options.check_for(prior)
+    tensor_inputs = check_callback(callback, callback_tensor_inputs, pipe._callback_tensor_inputs)
+    labels = [label for label in resolve_labels(class_labels, prior.conditions) for _ in range(num_images_per_label)]
     if idx_Bl is not None:
-        pipe.prior.check_given(idx_Bl, len(labels))
+        check_given(prior, idx_Bl, len(labels))
     return SamplingRequest(
-        labels=labels,
+        condition=prior.conditions.of(torch.tensor(labels)),
         # Last: a single generator moves on, which a refused call must not cause.
         generators=image_generators(generator, len(labels)),
-        given_idx_Bl=idx_Bl,
-        options=sampling,
-        batch=BatchShape.choose(len(labels), batch_size, pipe.prior, pipe._execution_device),
-        callback=callback[0],
+        given_idx_BL=None if idx_Bl is None else prior.layout.join(idx_Bl),
+        options=options,
+        batch=BatchShape.choose(len(labels), batch_size, prior, pipe._execution_device),
+        callback=callback,
         tensor_inputs=tensor_inputs,
     )
 
 
-def sample(pipe, request: SamplingRequest, keeps_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-    """Sample all images in batches of one shape.
+@torch.no_grad()
+def run(pipe, request: SamplingRequest, output_type: str, decode_batch_size: int | None = None):
+    """Sample the images of a request.
 
-    Returns K tensors (B, L_k) of indices, −1 where a callback stopped before, and the maps (B, C, h, w) after each
-    block, or the last alone.
+    Args:
+        pipe: the pipeline that the request was made for.
+        request: from `make_request`.
+        output_type: see the pipeline's `__call__`.
+        decode_batch_size: images decoded at a time; None decodes in the batches that were sampled.
+
+    Returns:
+        What the pipeline's `__call__` has as `images`.
     """
-    labels = torch.tensor(request.labels, device=pipe._execution_device)
-    # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
-    pipe.tokenizer.quantizer.to(pipe._execution_device)
-    starts, pipe._interrupt, batches, maps = range(0, len(labels), request.batch.num_images), False, [], []
-    with pipe.progress_bar(total=len(starts) * pipe.num_timesteps) as bar:
-        for start in starts:
-            idx_Bl, batch_maps = _sample_batch(pipe, request, labels, start, bar, keeps_maps)
-            batches.append(idx_Bl)
-            maps.append(batch_maps)
-    idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
-    return idx_Bl, [torch.cat(features) for features in zip(*maps, strict=True)]
+    with hooks_freed(pipe):
+        idx_Bl, maps = _sample(pipe, request)
+        if output_type == "latent":
+            return idx_Bl
+        return decode(pipe, maps[-1], decode_batch_size or request.batch.num_images, output_type)
 
 
-def _sample_batch(pipe, request: SamplingRequest, labels: Tensor, start: int, bar, keeps_maps: bool):
-    """Sample one batch; padded rows are computed and dropped."""
-    batch, rows = request.batch, slice(start, start + request.batch.num_images)
-    own, given = request.generators[rows], request.given_idx_Bl
-    n = len(own)
-    # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
-    pipe._guidance_scale = request.options.guidance_scale
-    loop, idx_Bl = BlockLoop(pipe, request, n, bar, keeps_maps), []
-    if not pipe.interrupt:
-        idx_Bl = pipe.prior.generate(
-            batch.pad(labels[rows]),
-            pipe.tokenizer.quantizer,
-            generator=own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
-            given_idx_Bl=given and [batch.pad(idx[rows]) for idx in given],
-            on_block_end=loop,
-            is_guidance_fixed=request.callback is None,
-            **vars(request.options),
-        )
-    lengths = pipe.prior.layout.block_lengths[len(idx_Bl) :]
-    rest, maps = [labels.new_full((n, length), -1) for length in lengths], loop.maps
-    # The last map stands for the blocks that an interruption left out.
-    maps += [loop.canvas[:n]] * ((pipe.num_timesteps if keeps_maps else 1) - len(maps))
-    return [idx[:n] for idx in idx_Bl] + rest, maps
+@torch.no_grad()
+def run_progressively(pipe, request: SamplingRequest, output_type: str, decode_batch_size: int | None = None) -> list:
+    """Sample the images of a request and decode them after every block; see `run`."""
+    with hooks_freed(pipe):
+        _, maps = _sample(pipe, request, keeps_maps=True)
+        num_decoded = decode_batch_size or request.batch.num_images
+        return [decode(pipe, features, num_decoded, output_type) for features in maps]
 
 
 def decode(pipe, features: Tensor, num_images: int | None, output_type: str):
@@ -91,3 +108,57 @@ def decode(pipe, features: Tensor, num_images: int | None, output_type: str):
         for part in features.split(batch.num_images)
     ]
     return to_output(torch.cat(images), output_type)
+
+
+@contextmanager
+def hooks_freed(pipe) -> Iterator[None]:
+    """Offload the models again after work on them, also after work that failed."""
+    try:
+        yield
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
+def _sample(pipe, request: SamplingRequest, keeps_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Sample all images in batches of one shape.
+
+    Returns K tensors (B, L_k) of indices, −1 where a callback stopped before, and the maps (B, C, h, w) after each
+    block, or the last alone.
+    """
+    # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
+    pipe.tokenizer.quantizer.to(pipe._execution_device)
+    starts, batches, maps = range(0, len(request.condition), request.batch.num_images), [], []
+    pipe._interrupt = False
+    with pipe.progress_bar(total=len(starts) * pipe.num_timesteps) as bar:
+        for start in starts:
+            idx_Bl, batch_maps = _sample_batch(pipe, request, start, bar, keeps_maps)
+            batches.append(idx_Bl)
+            maps.append(batch_maps)
+    idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
+    return idx_Bl, [torch.cat(features) for features in zip(*maps, strict=True)]
+
+
+def _sample_batch(pipe, request: SamplingRequest, start: int, bar, keeps_maps: bool):
+    """Sample one batch; padded rows are computed and dropped."""
+    batch, rows = request.batch, slice(start, start + request.batch.num_images)
+    own, given = request.generators[rows], request.given_idx_BL
+    n = len(own)
+    # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
+    pipe._guidance_scale = request.options.guidance_scale
+    loop, idx_Bl = BlockLoop(pipe, request, n, bar, keeps_maps), []
+    if not pipe.interrupt:
+        idx_Bl = generate(
+            pipe.prior,
+            request.condition[rows].padded(batch.num_rows),
+            pipe.tokenizer.quantizer,
+            request.options,
+            own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
+            given_idx_BL=None if given is None else batch.pad(given[rows]),
+            on_block_end=loop,
+            is_guidance_fixed=request.callback is None,
+        )
+    lengths, device = pipe.prior.layout.block_lengths[len(idx_Bl) :], pipe._execution_device
+    rest, maps = [torch.full((n, length), -1, device=device) for length in lengths], loop.maps
+    # The last map stands for the blocks that an interruption left out.
+    maps += [loop.canvas[:n]] * ((pipe.num_timesteps if keeps_maps else 1) - len(maps))
+    return [idx[:n] for idx in idx_Bl] + rest, maps

@@ -1,6 +1,6 @@
 """What one call of the pipeline asks for, checked as a whole before anything is computed.
 
-Legend: B images, K blocks, L_k tokens of block k.
+Legend: B images, L all tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Generator, Tensor
 
+from nextblock.prior.conditioning import Condition
 from nextblock.prior.sampling import SamplingOptions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -48,18 +49,18 @@ class SamplingRequest:
     """One call.
 
     Args:
-        labels: B label numbers.
+        condition: of B images.
         generators: B generators.
-        given_idx_Bl: K tensors (B, L_k) of known tokens, −1 for those to sample; or None.
+        given_idx_BL: (B, L) known tokens, −1 for those to sample; or None.
         options: how tokens are drawn.
         batch: shape of a sampled batch.
         callback: `callback_on_step_end`, or None.
         tensor_inputs: names of the tensors that the callback receives.
     """
 
-    labels: list[int]
+    condition: Condition
     generators: list[Generator]
-    given_idx_Bl: list[Tensor] | None
+    given_idx_BL: Tensor | None
     options: SamplingOptions
     batch: BatchShape
     callback: Callable | None

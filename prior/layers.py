@@ -4,7 +4,6 @@ Legend: B batch, K blocks, L tokens, D width.
 """
 
 import math
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,7 @@ class KeyValueCache:
 
     Args:
         num_layers: transformer layers.
-        shape: (B, heads, L, head width).
+        shape: (R, heads, L, head width).
         dtype: of keys and values.
         device: where they lie.
     """
@@ -59,12 +58,31 @@ class KeyValueCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Write a block's keys and values at start:end; return all of the same rows up to `end`."""
-        B = k.shape[0]
-        self.keys[layer][:B, :, start:end] = k
-        self.values[layer][:B, :, start:end] = v
-        return self.keys[layer][:B, :, :end], self.values[layer][:B, :, :end]
+
+class CachedAttention:
+    """Attention of a block's queries to the keys and values of all blocks up to it, mask-free.
+
+    Args:
+        cache: of all layers.
+        layer: number of the layer.
+        start: first position of the block.
+        end: position after its last.
+        scale: factor on the scores before the softmax.
+    """
+
+    def __init__(self, cache: KeyValueCache, layer: int, start: int, end: int, scale: float):
+        self.keys, self.values = cache.keys[layer], cache.values[layer]
+        self.start, self.end, self.scale = start, end, scale
+
+    # A compiled layer has one graph before and one after: in it, each block and layer would need graphs of its own.
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write the block's keys and values (R, heads, l, head width) to the cache, and attend; (R, heads, l, …)."""
+        R, start, end = len(q), self.start, self.end
+        self.keys[:R, :, start:end] = k
+        self.values[:R, :, start:end] = v
+        keys, values = self.keys[:R, :, :end], self.values[:R, :, :end]
+        return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)
 
 
 class BlockAttention(nn.Module):
@@ -183,27 +201,10 @@ class PriorLayer(GradientCheckpointingLayer):
         """
         if isinstance(modulation, Tensor):
             modulation = self.modulation(modulation)
-        return self.after_attention(x, attend(*self.before_attention(x, modulation)), modulation)
-
-    def before_attention(self, x: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each (B, heads, L, head width)."""
-        _, _, scale, _, shift, _ = modulation
-        return self.attn.queries_keys_values(torch.addcmul(shift, self.norm(x), 1 + scale))
-
-    def after_attention(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """Add both branches to (B, L, D), given the attention's output (B, heads, L, head width)."""
-        gamma1, gamma2, _, scale, _, shift = modulation
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        attended = attend(*self.attn.queries_keys_values(torch.addcmul(shift1, self.norm(x), 1 + scale1)))
         x = x + self._dropped_path(self.attn.merge_heads(attended) * gamma1)
-        return x + self._dropped_path(self.ffn(torch.addcmul(shift, self.norm(x), 1 + scale)) * gamma2)
-
-    def compile_around_attention(self, **options) -> None:
-        """Compile what comes before and after attention; caches grow between the two, block by block.
-
-        Args:
-            options: of `torch.compile`.
-        """
-        for method in (PriorLayer.before_attention, PriorLayer.after_attention):
-            setattr(self, method.__name__, torch.compile(MethodType(method, self), **options))
+        return x + self._dropped_path(self.ffn(torch.addcmul(shift2, self.norm(x), 1 + scale2)) * gamma2)
 
     def _dropped_path(self, branch: Tensor) -> Tensor:
         """Zero the branch of a random share of the samples and scale up the others."""

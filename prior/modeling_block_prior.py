@@ -5,42 +5,31 @@ Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.training.offload import run_offload_hook
 
 from .chunked_loss import chunked_cross_entropy
+from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_block_prior import BlockPriorConfig
-from .generation import BlockStep, generate_blocks
-from .layers import BlockAttention, ModulatedHead, PriorLayer, block_causal_attention
-from .sampling import SamplingOptions, draw_uniforms, image_generators
-
-
-@dataclass
-class PriorOutput(ModelOutput):
-    """What a prior's forward pass gives.
-
-    Args:
-        loss: scalar mean cross-entropy in nats a token, with label smoothing; with labels only.
-        logits: (B, L, V) in float32, or float64 for a float64 model; None where the loss was computed in chunks.
-        token_loss: (B, L) cross-entropy without label smoothing; with labels only; without gradient where in chunks.
-        token_correct: (B, L) whether no code is likelier than the label; with labels only.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    token_loss: Tensor | None = None
-    token_correct: Tensor | None = None
+from .family import check_given, check_quantizer
+from .generation import BlockStep, generate
+from .layers import (
+    BlockAttention,
+    CachedAttention,
+    KeyValueCache,
+    ModulatedHead,
+    PriorLayer,
+    block_causal_attention,
+)
+from .losses import PriorOutput, prior_output
+from .sampling import SamplingOptions, image_generators
 
 
 class BlockPrior(PreTrainedModel):
@@ -56,11 +45,15 @@ class BlockPrior(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["PriorLayer"]
     _input_embed_layer = "word_embed"
+    # As in VAR; matrices among them would be decayed otherwise.
+    no_decay = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
+    can_chunk_loss = True
 
     def __init__(self, config: BlockPriorConfig):
         super().__init__(config)
         D, V = config.hidden_size, config.vocab_size
         self.layout: BlockLayout = config.block_layout()
+        self.conditions = ClassConditions(config.num_classes, config.class_names)
         self.class_emb = nn.Embedding(config.num_classes + 1, D)
         if config.input_embedding == "tokens":
             self.word_embed = nn.Embedding(V, D)
@@ -88,6 +81,21 @@ class BlockPrior(PreTrainedModel):
         self.head_nm = ModulatedHead(D, config.norm_eps)
         self.head = nn.Linear(D, V)
         self.post_init()
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    @property
+    def embedding_dim(self) -> int:
+        """C."""
+        return self.config.embedding_dim
+
+    @property
+    def takes_indices(self) -> bool:
+        """Whether the input is a table over indices, not a linear map of code vectors."""
+        return self.config.input_embedding == "tokens"
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as VAR does; children come before parents, which rescale them."""
@@ -130,7 +138,7 @@ class BlockPrior(PreTrainedModel):
     def forward(
         self,
         var_input: Tensor,
-        class_labels: Tensor,
+        class_labels: Tensor | ClassCondition,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         loss_chunk_size: int | None = None,
@@ -140,7 +148,7 @@ class BlockPrior(PreTrainedModel):
         Args:
             var_input: (B, L − L_1, C) from `idxBl_to_var_input`, or (B, L − L_1) int64 where `input_embedding` is
                 "tokens".
-            class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class.
+            class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class. Or a condition of such labels.
             labels: (B, L) int64 indices to predict, in block order; gives the loss.
             return_dict: False returns a tuple of what is not None.
             loss_chunk_size: compute the loss this many tokens at a time and return no logits: those of all B·L tokens,
@@ -154,33 +162,25 @@ class BlockPrior(PreTrainedModel):
         """
         if loss_chunk_size is not None and labels is None:
             raise ValueError(f"loss_chunk_size is {loss_chunk_size} but labels is None; expected None, or labels")
-        self._check_inputs(var_input, class_labels, labels)
-        condition, shared = self.embed_class(class_labels)
+        # Reading the range would make every GPU training step wait for the device.
+        condition = self.conditions.of(class_labels, reads_range=not self.training or var_input.device.type == "cpu")
+        self._check_inputs(var_input, len(condition), labels)
+        vector, shared = self._embed_class(condition)
         attend = partial(block_causal_attention, layout=self.layout, scale=self.blocks[0].attn.scale)
-        hidden_states = torch.cat([self.first_input(condition), self.embed_input(var_input)], dim=1)
-        hidden_states = hidden_states + self.positions().to(hidden_states.dtype)
+        hidden_states = torch.cat([self._first_input(vector), self._embed_input(var_input)], dim=1)
+        block_ids = self.layout.block_ids(self.pos_1LC.device)
+        positions = self.pos_1LC + self.lvl_embed.weight.index_select(0, block_ids)
+        hidden_states = hidden_states + positions.to(hidden_states.dtype)
         for layer in self.blocks:
             # Its modulation is its own affair: where weights are sharded, they are there in its forward pass alone.
             hidden_states = layer(hidden_states, shared, attend)
-        head_modulation = self.head_nm.modulation(condition)
+        head_modulation = self.head_nm.modulation(vector)
         if loss_chunk_size is not None:
             output = self._chunked_loss(hidden_states, head_modulation, labels, loss_chunk_size)
         else:
-            output = PriorOutput(logits=self.logits(hidden_states, head_modulation))
-            if labels is not None:
-                output = self._with_loss(output.logits, labels)
+            output = prior_output(self._scores(hidden_states, head_modulation), labels, self.config.label_smoothing)
         is_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
         return output.to_tuple() if is_tuple else output
-
-    def _with_loss(self, logits: Tensor, labels: Tensor) -> PriorOutput:
-        """Compare logits with labels."""
-        # Not transposed to (B, V, L): that would copy all logits.
-        flat, smoothing = (logits.flatten(0, 1), labels.flatten()), self.config.label_smoothing
-        token_loss = F.cross_entropy(*flat, reduction="none").view_as(labels)
-        loss = F.cross_entropy(*flat, label_smoothing=smoothing) if smoothing else token_loss.mean()
-        # The largest value is found several times faster than its place.
-        token_correct = logits.gather(-1, labels[..., None])[..., 0] >= logits.amax(-1)
-        return PriorOutput(loss, logits, token_loss, token_correct)
 
     def _chunked_loss(self, hidden_states: Tensor, head_modulation, labels: Tensor, chunk_size: int) -> PriorOutput:
         """Compare with labels a chunk of tokens at a time."""
@@ -195,42 +195,37 @@ class BlockPrior(PreTrainedModel):
             )
         return PriorOutput(loss=loss, token_loss=token_loss, token_correct=token_correct)
 
-    def embed_class(self, class_labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class embedding (B, D), and what layers make their modulation of: it, or (B, 1, 6, D) for all."""
-        condition = self.class_emb(class_labels)
-        if not self.config.use_shared_adaln:
-            return condition, condition
-        return condition, rearrange(self.shared_ada_lin(condition), "b (six d) -> b 1 six d", six=6)
+    def context(self, condition: ClassCondition) -> Context:
+        """Compute all that depends on the class alone: its embedding, each layer's modulation, and the head's."""
+        vector, shared = self._embed_class(condition)
+        modulations = [tuple(layer.modulation(shared)) for layer in self.blocks]
+        return Context(vector=vector, modulations=(*modulations, tuple(self.head_nm.modulation(vector))))
 
-    def condition(self, class_labels: Tensor) -> tuple[Tensor, list, tuple[Tensor, Tensor]]:
-        """Compute all that depends on the class alone, once for all blocks.
+    def new_cache(self, num_rows: int) -> KeyValueCache:
+        """Allocate keys and values of all layers and tokens."""
+        num_heads, D = self.config.num_heads, self.config.hidden_size
+        shape = (num_rows, num_heads, self.layout.num_tokens, D // num_heads)
+        return KeyValueCache(self.config.num_layers, shape, self.pos_start.dtype, self.pos_start.device)
 
-        Args:
-            class_labels: (B,) int64.
+    def decode_block(self, content: Tensor | None, k: int, context: Context, cache: KeyValueCache) -> Tensor:
+        """Run block k; see `family.Prior`."""
+        start, end = self.layout.bounds[k]
+        if content is None:
+            block_input = self._first_input(context.vector)
+        else:
+            # Unconditional rows see the same tokens as the conditional ones.
+            block_input = self._embed_input(content).repeat(len(context) // len(content), 1, 1)
+        hidden_states = block_input + (self.pos_1LC[:, start:end] + self.lvl_embed.weight[k])
+        for i, (layer, modulation) in enumerate(zip(self.blocks, context.modulations[:-1], strict=True)):
+            hidden_states = layer(hidden_states, modulation, CachedAttention(cache, i, start, end, layer.attn.scale))
+        return hidden_states
 
-        Returns:
-            The class embedding (B, D), each layer's modulation, and the head's.
-        """
-        condition, shared = self.embed_class(class_labels)
-        return condition, [layer.modulation(shared) for layer in self.blocks], self.head_nm.modulation(condition)
+    def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
+        """Return scores of all codes, (R, l, D) → (R, l, V), computed in float32 where the weights are."""
+        return self._scores(hidden_states, context.modulations[-1])
 
-    def first_input(self, condition: Tensor) -> Tensor:
-        """Return the first block's input (B, L_1, D), before positions are added."""
-        return condition[:, None] + self.pos_start
-
-    def embed_input(self, var_input: Tensor) -> Tensor:
-        """Map the later blocks' input, vectors (B, l, C) or indices (B, l), to (B, l, D)."""
-        if self.config.input_embedding == "codes":
-            var_input = var_input.to(self.word_embed.weight.dtype)
-        return self.word_embed(var_input)
-
-    def positions(self) -> Tensor:
-        """Return the sum of block and position embeddings, (1, L, D)."""
-        block_ids = self.layout.block_ids(self.pos_1LC.device)
-        return self.pos_1LC + self.lvl_embed.weight.index_select(0, block_ids)
-
-    def logits(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
-        """Return scores of all codes, (B, l, D) → (B, l, V), computed in float32 where the weights are."""
+    def _scores(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
+        """Apply the head to (R, l, D)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = self.head(self._head_input(hidden_states, head_modulation))
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -240,7 +235,21 @@ class BlockPrior(PreTrainedModel):
         dtype = self.head.weight.dtype
         return self.head_nm(hidden_states.to(dtype), tuple(modulation.to(dtype) for modulation in head_modulation))
 
-    @torch.no_grad()
+    def _embed_class(self, condition: ClassCondition) -> tuple[Tensor, Tensor]:
+        """Return the class embedding (R, D), and what layers make their modulation of: it, or (R, 1, 6, D) for all."""
+        vector = self.class_emb(condition.class_labels)
+        if not self.config.use_shared_adaln:
+            return vector, vector
+        return vector, rearrange(self.shared_ada_lin(vector), "b (six d) -> b 1 six d", six=6)
+
+    def _first_input(self, vector: Tensor) -> Tensor:
+        """Return the first block's input (R, L_1, D), before positions are added."""
+        return vector[:, None] + self.pos_start
+
+    def _embed_input(self, var_input: Tensor) -> Tensor:
+        """Map the later blocks' input, vectors (B, l, C) or indices (B, l), to (B, l, D)."""
+        return self.word_embed(var_input if self.takes_indices else var_input.to(self.word_embed.weight.dtype))
+
     def generate(
         self,
         class_labels: Tensor,
@@ -271,91 +280,32 @@ class BlockPrior(PreTrainedModel):
         Raises:
             ValueError: if an argument is outside its range or the quantizer does not fit.
         """
-        run_offload_hook(self)
-        class_labels = torch.as_tensor(class_labels, device=self.device)
-        self._check_labels(class_labels)
-        self.check_quantizer(quantizer)
         options = SamplingOptions(**options)
-        options.check(self.config.num_classes, self.config.vocab_size, self.layout.is_scales)
-        generators = image_generators(generator, len(class_labels))
-        uniforms = draw_uniforms(generators, self.layout.num_tokens).to(self.device)
+        options.check_for(self)
+        check_quantizer(self, quantizer)
+        condition = self.conditions.of(torch.as_tensor(class_labels))
         if given_idx_Bl is not None:
-            given_idx_Bl = [idx.to(self.device) for idx in given_idx_Bl]
-            self.check_given(given_idx_Bl, len(class_labels))
-        return generate_blocks(
+            check_given(self, given_idx_Bl, len(condition))
+        return generate(
             self,
+            condition,
             quantizer,
-            class_labels,
-            options.scales(self.layout.num_blocks),
-            uniforms,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            given_idx_Bl=given_idx_Bl,
-            smooth_generators=generators if options.is_smooth else None,
+            options,
+            image_generators(generator, len(condition)),
+            given_idx_BL=None if given_idx_Bl is None else self.layout.join(given_idx_Bl),
             on_block_end=on_block_end,
-            is_guidance_fixed=is_guidance_fixed or self.config.num_classes == 0,
+            is_guidance_fixed=is_guidance_fixed,
         )
 
-    def _check_inputs(self, var_input: Tensor, class_labels: Tensor, labels: Tensor | None) -> None:
+    def _check_inputs(self, var_input: Tensor, B: int, labels: Tensor | None) -> None:
         """Refuse tensors that do not fit the layout or the vocabulary."""
-        self._check_labels(class_labels)
-        B, L = len(class_labels), self.layout.num_tokens
+        L = self.layout.num_tokens
         rest = L - self.layout.block_lengths[0]
-        takes_indices = self.config.input_embedding == "tokens"
-        expected = (B, rest) if takes_indices else (B, rest, self.config.embedding_dim)
+        expected = (B, rest) if self.takes_indices else (B, rest, self.config.embedding_dim)
         if tuple(var_input.shape) != expected:
             raise ValueError(f"var_input has shape {tuple(var_input.shape)}; expected {expected}")
-        if takes_indices != (var_input.dtype == torch.int64):
-            kind = "torch.int64 indices" if takes_indices else "floating-point vectors"
+        if self.takes_indices != (var_input.dtype == torch.int64):
+            kind = "torch.int64 indices" if self.takes_indices else "floating-point vectors"
             raise ValueError(f"var_input has dtype {var_input.dtype}; expected {kind}")
         if labels is not None and (tuple(labels.shape) != (B, L) or labels.dtype != torch.int64):
             raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; expected torch.int64 {(B, L)}")
-
-    def _check_labels(self, class_labels: Tensor) -> None:
-        """Refuse class labels that are no (B,) integers in [0, num_classes]."""
-        if class_labels.ndim != 1 or class_labels.dtype != torch.int64:
-            raise ValueError(
-                f"class_labels is {class_labels.dtype} {tuple(class_labels.shape)}; expected torch.int64 (batch,)"
-            )
-        if self.training and class_labels.device.type != "cpu":
-            return  # Reading the range would make every GPU training step wait for the device.
-        null = self.config.null_class
-        if class_labels.numel() and not 0 <= class_labels.min().item() <= class_labels.max().item() <= null:
-            raise ValueError(f"class_labels is {class_labels.tolist()}; expected 0 to {null} ({null}: no class)")
-
-    def check_given(self, given_idx_Bl: list[Tensor], B: int) -> None:
-        """Refuse known tokens that do not fit the layout, the batch or the vocabulary.
-
-        Args:
-            given_idx_Bl: see `generate`.
-            B: number of images.
-
-        Raises:
-            ValueError: naming the block that does not fit.
-        """
-        self.layout.check_blocks(given_idx_Bl, self.layout.num_blocks)
-        V = self.config.vocab_size
-        for k, idx in enumerate(given_idx_Bl):
-            if len(idx) != B or not -1 <= idx.min().item() <= idx.max().item() < V:
-                raise ValueError(
-                    f"given_idx_Bl[{k}] has {len(idx)} rows from {idx.min().item()} to {idx.max().item()}; "
-                    f"expected {B} rows from -1 (to sample) to {V - 1}"
-                )
-
-    def check_quantizer(self, quantizer: nn.Module) -> None:
-        """Refuse a quantizer of another layout or codebook.
-
-        Args:
-            quantizer: a tokenizer's.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        got, expected = tuple(quantizer.get_codebook().shape), (self.config.vocab_size, self.config.embedding_dim)
-        if got != expected:
-            raise ValueError(f"quantizer has a codebook of shape {got}; expected {expected}")
-        if quantizer.layout != self.layout:
-            got = quantizer.layout and quantizer.layout.to_dict()
-            raise ValueError(f"quantizer has layout {got}; expected {self.layout.to_dict()}")

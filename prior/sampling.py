@@ -6,102 +6,82 @@ Legend: B batch, K blocks, l tokens of the block at hand, V codes, C code channe
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor
 
-GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
+from .family import Prior
+
+GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+GUIDANCE_SCHEDULES = get_args(GuidanceSchedule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are drawn from logits.
-
-    Args:
-        guidance_scale: s in logits = uncond + s·(cond − uncond); 1 is no guidance.
-        guidance_schedule: "constant"; or from 1 at the first block to s at the last, "linear" (VAR) or "power-cosine"
-            (MDT: 1 + (s − 1)·(1 − cos(π·(k/(K−1))^power))/2).
-        guidance_power: of "power-cosine", above 0; the larger, the later guidance sets in.
-        temperature: divides the logits, above 0.
-        top_k: keep the k likeliest codes; 0 keeps all.
-        top_p: keep the smallest set of codes whose mass reaches p, in (0, 1].
-        min_p: keep codes at least this many times as likely as the likeliest, in [0, 1]; 0 keeps all.
-        is_smooth: feed on, and decode, a Gumbel-softmax mixture of codes instead of one code a token: smoother
-            pictures, for looking at and not for measuring (VAR's demo); scale layouts only.
-    """
+    """How tokens are drawn from logits."""
 
     guidance_scale: float = 1.0
-    guidance_schedule: str = "constant"
+    """Strength s of classifier-free guidance, logits = uncond + s·(cond − uncond); 1 is none."""
+    guidance_schedule: GuidanceSchedule = "constant"
+    """Whether s holds for all blocks ("constant") or grows from 1 at the first to s at the last: "linear" (VAR), or
+    "power-cosine" (MDT: 1 + (s − 1)·(1 − cos(π·(k/(K−1))^power))/2)."""
     guidance_power: float = 1.0
+    """Power of the schedule "power-cosine", above 0; the larger, the later guidance sets in."""
     temperature: float = 1.0
+    """Divides the logits, above 0; below 1 sharpens the distribution of tokens."""
     top_k: int = 0
+    """Draw each token among the k likeliest codes; 0 among all."""
     top_p: float = 1.0
+    """Draw each token among the smallest set of codes whose mass reaches p, in (0, 1]; 1 among all."""
     min_p: float = 0.0
+    """Draw each token among the codes at least this many times as likely as the likeliest, in [0, 1]; 0 among all."""
     is_smooth: bool = False
+    """Feed on, and decode, a Gumbel-softmax mixture of codes instead of one code a token: smoother pictures, for
+    looking at and not for measuring (VAR's demo); scale layouts only."""
 
-    def check(self, num_classes: int, vocab_size: int, is_scales: bool) -> None:
-        """Refuse options outside their range, or that a model cannot serve.
+    def __post_init__(self):
+        scale, power = self.guidance_scale, self.guidance_power
+        _check_number("guidance_scale", scale, "a finite number of at least 0", lambda s: 0 <= s < math.inf)
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(
+                f"guidance_schedule is {self.guidance_schedule!r}; expected one of {list(GUIDANCE_SCHEDULES)}"
+            )
+        _check_number("guidance_power", power, "a finite number above 0", lambda p: 0 < p < math.inf)
+        _check_number("temperature", self.temperature, "a finite number above 0", lambda t: 0 < t < math.inf)
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k!r}; expected an integer from 0 (off) to the number of codes")
+        _check_number("top_p", self.top_p, "a number in (0, 1]", lambda p: 0 < p <= 1)
+        _check_number("min_p", self.min_p, "a number in [0, 1]", lambda p: 0 <= p <= 1)
+        if not isinstance(self.is_smooth, bool):
+            raise ValueError(f"is_smooth is {self.is_smooth!r}; expected True or False")
+
+    def check_for(self, prior: Prior) -> None:
+        """Refuse what a prior cannot serve.
 
         Args:
-            num_classes: classes of the prior; 0 if it is unconditional.
-            vocab_size: V.
-            is_scales: whether the layout's blocks are scales.
+            prior: the one to sample from.
 
         Raises:
             ValueError: naming the option, its value and what was expected.
         """
-        check_truncation(self.temperature, self.top_k, self.top_p, vocab_size, self.min_p)
-        self.scales(2)
-        if num_classes == 0 and self.guidance_scale != 1:
+        if self.top_k > prior.vocab_size:
+            raise ValueError(
+                f"top_k is {self.top_k}; expected an integer from 0 (off) to {prior.vocab_size}, the number of codes"
+            )
+        if self.guidance_scale != 1 and not prior.conditions.has_null:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; expected 1 for a model without classes")
-        if not isinstance(self.is_smooth, bool):
-            raise ValueError(f"is_smooth is {self.is_smooth!r}; expected True or False")
-        if self.is_smooth and not is_scales:
+        if self.is_smooth and not prior.layout.is_scales:
             raise ValueError("is_smooth is True; expected False for a tile layout, whose tokens are single codes")
 
     def scales(self, num_blocks: int) -> list[float]:
-        """Return the guidance scale of each block; see `guidance_scales`."""
-        return guidance_scales(self.guidance_scale, self.guidance_schedule, num_blocks, self.guidance_power)
-
-
-def guidance_scales(guidance_scale: float, schedule: str, num_blocks: int, guidance_power: float = 1.0) -> list[float]:
-    """Spread a guidance scale over the blocks.
-
-    Args:
-        guidance_scale: s in logits = uncond + s·(cond − uncond); 1 is no guidance.
-        schedule: see `SamplingOptions`.
-        num_blocks: K.
-        guidance_power: see `SamplingOptions`.
-
-    Returns:
-        K scales; with one block, `guidance_scale`.
-
-    Raises:
-        ValueError: if the scale is negative or not finite, the power not above 0, or the schedule unknown.
-    """
-    _check_number("guidance_scale", guidance_scale, "a finite number of at least 0", lambda s: 0 <= s < math.inf)
-    _check_number("guidance_power", guidance_power, "a finite number above 0", lambda p: 0 < p < math.inf)
-    if schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"guidance_schedule is {schedule!r}; expected one of {list(GUIDANCE_SCHEDULES)}")
-    if schedule == "constant" or num_blocks == 1:
-        return [float(guidance_scale)] * num_blocks
-    shares = [k / (num_blocks - 1) for k in range(num_blocks)]
-    if schedule == "power-cosine":
-        shares = [(1 - math.cos(math.pi * share**guidance_power)) / 2 for share in shares]
-    return [1 + (guidance_scale - 1) * share for share in shares]
-
-
-def check_truncation(temperature: float, top_k: int, top_p: float, vocab_size: int, min_p: float = 0.0) -> None:
-    """Refuse truncation outside its range.
-
-    Raises:
-        ValueError: naming the option, its value and the range.
-    """
-    _check_number("temperature", temperature, "a finite number above 0", lambda t: 0 < t < math.inf)
-    if type(top_k) is not int or not 0 <= top_k <= vocab_size:
-        raise ValueError(f"top_k is {top_k!r}; expected an integer from 0 (off) to {vocab_size}, the number of codes")
-    _check_number("top_p", top_p, "a number in (0, 1]", lambda p: 0 < p <= 1)
-    _check_number("min_p", min_p, "a number in [0, 1]", lambda p: 0 <= p <= 1)
+        """Return the guidance scale of each of K blocks; of one block, `guidance_scale`."""
+        if self.guidance_schedule == "constant" or num_blocks == 1:
+            return [float(self.guidance_scale)] * num_blocks
+        shares = [k / (num_blocks - 1) for k in range(num_blocks)]
+        if self.guidance_schedule == "power-cosine":
+            shares = [(1 - math.cos(math.pi * share**self.guidance_power)) / 2 for share in shares]
+        return [1 + (self.guidance_scale - 1) * share for share in shares]
 
 
 def _check_number(name: str, value: float, expected: str, is_allowed) -> None:
@@ -143,53 +123,45 @@ def draw_uniforms(generators: list[Generator], num_tokens: int) -> Tensor:
     return torch.stack(rows)
 
 
-def truncate_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
-    """Remove unlikely codes: all but the top k, then all but the smallest set whose mass reaches p, then the unlikely.
+def truncate_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Divide logits by the temperature and remove unlikely codes: by top k, then of the rest by top p, then by min p.
 
     Args:
         logits: (…, V).
-        top_k: codes kept, ties included; 0 keeps all.
-        top_p: mass kept, in (0, 1], ties included; 1 keeps all.
-        min_p: share of the likeliest code's probability under which a code is removed; 0 removes none.
+        options: how tokens are drawn; ties with the last code kept are kept.
 
     Returns:
         (…, V) with −inf in place of what is removed.
     """
-    descending = None
-    if 0 < top_k < logits.shape[-1]:
-        descending = logits.topk(top_k, dim=-1).values
+    logits, descending = logits / options.temperature, None
+    if 0 < options.top_k < logits.shape[-1]:
+        descending = logits.topk(options.top_k, dim=-1).values
         logits = logits.masked_fill(logits < descending[..., -1:], -torch.inf)
-    if top_p < 1:
+    if options.top_p < 1:
         # The top k come sorted: their mass needs no sort of all codes.
         ascending = logits.sort(dim=-1).values if descending is None else descending.flip(-1)
-        is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - options.top_p
         num_removed = is_tail[..., :-1].sum(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < ascending.gather(-1, num_removed), -torch.inf)
-    if min_p > 0:
+    if options.min_p > 0:
         # Compared as logits, a ratio needs no normalisation.
-        threshold = logits.amax(dim=-1, keepdim=True) + math.log(min_p)
+        threshold = logits.amax(dim=-1, keepdim=True) + math.log(options.min_p)
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     return logits
 
 
-def sample_tokens(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
-) -> Tensor:
+def sample_tokens(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """Draw one token from each row of logits by inverting its cumulative distribution in float64.
 
     Args:
         logits: (B, l, V).
         uniforms: (B, l) float64 in [0, 1).
-        temperature: divides the logits.
-        top_k: see `truncate_logits`.
-        top_p: see `truncate_logits`.
-        min_p: see `truncate_logits`.
+        options: temperature and truncation.
 
     Returns:
         (B, l) int64.
     """
-    logits = truncate_logits(logits / temperature, top_k, top_p, min_p)
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = truncate_logits(logits, options).double().softmax(dim=-1).cumsum(dim=-1)
     # Scaling by the last entry keeps a uniform number near 1 inside the distribution despite rounding.
     targets = uniforms[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)

@@ -6,8 +6,9 @@ Legend: B batch, K blocks, L all tokens, V codes, M metrics.
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,24 +23,25 @@ from transformers import PreTrainedModel
 from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.images import ImageDataConfig
-from nextblock.data.keyed_random import drop_class_labels
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 from nextblock.training.run_config import options_dataclass
 
+from .conditioning import Condition
 from .configuration_block_prior import BlockPriorConfig
-from .modeling_block_prior import BlockPrior, PriorOutput
-from .sampling import guidance_scales
+from .family import Prior
+from .generation import generate
+from .losses import PriorOutput
+from .modeling_block_prior import BlockPrior
+from .sampling import SamplingOptions, image_generators
 from .training_data import PriorData
 
 # What the tokens decide is no option of the run.
 BlockPriorOptions = options_dataclass(
     BlockPriorConfig, exclude=["layout", "vocab_size", "embedding_dim", "num_classes", "class_names"]
 )
-# As in VAR; matrices among them would be decayed otherwise.
-NO_DECAY = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
 # Past this many blocks, a curve a block is no picture of anything.
 MAX_LOGGED_BLOCKS = 16
 # Training rows decoded to tokens_check.png, in columns of ten.
@@ -84,10 +86,8 @@ class PriorTrainConfig:
     """Held-out rows predicted at a time by each process."""
     num_pictures_per_class: int = 4
     """Samples drawn of each class at an evaluation, of at most ten classes."""
-    guidance_scale: float = 1.25
-    """Guidance of those samples."""
-    guidance_schedule: Literal["constant", "linear", "power-cosine"] = "constant"
-    """Guidance schedule of those samples."""
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(guidance_scale=1.25))
+    """How those samples are drawn."""
 
     def __post_init__(self):
         if (self.tokens is None) == (self.data is None):
@@ -105,7 +105,6 @@ class PriorTrainConfig:
         for name in ("eval_batch_size", "num_pictures_per_class"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        guidance_scales(self.guidance_scale, self.guidance_schedule, num_blocks=2)
 
 
 class PriorTask:
@@ -114,39 +113,51 @@ class PriorTask:
     Args:
         accelerator: prepares model and optimizer.
         config: the run.
-        model: the prior to train.
+        model: the prior to train, of any family.
         tokenizer: frozen, in float32; encodes images, turns indices into the prior's input and samples into pictures.
         data: rows to train on and rows held out.
+        export: called with the prior, the tokenizer, the recipe (name → value), the last metrics and sample images.
+
+    Raises:
+        ValueError: if the prior cannot draw samples as the run asks, or compute its loss in chunks.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         config: PriorTrainConfig,
-        model: BlockPrior,
+        model: Prior,
         tokenizer: PreTrainedModel,
         data: PriorData,
+        export: Callable[..., None],
     ):
+        if config.loss_chunk_size is not None and not model.can_chunk_loss:
+            raise ValueError(f"loss_chunk_size is {config.loss_chunk_size}; expected null for {type(model).__name__}")
         self.accelerator = accelerator
         self.config = config
         self.tokenizer = self.encoder = tokenizer.to(accelerator.device)
         if config.tokenizer_dtype != "float32":
             self.encoder = copy.deepcopy(tokenizer).to(getattr(torch, config.tokenizer_dtype))
         self.data = data
-        self.layout = model.layout
-        self.vocab_size, self.null_class = model.config.vocab_size, model.config.null_class
-        self.takes_indices = model.config.input_embedding == "tokens"
-        self.metric_names, self.block_shares = _block_metrics(self.layout)
+        self.vocab_size, self.conditions, self.takes_indices = model.vocab_size, model.conditions, model.takes_indices
+        self.loss_options = {} if config.loss_chunk_size is None else {"loss_chunk_size": config.loss_chunk_size}
+        self.sampling = config.sampling
+        if not self.conditions.has_null:
+            self.sampling = replace(self.sampling, guidance_scale=1.0)
+        self.sampling.check_for(model)
+        self.metric_names, self.block_shares = _block_metrics(model.layout)
         self.block_shares = self.block_shares.to(accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, NO_DECAY))
+        self._export = export
+        optimizer = build_optimizer(model, config.optimizer, model.no_decay)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.modules, self.optimizers, self.code_usage = [self.model], [self.optimizer], None
 
     def start(self) -> None:
         """Decode the first training rows to `tokens_check.png`: wrong tokens are seen before they are learned."""
         if self.accelerator.is_main_process:
             batch = self.data.first_rows(NUM_CHECKED_ROWS)
-            labels = self._labels({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
-            images = to_uint8(self.tokenizer.idxBl_to_img(self.layout.split(labels)))
+            idx_BL = self._indices({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+            images = to_uint8(self.tokenizer.idx_to_img(idx_BL))
             image_grid(images, num_columns=10).save(Path(self.config.output_dir) / "tokens_check.png")
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
@@ -156,12 +167,11 @@ class PriorTask:
         learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, optimizer)
         sums = 0
         for i, batch in enumerate(micro_batches):
-            class_labels = drop_class_labels(
-                batch["class_labels"], self.null_class, config.class_dropout, loop.seed, step, samples=batch["index"]
-            )
-            labels = self._labels(batch)
+            condition = self.conditions.from_batch(batch)
+            condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
+            idx_BL = self._indices(batch)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
-                output = self._predict(self.model, labels, class_labels)
+                output = self._predict(self.model, idx_BL, condition)
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
         metrics = dict(zip(self.metric_names, (sums / n).unbind(), strict=True))
@@ -171,18 +181,18 @@ class PriorTask:
         self.optimizer.zero_grad()
         return metrics | {"learning_rate": learning_rate}
 
-    def _labels(self, batch: dict[str, Tensor]) -> Tensor:
+    def _indices(self, batch: dict[str, Tensor]) -> Tensor:
         """Return a batch's indices (B, L), those of its images where it has no others."""
         if "labels" in batch:
             return batch["labels"]
         # The tokenizer computes in a precision of its own, not in the prior's.
         with torch.autocast(self.accelerator.device.type, enabled=False):
-            return self.layout.join(self.encoder.img_to_idxBl(batch["pixel_values"]))
+            return self.encoder.img_to_idx(batch["pixel_values"])
 
-    def _predict(self, model, labels: Tensor, class_labels: Tensor) -> PriorOutput:
-        """Run the prior under teacher forcing on indices (B, L)."""
-        var_input = self.tokenizer.idxBl_to_var_input(self.layout.split(labels), as_indices=self.takes_indices)
-        return model(var_input, class_labels, labels, loss_chunk_size=self.config.loss_chunk_size)
+    def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition) -> PriorOutput:
+        """Run the prior under teacher forcing."""
+        var_input = self.tokenizer.idx_to_var_input(idx_BL, as_indices=self.takes_indices)
+        return model(var_input, condition, idx_BL, **self.loss_options)
 
     @torch.no_grad()
     def _metrics(self, output: PriorOutput, loss: Tensor) -> Tensor:
@@ -194,7 +204,7 @@ class PriorTask:
             by_block = by_token @ self.block_shares.to(by_token.dtype)
         return torch.cat([loss.view(1), by_token[1].mean().view(1), by_block.T.flatten()])
 
-    def evaluate(self, model: BlockPrior) -> tuple[dict[str, float], dict[str, Image.Image]]:
+    def evaluate(self, model: Prior) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """Measure the held-out loss without label smoothing and draw samples with fixed seeds."""
         pictures = {"samples": self._draw(model)}
         heldout, accelerator = self.data.heldout, self.accelerator
@@ -206,44 +216,41 @@ class PriorTask:
         sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=accelerator.device)
         for batch in DataLoader(heldout, batch_sampler=batches, collate_fn=self.data.collate):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            output = self._predict(model, self._labels(batch), batch["class_labels"])
+            output = self._predict(model, self._indices(batch), self.conditions.from_batch(batch))
             sums += self._metrics(output, output.token_loss.mean()).double() * (len(batch["index"]) if mine else 0)
         means = (accelerator.reduce(sums) / len(heldout)).tolist()
         metrics = dict(zip(self.metric_names, means, strict=True))
         # How far the prior is below guessing among V codes, which costs ln V nats a token.
         return metrics | {"gain_nats": math.log(self.vocab_size) - metrics["loss"]}, pictures
 
-    def _draw(self, model: BlockPrior) -> Image.Image:
+    def _draw(self, model: Prior) -> Image.Image:
         """Draw samples of the first classes, a row each; an unconditional model fills one row."""
         images, class_labels = self._sample(model)
         return class_grid(images, class_labels.numpy(), num_columns=self.config.num_pictures_per_class)
 
-    def _sample(self, model: BlockPrior) -> tuple[np.ndarray, Tensor]:
+    def _sample(self, model: Prior) -> tuple[np.ndarray, Tensor]:
         """Return images (N, H, W, 3) of the first classes, always with the same random numbers, and their labels."""
-        classes = torch.arange(min(model.config.num_classes, 10)) if model.config.num_classes else torch.zeros(1)
-        class_labels = classes.long().repeat_interleave(self.config.num_pictures_per_class)
-        idx_Bl = model.generate(
-            class_labels,
+        class_labels = torch.arange(min(max(self.conditions.num_classes, 1), 10))
+        class_labels = class_labels.repeat_interleave(self.config.num_pictures_per_class)
+        generator = torch.Generator().manual_seed(self.config.loop.seed)
+        idx_Bl = generate(
+            model,
+            self.conditions.of(class_labels),
             self.tokenizer.quantizer,
-            guidance_scale=self.config.guidance_scale if model.config.num_classes else 1.0,
-            guidance_schedule=self.config.guidance_schedule,
-            generator=torch.Generator().manual_seed(self.config.loop.seed),
+            self.sampling,
+            image_generators(generator, len(class_labels)),
         )
-        return to_uint8(self.tokenizer.idxBl_to_img(idx_Bl)), class_labels
+        return to_uint8(self.tokenizer.idx_to_img(torch.cat(idx_Bl, dim=1))), class_labels
 
-    def export(self, model: BlockPrior, metrics: dict[str, float]) -> None:
-        """Save prior and tokenizer together as a pipeline, whose card says how it was trained and what it reached."""
-        from nextblock.pipelines import ClassToImagePipeline
-
-        config = self.config
+    def export(self, model: Prior, metrics: dict[str, float]) -> None:
+        """Hand over prior and tokenizer, how the prior was trained, what it reached and samples of it."""
+        config, sampling = self.config, self.config.sampling
         recipe = {"steps": config.loop.num_steps, "batch size": config.loop.batch_size, "seed": config.loop.seed}
         recipe |= {"learning rate": config.optimizer.learning_rate, "class dropout": config.class_dropout}
-        recipe |= {"guidance of the samples": f"{config.guidance_scale} ({config.guidance_schedule})"}
+        recipe |= {"guidance of the samples": f"{sampling.guidance_scale} ({sampling.guidance_schedule})"}
         with torch.no_grad():
             images = [Image.fromarray(image) for image in self._sample(model)[0]]
-        ClassToImagePipeline(tokenizer=self.tokenizer, prior=model).save_pretrained(
-            config.pipeline_dir, recipe=recipe, metrics=metrics, sample_images=images
-        )
+        self._export(model, self.tokenizer, recipe, metrics, images)
 
 
 def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:

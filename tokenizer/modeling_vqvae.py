@@ -163,6 +163,18 @@ class VQVAE(PreTrainedModel):
         self._check_indices(idx_Bl)
         return self.decode(self.quantizer.idxBl_to_features(idx_Bl)).clamp(-1, 1)
 
+    def img_to_idx(self, pixel_values: Tensor) -> Tensor:
+        """Turn images (B, 3, H, W) into indices in block order, (B, L) int64; see `img_to_idxBl`."""
+        return torch.cat(self.img_to_idxBl(pixel_values), dim=1)
+
+    def idx_to_var_input(self, idx_BL: Tensor, as_indices: bool = False) -> Tensor:
+        """Turn indices (B, L) into the prior's input; see `idxBl_to_var_input`."""
+        return self.idxBl_to_var_input(self.layout.split(idx_BL), as_indices)
+
+    def idx_to_img(self, idx_BL: Tensor) -> Tensor:
+        """Decode indices (B, L) to images (B, 3, H, W); see `idxBl_to_img`."""
+        return self.idxBl_to_img(self.layout.split(idx_BL))
+
     @torch.no_grad()
     def initialize_codebook(self, pixel_values: Tensor, seed: int) -> None:
         """Set the codes to features of training images.

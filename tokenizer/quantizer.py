@@ -56,6 +56,20 @@ class VectorQuantizer(nn.Module):
             init_scale=init_scale,
         )
 
+    @property
+    def num_codes(self) -> int:
+        """V."""
+        return self.codebook.weight.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """C."""
+        return self.codebook.weight.shape[1]
+
+    def lookup(self, idx: Tensor) -> Tensor:
+        """Return code vectors as the decoder receives them, (…) → (…, C)."""
+        return self._lookup(idx)
+
     def get_codebook(self) -> Tensor:
         """Return the (V, C) table of code vectors, as the decoder receives them."""
         return self._normalized(self.codebook.weight)

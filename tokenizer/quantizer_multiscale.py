@@ -84,6 +84,20 @@ class MultiScaleQuantizer(nn.Module):
             # With fewer scales than convolutions some serve no scale, and DDP waits for every gradient it is promised.
             phi.requires_grad_(i in self.phi_of_scale)
 
+    @property
+    def num_codes(self) -> int:
+        """V."""
+        return self.codebook.weight.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """C."""
+        return self.codebook.weight.shape[1]
+
+    def lookup(self, idx: Tensor) -> Tensor:
+        """Return code vectors as the decoder receives them, (…) → (…, C)."""
+        return self.codebook.lookup(idx)
+
     def get_codebook(self) -> Tensor:
         """Return the (V, C) table of code vectors."""
         return self.codebook.weight

@@ -21,9 +21,20 @@ BOOKKEEPING = {
     "gradient_checkpointing",
     "num_pictures",
     "num_pictures_per_class",
-    "guidance_scale",
-    "guidance_schedule",
     "data.eval_split",
+    *(
+        f"sampling.{name}"
+        for name in (
+            "guidance_scale",
+            "guidance_schedule",
+            "guidance_power",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "is_smooth",
+        )
+    ),
     *(
         f"loop.{name}"
         for name in (

@@ -76,7 +76,7 @@ def test_unconditional_pipelines_are_drawn_without_classes(tmp_path):
     layout = {"layout": tokenizer.layout.to_dict(), "embedding_dim": 4}
     prior = BlockPrior(BlockPriorConfig(**layout, hidden_size=16, num_layers=1, num_heads=2))
     ClassToImagePipeline(tokenizer=tokenizer, prior=prior).save_pretrained(tmp_path / "pipeline")
-    options = ["--guidance_scale", "1", "--num_images_per_label", "5", "--batch_size", "3"]
+    options = ["--sampling.guidance_scale", "1", "--num_images_per_label", "5", "--batch_size", "3"]
     images, class_labels = _sample(tmp_path / "pipeline", tmp_path / "out", *options)
     assert images.shape == (5, 16, 16, 3)
     assert class_labels.tolist() == [0] * 5

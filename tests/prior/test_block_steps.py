@@ -69,9 +69,42 @@ def test_blocks_are_redrawn_with_the_same_random_numbers_and_tokens_set(is_smoot
     idx_Bl = model.generate(torch.tensor([0, 1]), quantizer, generator=generators(2), **options)
     assert [idx.tolist() for idx in idx_Bl] == [[[7]] * 2, [[7] * 4] * 2]
     for step in steps:
-        assert (step.content() is step.idx) != is_smooth
+        assert (step.vectors is not None) == is_smooth
         if is_smooth:
-            assert torch.equal(step.content(), quantizer.codebook.lookup(step.idx))
+            assert torch.equal(step.vectors, quantizer.lookup(step.idx))
+
+
+def test_a_block_is_put_on_the_map_once_and_anew_after_its_tokens_changed(
+    layout_and_input, make_prior, make_quantizer, monkeypatch
+):
+    layout, input_embedding = layout_and_input
+    model, quantizer, calls, maps = make_prior(layout, input_embedding=input_embedding), make_quantizer(layout), [], []
+    advance = quantizer.advance
+    monkeypatch.setattr(quantizer, "advance", lambda canvas, *args: calls.append(args) or advance(canvas, *args))
+
+    def receive(step):
+        before = step.canvas
+        for _ in range(2):
+            step.advance()
+        assert len(calls) == 1 and (step.next_input is None) == (step.block == layout.num_blocks - 1)
+        step.set_tokens((step.idx + 1) % 11, torch.ones_like(step.idx, dtype=torch.bool))
+        assert step.canvas is before and step.next_input is None
+        step.advance()
+        maps.append(step.canvas.clone())
+        assert len(calls) == 2
+        calls.clear()
+
+    idx_Bl = model.generate(torch.tensor([0, 1]), quantizer, generator=generators(2), on_block_end=receive)
+    assert calls == [] and len(maps) == layout.num_blocks
+    assert torch.equal(maps[-1], quantizer.idxBl_to_features(idx_Bl))
+
+
+def test_the_map_is_whole_whether_or_not_the_receiver_asks_for_it(layout_and_input, make_prior, make_quantizer):
+    layout, input_embedding = layout_and_input
+    model, quantizer, steps = make_prior(layout, input_embedding=input_embedding), make_quantizer(layout), []
+    idx_Bl = model.generate(torch.tensor([0, 1]), quantizer, generator=generators(2), on_block_end=steps.append)
+    steps[-1].advance()
+    assert torch.equal(steps[-1].canvas, quantizer.idxBl_to_features(idx_Bl))
 
 
 def test_vectors_stand_in_for_codes_on_the_map(make_quantizer, make_indices):

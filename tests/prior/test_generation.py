@@ -5,8 +5,9 @@ import torch
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import generation
+from nextblock.prior.conditioning import ClassCondition
 from nextblock.prior.generation import generate_blocks, num_guided_blocks
-from nextblock.prior.sampling import guidance_scales, truncate_logits
+from nextblock.prior.sampling import SamplingOptions, truncate_logits
 from nextblock.tokenizer import MultiScaleQuantizer, VectorQuantizer
 
 GUIDANCE = {"none": (1.0, "constant"), "constant": (2.5, "constant"), "linear": (2.5, "linear")}
@@ -34,6 +35,18 @@ def recorded(monkeypatch):
     return blocks
 
 
+class GivenScales(SamplingOptions):
+    """Options whose guidance no schedule gives."""
+
+    def __init__(self, scales):
+        super().__init__()
+        object.__setattr__(self, "given", scales)
+
+    def scales(self, num_blocks):
+        assert num_blocks == len(self.given)
+        return list(self.given)
+
+
 def generators(seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -46,13 +59,13 @@ def slow_logits(model, var_input, class_labels, scale):
     return unconditional + scale * (conditional - unconditional)
 
 
-def slow_generate(model, quantizer, class_labels, scales, uniforms, teacher_input, temperature=1.0, top_k=0, top_p=1.0):
+def slow_generate(model, quantizer, class_labels, scales, uniforms, teacher_input, **truncation):
     """Run the whole model over the whole sequence for each block, skip nothing, and draw token by token."""
     layout, B = model.layout, len(class_labels)
     idx_Bl = [torch.zeros(B, length, dtype=torch.int64) for length in layout.block_lengths]
     for k, (start, end) in enumerate(layout.bounds):
         logits = slow_logits(model, teacher_input(model, quantizer, idx_Bl), class_labels, scales[k])
-        probabilities = truncate_logits(logits / temperature, top_k, top_p).softmax(-1)
+        probabilities = truncate_logits(logits, SamplingOptions(**truncation)).softmax(-1)
         for b in range(B):
             for i in range(start, end):
                 cumulative = probabilities[b, i].cumsum(0)
@@ -74,12 +87,12 @@ def test_cached_logits_equal_uncached_ones(
     layout, input_embedding = layout_and_input
     model, quantizer = make_prior(layout, input_embedding=input_embedding, **variant), make_quantizer(layout)
     class_labels = torch.tensor([0, 2, 3])
-    options = {"guidance_scale": guidance_scale, "guidance_schedule": schedule, "generator": generators([1, 2, 3])}
-    idx_Bl = model.generate(class_labels, quantizer, **options)
+    options = {"guidance_scale": guidance_scale, "guidance_schedule": schedule}
+    idx_Bl = model.generate(class_labels, quantizer, generator=generators([1, 2, 3]), **options)
     assert [tuple(idx.shape) for idx in idx_Bl] == [(3, length) for length in layout.block_lengths]
     assert torch.cat(idx_Bl, 1).unique().numel() > 2
     var_input = teacher_input(model, quantizer, idx_Bl)
-    scales = guidance_scales(guidance_scale, schedule, layout.num_blocks)
+    scales = SamplingOptions(**options).scales(layout.num_blocks)
     assert len(recorded) == layout.num_blocks
     for scale, logits, (start, end) in zip(scales, recorded, layout.bounds, strict=True):
         expected = slow_logits(model, var_input, class_labels, scale)[:, start:end]
@@ -97,15 +110,9 @@ def test_indices_equal_those_of_a_slow_generator(
     uniforms = torch.stack(
         [torch.rand(layout.num_tokens, generator=g, dtype=torch.float64) for g in generators([5, 6])]
     )
-    scales = guidance_scales(guidance_scale, schedule, layout.num_blocks)
-    idx_Bl = model.generate(
-        class_labels,
-        quantizer,
-        guidance_scale=guidance_scale,
-        guidance_schedule=schedule,
-        generator=generators([5, 6]),
-        **truncation,
-    )
+    options = {"guidance_scale": guidance_scale, "guidance_schedule": schedule}
+    idx_Bl = model.generate(class_labels, quantizer, generator=generators([5, 6]), **options, **truncation)
+    scales = SamplingOptions(**options).scales(layout.num_blocks)
     expected = slow_generate(model, quantizer, class_labels, scales, uniforms, teacher_input, **truncation)
     assert_same_blocks(idx_Bl, expected)
 
@@ -124,8 +131,8 @@ def test_unconditional_work_is_skipped_where_it_cannot_matter_and_only_there(
     model.blocks[0].register_forward_pre_hook(lambda module, args: layer_rows.append(len(args[0])))
     model.head.register_forward_pre_hook(lambda module, args: head_rows.append(len(args[0])))
     with torch.no_grad():
-        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        idx_Bl = generate_blocks(model, quantizer, class_labels, scales, uniforms, **options)
+        condition = ClassCondition(class_labels, null_class=3)
+        idx_Bl = generate_blocks(model, condition, quantizer, GivenScales(scales), uniforms)
     assert num_guided_blocks(scales) == num_guided
     assert layer_rows == [4 if k < num_guided else 2 for k in range(3)]
     assert head_rows == [2 if scale == 1 else 4 for scale in scales]
@@ -273,8 +280,8 @@ def test_guidance_of_an_unconditional_model_is_refused(make_prior, make_quantize
 @pytest.mark.parametrize(
     ("quantizer", "message"),
     [
-        (MultiScaleQuantizer(12, 4, layout=SCALES), r"quantizer has a codebook of shape \(12, 4\); expected \(11, 4\)"),
-        (MultiScaleQuantizer(11, 5, layout=SCALES), r"quantizer has a codebook of shape \(11, 5\)"),
+        (MultiScaleQuantizer(12, 4, layout=SCALES), "quantizer has 12 codes; expected 11"),
+        (MultiScaleQuantizer(11, 5, layout=SCALES), "quantizer has codes of 5 channels; expected 4"),
         (MultiScaleQuantizer(11, 4, layout=BlockLayout.scales([1, 3])), "quantizer has layout .*'scales'"),
         (VectorQuantizer(11, 4, layout=BlockLayout.tiles(1, 3)), "quantizer has layout .*'tiles'"),
         (VectorQuantizer(11, 4), "quantizer has layout None"),
@@ -283,3 +290,11 @@ def test_guidance_of_an_unconditional_model_is_refused(make_prior, make_quantize
 def test_another_tokenizers_quantizer_is_refused(quantizer, message, make_prior):
     with pytest.raises(ValueError, match=message):
         make_prior(SCALES).generate(torch.tensor([0, 1]), quantizer)
+
+
+def test_codes_of_any_width_serve_a_table_of_tokens(make_prior):
+    layout = BlockLayout.tiles(1, 3)
+    quantizer = VectorQuantizer(11, 7, layout=layout)
+    assert len(make_prior(layout).generate(torch.tensor([0]), quantizer)) == 9
+    with pytest.raises(ValueError, match="quantizer has codes of 7 channels; expected 4"):
+        make_prior(layout, input_embedding="codes").generate(torch.tensor([0]), quantizer)

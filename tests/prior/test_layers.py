@@ -10,6 +10,7 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.prior.layers import (
     MAX_CALLS_PER_ATTENTION,
     BlockAttention,
+    CachedAttention,
     FeedForward,
     KeyValueCache,
     ModulatedHead,
@@ -147,15 +148,18 @@ def test_merging_heads_undoes_the_split():
     torch.testing.assert_close(attention.merge_heads(heads), x)
 
 
-def test_cache_returns_all_blocks_up_to_the_last_written_for_the_rows_still_alive():
-    cache = KeyValueCache(2, (4, HEADS, 6, 2), torch.float64, torch.device("cpu"))
-    k, v = torch.randn(2, 4, HEADS, 6, 2, dtype=torch.float64)
-    cache.extend(1, k[:, :, :1], v[:, :, :1], 0, 1)
-    keys, values = cache.extend(1, k[:2, :, 1:4], v[:2, :, 1:4], 1, 4)
-    assert torch.equal(keys, k[:2, :, :4]) and torch.equal(values, v[:2, :, :4])
-    other_keys, _ = cache.extend(0, v[:, :, :1], k[:, :, :1], 0, 1)
-    assert torch.equal(other_keys, v[:, :, :1])
-    assert keys.data_ptr() == cache.keys[1].data_ptr()
+def test_cached_attention_sees_all_blocks_up_to_its_own_of_its_layer_and_rows():
+    layout = BlockLayout.scales([1, (1, 3), (2, 3)])
+    cache = KeyValueCache(2, (4, HEADS, 10, 2), torch.float64, torch.device("cpu"))
+    q, k, v = torch.randn(3, 4, HEADS, 10, 2, dtype=torch.float64)
+    expected = naive_attention(q, k, v, layout, 0.7)
+    for rows, (start, end) in zip((4, 4, 2), layout.bounds, strict=True):
+        block = [tensor[:rows, :, start:end] for tensor in (q, k, v)]
+        got = CachedAttention(cache, 1, start, end, 0.7)(*block)
+        torch.testing.assert_close(got, expected[:rows, :, start:end], rtol=1e-12, atol=1e-12)
+        # Another layer's keys are its own.
+        CachedAttention(cache, 0, start, end, 0.7)(*(tensor + 1 for tensor in block))
+    assert torch.equal(cache.keys[1][:2], k[:2]) and torch.equal(cache.values[0][:2], v[:2] + 1)
 
 
 @SHARED_OR_NOT

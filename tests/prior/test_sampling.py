@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from nextblock.data.blocks import BlockLayout
 from nextblock.prior.sampling import (
-    check_truncation,
+    SamplingOptions,
     draw_gumbels,
     draw_uniforms,
-    guidance_scales,
     image_generators,
     mix_codes,
     sample_tokens,
@@ -16,9 +16,14 @@ from nextblock.prior.sampling import (
 )
 
 
-def kept(logits, top_k=0, top_p=1.0) -> list:
+def kept(logits, **options) -> list:
     """Which codes survive truncation."""
-    return truncate_logits(torch.as_tensor(logits, dtype=torch.float64), top_k, top_p).isfinite().tolist()
+    return truncate_logits(torch.as_tensor(logits, dtype=torch.float64), SamplingOptions(**options)).isfinite().tolist()
+
+
+def guidance_scales(scale, schedule, num_blocks, power=1.0) -> list[float]:
+    options = SamplingOptions(guidance_scale=scale, guidance_schedule=schedule, guidance_power=power)
+    return options.scales(num_blocks)
 
 
 def log(probabilities):
@@ -57,7 +62,7 @@ def test_unknown_guidance_schedule_is_refused():
 
 def test_top_k_keeps_the_k_largest_and_leaves_them_unchanged():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, -1.0, -2.0, 4.0]])
-    truncated = truncate_logits(logits, 2, 1.0)
+    truncated = truncate_logits(logits, SamplingOptions(top_k=2))
     inf = float("inf")
     assert truncated.tolist() == [[-inf, 3.0, -inf, 2.0], [5.0, -inf, -inf, 4.0]]
 
@@ -69,7 +74,7 @@ def test_top_k_keeps_all_that_tie_with_the_last():
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_top_k_of_none_or_all_changes_nothing(top_k):
     logits = torch.randn(3, 4)
-    assert torch.equal(truncate_logits(logits, top_k, 1.0), logits)
+    assert torch.equal(truncate_logits(logits, SamplingOptions(top_k=top_k)), logits)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, expected):
 def test_top_p_keeps_the_likeliest_code_whatever_p():
     # In float32, 1 − p rounds to 1: even the whole mass seems not to reach past it.
     for dtype in (torch.float32, torch.float64):
-        truncated = truncate_logits(log([0.2, 0.2, 0.4, 0.2]).to(dtype), 0, 1e-9)
+        truncated = truncate_logits(log([0.2, 0.2, 0.4, 0.2]).to(dtype), SamplingOptions(top_p=1e-9))
         assert truncated.isfinite().tolist() == [False, False, True, False]
 
 
@@ -124,22 +129,37 @@ def test_top_p_looks_at_what_top_k_left():
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
-        ({"top_k": -1}, "top_k is -1; expected an integer from 0"),
-        ({"top_k": 12}, "top_k is 12; expected an integer from 0 .* to 11"),
+        ({"top_k": -1}, r"top_k is -1; expected an integer from 0 \(off\) to the number of codes"),
         ({"top_k": 2.0}, "top_k is 2.0"),
         ({"top_p": 0.0}, r"top_p is 0.0; expected a number in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_p": float("nan")}, "top_p is nan"),
+        ({"is_smooth": 1}, "is_smooth is 1; expected True or False"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
-        check_truncation(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "vocab_size": 11} | options)
+        SamplingOptions(**options)
 
 
 def test_the_ends_of_the_ranges_are_allowed():
-    check_truncation(1e-3, 0, 1.0, 11)
-    check_truncation(100, 11, 1e-6, 11)
+    SamplingOptions(guidance_scale=0, temperature=1e-3, top_k=0, top_p=1.0, min_p=0.0)
+    SamplingOptions(guidance_scale=100, temperature=100, top_k=11, top_p=1e-6, min_p=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "prior_options", "message"),
+    [
+        ({"top_k": 12}, {}, r"top_k is 12; expected an integer from 0 \(off\) to 11, the number of codes"),
+        ({"guidance_scale": 1.5}, {"num_classes": 0}, "guidance_scale is 1.5; expected 1 for a model without classes"),
+        ({"is_smooth": True}, {}, "is_smooth is True; expected False for a tile layout"),
+    ],
+)
+def test_what_a_prior_cannot_serve_is_refused_by_name(options, prior_options, message, make_prior):
+    prior = make_prior(BlockLayout.tiles(1, 3), **prior_options)
+    SamplingOptions(top_k=11).check_for(prior)
+    with pytest.raises(ValueError, match=message):
+        SamplingOptions(**options).check_for(prior)
 
 
 # Drawing
@@ -163,11 +183,13 @@ def test_draws_against_a_slow_loop(temperature, top_k, top_p):
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(4, 25, 9, generator=generator, dtype=torch.float64)
     uniforms = torch.rand(4, 25, generator=generator, dtype=torch.float64)
-    tokens = sample_tokens(logits, uniforms, temperature, top_k, top_p)
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = sample_tokens(logits, uniforms, options)
     assert tokens.dtype == torch.int64
     for b in range(4):
         for i in range(25):
-            row = truncate_logits(logits[b, i] / temperature, top_k, top_p)
+            row = truncate_logits(logits[b, i], options)
+            assert torch.equal(row[row.isfinite()], (logits[b, i] / temperature)[row.isfinite()])
             assert tokens[b, i] == slow_draw(row, uniforms[b, i].item())
     assert tokens.unique().numel() > 5
 
@@ -177,7 +199,7 @@ def test_draws_follow_the_distribution(dtype):
     num_draws, probabilities = 40_000, torch.tensor([0.4, 0.0, 0.05, 0.25, 0.3])
     logits = probabilities.to(dtype).log().expand(1, num_draws, 5)
     uniforms = torch.rand(1, num_draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    frequencies = torch.bincount(sample_tokens(logits, uniforms, 1.0, 0, 1.0).flatten(), minlength=5) / num_draws
+    frequencies = torch.bincount(sample_tokens(logits, uniforms, SamplingOptions()).flatten(), minlength=5) / num_draws
     deviations = (probabilities * (1 - probabilities) / num_draws).sqrt()
     assert ((frequencies - probabilities).abs() <= 4 * deviations).all()
     assert frequencies[1] == 0
@@ -186,19 +208,20 @@ def test_draws_follow_the_distribution(dtype):
 def test_uniform_numbers_at_the_ends_never_hit_an_impossible_code():
     logits = log([0.0, 0.5, 0.5, 0.0]).expand(1, 2, 4)
     ends = torch.tensor([[0.0, 1 - 2.0**-53]], dtype=torch.float64)
-    assert sample_tokens(logits, ends, 1.0, 0, 1.0).tolist() == [[1, 2]]
+    assert sample_tokens(logits, ends, SamplingOptions()).tolist() == [[1, 2]]
     many = torch.randn(1, 4000, 7, generator=torch.Generator().manual_seed(0))
     many[..., -2:] = -torch.inf
-    assert sample_tokens(many, ends[:, 1:].expand(1, 4000), 1.0, 0, 1.0).max() == 4
+    assert sample_tokens(many, ends[:, 1:].expand(1, 4000), SamplingOptions()).max() == 4
 
 
 def test_a_high_temperature_flattens_and_top_k_one_is_greedy():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 4000, 5, generator=generator)
     uniforms = torch.rand(1, 4000, generator=generator, dtype=torch.float64)
-    hot = torch.bincount(sample_tokens(logits[:, :1].expand(1, 4000, 5), uniforms, 1e6, 0, 1.0).flatten(), minlength=5)
+    options = SamplingOptions(temperature=1e6)
+    hot = torch.bincount(sample_tokens(logits[:, :1].expand(1, 4000, 5), uniforms, options).flatten(), minlength=5)
     assert (hot - 800).abs().max() < 4 * (4000 * 0.2 * 0.8) ** 0.5
-    assert torch.equal(sample_tokens(logits, uniforms, 1.0, 1, 1.0), logits.argmax(-1))
+    assert torch.equal(sample_tokens(logits, uniforms, SamplingOptions(top_k=1)), logits.argmax(-1))
 
 
 # Generators
@@ -287,25 +310,24 @@ def test_bad_guidance_power_is_refused(power):
 def test_min_p_keeps_codes_that_are_likely_beside_the_likeliest(min_p, expected):
     # Shares of the likeliest code: 0.3, 1, 0.1, 0.6; whatever the other truncations removed, they stay the same.
     logits = log([0.15, 0.5, 0.05, 0.3])
-    assert truncate_logits(logits, 0, 1.0, min_p).isfinite().tolist() == expected
-    assert truncate_logits(logits - 7, 3, 1.0, min_p).isfinite().tolist() == [
-        is_kept and v != 2 for v, is_kept in enumerate(expected)
-    ]
+    assert kept(logits, min_p=min_p) == expected
+    assert kept(logits - 7, top_k=3, min_p=min_p) == [is_kept and v != 2 for v, is_kept in enumerate(expected)]
 
 
 def test_min_p_is_looked_at_in_drawing():
     uniforms = torch.rand(1, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits = log([0.15, 0.5, 0.05, 0.3]).expand(1, 500, 4)
-    assert sample_tokens(logits, uniforms, 1.0, 0, 1.0, 0.2).unique().tolist() == [0, 1, 3]
+    assert sample_tokens(logits, uniforms, SamplingOptions(min_p=0.2)).unique().tolist() == [0, 1, 3]
     # Temperature comes first: at 2 the shares are 0.55, 1, 0.32, 0.77.
-    assert sample_tokens(logits, uniforms, 2.0, 0, 1.0, 0.4).unique().tolist() == [0, 1, 3]
-    assert sample_tokens(logits, uniforms, 2.0, 0, 1.0, 0.6).unique().tolist() == [1, 3]
+    for min_p, expected in ((0.4, [0, 1, 3]), (0.6, [1, 3])):
+        options = SamplingOptions(temperature=2.0, min_p=min_p)
+        assert sample_tokens(logits, uniforms, options).unique().tolist() == expected
 
 
 @pytest.mark.parametrize("min_p", [-0.1, 1.1, float("nan"), None])
 def test_bad_min_p_is_refused(min_p):
     with pytest.raises(ValueError, match=r"min_p is .*; expected a number in \[0, 1\]"):
-        check_truncation(1.0, 0, 1.0, 11, min_p)
+        SamplingOptions(min_p=min_p)
 
 
 # Mixtures of codes

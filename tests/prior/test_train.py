@@ -16,7 +16,7 @@ from nextblock.data.images import ImageDataConfig
 from nextblock.data.tokens import TokenDataset, collate_tokens
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.task import NO_DECAY, PriorTask, PriorTrainConfig
+from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE
@@ -215,7 +215,7 @@ def make_task(config, tokens_dir, tokenizer_dir, accelerator=None, dtype=torch.f
     model = BlockPrior(BlockPriorConfig(layout=tokenizer.layout.to_dict(), **sizes, **options)).to(dtype).train()
     train_rows, heldout = (TokenDataset(tokens_dir, split) for split in ("train", "test"))
     data = PriorData(train=train_rows, heldout=heldout, collate=collate_tokens, class_names=["a", "b", "c"])
-    return PriorTask(accelerator or Accelerator(cpu=True), config, model, tokenizer, data)
+    return PriorTask(accelerator or Accelerator(cpu=True), config, model, tokenizer, data, export=None)
 
 
 def test_micro_batches_add_up_to_the_batch(tokens_dir, tokenizer_dir, fresh_accelerate):
@@ -328,8 +328,8 @@ def test_wrong_options_end_the_command_with_a_message(train_here, tmp_path, caps
         (["--model.vocab_size", 24], "model.vocab_size"),
         (["--class_dropout", 1.5], "class_dropout is 1.5; expected a number in [0, 1]"),
         (["--eval_batch_size", 0], "eval_batch_size is 0; expected at least 1"),
-        (["--guidance_schedule", "cosine"], "guidance_schedule"),
-        (["--guidance_scale", -1], "guidance_scale is -1.0; expected a finite number of at least 0"),
+        (["--sampling.guidance_schedule", "cosine"], "guidance_schedule"),
+        (["--sampling.guidance_scale", -1], "guidance_scale is -1.0; expected a finite number of at least 0"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             train_here(tmp_path, *wrong)
@@ -358,4 +358,4 @@ def test_every_undecayed_name_is_one_of_the_priors():
     layout = {"kind": "scales", "scales": [1, 2]}
     model = BlockPrior(BlockPriorConfig(layout=layout, use_shared_adaln=True, use_normalized_attention=True))
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
-    assert set(NO_DECAY) <= parts
+    assert set(BlockPrior.no_decay) <= parts

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.task import NO_DECAY
 from nextblock.training.optim import OptimizerConfig, build_optimizer
 
 LAYOUT = BlockLayout.scales([1, 2, 3])
@@ -48,7 +47,7 @@ def test_two_processes_equal_one(tmp_path):
     alone = build_model(torch.float64)
     alone(*global_batch(torch.float64)).loss.backward()
     stepped = build_model(torch.float32)
-    take_step(stepped, build_optimizer(stepped, OPTIMIZER, NO_DECAY), global_batch(torch.float32))
+    take_step(stepped, build_optimizer(stepped, OPTIMIZER, stepped.no_decay), global_batch(torch.float32))
     before = build_model(torch.float32).state_dict()
     for rank in range(2):
         results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
@@ -82,14 +81,13 @@ def sharded_step(rank: int) -> dict:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["PriorLayer"],
     )
     accelerator = Accelerator(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     model = build_model(torch.float32)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER, NO_DECAY))
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER, model.no_decay))
     parameters = dict(model.named_parameters())
     sharded = [parameter for parameter in parameters.values() if isinstance(parameter, DTensor)]
     share = sum(p.to_local().numel() for p in sharded) / sum(p.numel() for p in sharded) if sharded else 1.0

@@ -93,7 +93,6 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
         AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["PriorLayer"],
             reshard_after_forward=True,
             state_dict_type="SHARDED_STATE_DICT",
             cpu_ram_efficient_loading=False,

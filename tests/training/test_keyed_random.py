@@ -1,9 +1,9 @@
-"""Keyed random numbers: known values of splitmix64, independence of everything but the keys, and guidance dropout."""
+"""Keyed random numbers: known values of splitmix64, independence of everything but the keys."""
 
 import pytest
 import torch
 
-from nextblock.data.keyed_random import drop_class_labels, keyed_uniform
+from nextblock.data.keyed_random import keyed_uniform
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -64,40 +64,3 @@ def test_draws_are_uniform_and_unrelated_between_neighbouring_keys_and_samples()
 def test_keys_have_an_order():
     samples = torch.arange(100)
     assert not torch.equal(keyed_uniform(1, 2, samples=samples), keyed_uniform(2, 1, samples=samples))
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropped_share_is_the_rate(rate):
-    samples = torch.arange(20_000)
-    labels = samples % 10
-    dropped = drop_class_labels(labels, 10, rate, 0, 1, samples=samples)
-    is_dropped = dropped == 10
-    assert dropped.dtype == torch.int64
-    assert torch.equal(dropped[~is_dropped], labels[~is_dropped])
-    assert abs(is_dropped.double().mean() - rate) < 4 * (rate * (1 - rate) / len(samples)) ** 0.5
-    # Every class loses its share, not one class all of it.
-    for label in range(10):
-        assert abs(is_dropped[labels == label].double().mean() - rate) < 0.05
-
-
-def test_rates_zero_and_one_are_exact():
-    labels = torch.arange(500)
-    assert torch.equal(drop_class_labels(labels, 1000, 0.0, 3, samples=labels), labels)
-    assert torch.equal(drop_class_labels(labels, 1000, 1.0, 3, samples=labels), torch.full_like(labels, 1000))
-
-
-def test_drops_depend_on_seed_step_and_sample_only():
-    samples = torch.arange(200)
-    labels = torch.randint(5, (200,))
-
-    def dropped(seed, step, rows):
-        return drop_class_labels(labels[rows], 5, 0.3, seed, step, samples=samples[rows]) == 5
-
-    everything = dropped(0, 0, samples)
-    shuffled = torch.randperm(200)
-    assert torch.equal(dropped(0, 0, shuffled), everything[shuffled])
-    assert torch.equal(torch.cat([dropped(0, 0, rows) for rows in samples.split(33)]), everything)
-    torch.manual_seed(123)
-    assert torch.equal(dropped(0, 0, samples), everything)
-    assert not torch.equal(dropped(1, 0, samples), everything)
-    assert not torch.equal(dropped(0, 1, samples), everything)

@@ -51,8 +51,10 @@ def test_fsdp_wraps_the_layers_of_the_prior(monkeypatch):
     environment = prepare_multi_gpu_env(launch_arguments("fsdp"))
     assert environment["FSDP_VERSION"] == "2" and environment["ACCELERATE_USE_FSDP"] == "true"
     assert environment["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
-    wrapped = environment["FSDP_TRANSFORMER_CLS_TO_WRAP"]
-    assert hasattr(layers, wrapped) and wrapped in BlockPrior._no_split_modules
+    assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    # Without names of their own, accelerate takes the model's.
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in environment
+    assert all(hasattr(layers, name) for name in BlockPrior._no_split_modules)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from torch import nn
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.task import NO_DECAY
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.task import NO_DECAY as TOKENIZER_NO_DECAY
 from nextblock.training.optim import OptimizerConfig, build_optimizer, learning_rate_at, set_schedules, weight_decay_at
@@ -98,7 +97,7 @@ def test_the_prior_decays_matrices_and_tables_but_no_positions():
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "embedding_dim": 4, "num_classes": 2}
     options = {"use_shared_adaln": True, "use_normalized_attention": True}
     model = BlockPrior(BlockPriorConfig(layout=layout, **sizes, **options))
-    decayed, undecayed = groups_by_name(model, NO_DECAY)
+    decayed, undecayed = groups_by_name(model, model.no_decay)
     assert decayed | undecayed == {name for name, _ in model.named_parameters()}
     positions = {name for name in undecayed if not name.endswith("bias")}
     layer = "blocks.0"

@@ -1,0 +1,130 @@
+"""What a family of priors offers: the protocol that generation, training and pipelines touch, and nothing else of it.
+
+Legend: B images, R rows (conditional, then unconditional), K blocks, L_k tokens of block k, L all tokens, P positions
+before the first token, V codes, C code channels, D width.
+"""
+
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from nextblock.data.blocks import BlockLayout
+
+from .conditioning import Condition, Conditions, Context
+from .losses import PriorOutput
+
+
+class Prior(Protocol):
+    """A `PreTrainedModel` that predicts an image's tokens block by block.
+
+    Sampling calls `context` once, then for each block `decode_block` and `logits`; training calls the model.
+    """
+
+    layout: BlockLayout
+    """The blocks predicted."""
+    vocab_size: int
+    """V."""
+    embedding_dim: int
+    """C, where code vectors are taken."""
+    conditions: Conditions
+    """What the prior can be conditioned on."""
+    takes_indices: bool
+    """Whether `var_input` and a block's content are indices and not code vectors."""
+    can_chunk_loss: ClassVar[bool]
+    """Whether `forward` takes `loss_chunk_size`."""
+    no_decay: ClassVar[tuple[str, ...]]
+    """Last name parts of matrices and tables that weight decay leaves alone, or of their modules."""
+    _no_split_modules: ClassVar[list[str]]
+    """Classes of the layers: what is sharded as one, and compiled as one."""
+
+    def __call__(
+        self, var_input: Tensor, condition: Tensor | Condition, /, labels: Tensor | None = None, **options: Any
+    ) -> PriorOutput:
+        """Predict all blocks under teacher forcing.
+
+        Args:
+            var_input: (B, L − L_1, C), or (B, L − L_1) int64 where `takes_indices`.
+            condition: what `conditions.of` reads.
+            labels: (B, L) int64 indices to predict, in block order; gives the loss.
+            options: `loss_chunk_size`, tokens whose logits exist at a time, where `can_chunk_loss`; a family's own.
+
+        Returns:
+            A `PriorOutput`; see `losses.prior_output`.
+        """
+
+    def context(self, condition: Condition) -> Context:
+        """Compute all that depends on the condition alone, R rows, once for all blocks."""
+
+    def new_cache(self, num_rows: int) -> Any:
+        """Allocate what `decode_block` keeps of a request: P + L positions, written where they lie."""
+
+    def decode_block(self, content: Tensor | None, k: int, context: Context, cache: Any) -> Tensor:
+        """Run block k, which sees all blocks before it through the cache.
+
+        The family makes the block's input of what the block before held and of where this one lies.
+
+        Args:
+            content: None for the first block; then the indices of the block before, (B, L_{k−1}), where
+                `takes_indices`, else this block's vectors (B, L_k, C) from `quantizer.advance`. The R rows of the
+                context share it: R is B or a multiple.
+            k: block number, from 0.
+            context: from `context`, or its first rows; never more rows than for the block before.
+            cache: from `new_cache`, with the blocks before k.
+
+        Returns:
+            (R, L_k, D).
+        """
+
+    def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
+        """Return scores of all codes, (R, L_k, D) → (R, L_k, V), at least float32."""
+
+
+def check_quantizer(prior: Prior, quantizer: nn.Module) -> None:
+    """Refuse a quantizer whose tokens are not those of a prior.
+
+    Args:
+        prior: which reads and writes tokens.
+        quantizer: a tokenizer's.
+
+    Raises:
+        ValueError: naming what differs: layout, number of codes, or, where code vectors are taken, their channels.
+    """
+    if quantizer.num_codes != prior.vocab_size:
+        raise ValueError(f"quantizer has {quantizer.num_codes} codes; expected {prior.vocab_size}")
+    if not prior.takes_indices and quantizer.dim != prior.embedding_dim:
+        raise ValueError(f"quantizer has codes of {quantizer.dim} channels; expected {prior.embedding_dim}")
+    if quantizer.layout != prior.layout:
+        got = quantizer.layout and quantizer.layout.to_dict()
+        raise ValueError(f"quantizer has layout {got}; expected {prior.layout.to_dict()}")
+
+
+def check_given(prior: Prior, given_idx_Bl: list[Tensor], num_images: int) -> None:
+    """Refuse known tokens that do not fit the layout, the batch or the vocabulary.
+
+    Args:
+        prior: which samples the others.
+        given_idx_Bl: K tensors (B, L_k) int64, −1 for tokens to sample.
+        num_images: B.
+
+    Raises:
+        ValueError: naming the block that does not fit.
+    """
+    prior.layout.check_blocks(given_idx_Bl, prior.layout.num_blocks)
+    for k, idx in enumerate(given_idx_Bl):
+        if len(idx) != num_images or not -1 <= idx.min().item() <= idx.max().item() < prior.vocab_size:
+            raise ValueError(
+                f"given_idx_Bl[{k}] has {len(idx)} rows from {idx.min().item()} to {idx.max().item()}; "
+                f"expected {num_images} rows from -1 (to sample) to {prior.vocab_size - 1}"
+            )
+
+
+def compile_layers(prior: Prior, **options: Any) -> None:
+    """Compile every layer in place: one graph serves all layers, and names of weights stay what they are.
+
+    Args:
+        prior: whose layers keep what grows from block to block out of their graphs.
+        options: of `torch.compile`.
+    """
+    for module in prior.modules():
+        if type(module).__name__ in prior._no_split_modules:
+            module.compile(**options)

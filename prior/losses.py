@@ -1,0 +1,49 @@
+"""What a prior's forward pass gives, and the loss that every family shares.
+
+Legend: B batch, L all tokens, V codes.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class PriorOutput(ModelOutput):
+    """What a prior's forward pass gives.
+
+    Args:
+        loss: scalar mean cross-entropy in nats a token, with label smoothing; with labels only.
+        logits: (B, L, V) in float32, or float64 for a float64 model; None where the loss was computed in chunks.
+        token_loss: (B, L) cross-entropy without label smoothing; with labels only; without gradient where in chunks.
+        token_correct: (B, L) whether no code is likelier than the label; with labels only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    token_loss: Tensor | None = None
+    token_correct: Tensor | None = None
+
+
+def prior_output(logits: Tensor, labels: Tensor | None, label_smoothing: float = 0.0) -> PriorOutput:
+    """Compare logits with labels.
+
+    Args:
+        logits: (B, L, V) in float32 or float64.
+        labels: (B, L) int64 in [0, V); None leaves the logits alone in the output.
+        label_smoothing: in [0, 1); of the loss alone.
+
+    Returns:
+        A `PriorOutput`.
+    """
+    if labels is None:
+        return PriorOutput(logits=logits)
+    # Not transposed to (B, V, L): that would copy all logits.
+    flat = logits.flatten(0, 1), labels.flatten()
+    token_loss = F.cross_entropy(*flat, reduction="none").view_as(labels)
+    loss = F.cross_entropy(*flat, label_smoothing=label_smoothing) if label_smoothing else token_loss.mean()
+    # The largest value is found several times faster than its place.
+    token_correct = logits.gather(-1, labels[..., None])[..., 0] >= logits.amax(-1)
+    return PriorOutput(loss, logits, token_loss, token_correct)
