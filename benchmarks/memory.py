@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 CASES = {
     "plain": {},
@@ -28,14 +29,18 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """Return the memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 def measure(depth: int, batch_size: int, loss_chunk_size: int | None = None, gradient_checkpointing: bool = False):
     """Take one step; return its figures."""
-    import psutil
     import torch
 
     from nextblock.data.blocks import BlockLayout
     from nextblock.prior import BlockPrior, BlockPriorConfig
-    from nextblock.prior.task import NO_DECAY
     from nextblock.training.optim import OptimizerConfig, build_optimizer
 
     torch.manual_seed(0)
@@ -45,7 +50,7 @@ def measure(depth: int, batch_size: int, loss_chunk_size: int | None = None, gra
     model = BlockPrior(BlockPriorConfig(layout=layout.to_dict(), drop_path=depth / 240, **shape, **sizes)).train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = build_optimizer(model, OptimizerConfig(), NO_DECAY)
+    optimizer = build_optimizer(model, OptimizerConfig(), model.no_decay)
     for parameter in model.parameters():  # A tensor at a time: whole gradients would lift the peak before the step.
         optimizer.state[parameter] = {
             "step": torch.zeros(()),
@@ -55,7 +60,7 @@ def measure(depth: int, batch_size: int, loss_chunk_size: int | None = None, gra
     L = layout.num_tokens
     var_input = torch.randn(batch_size, L - 1, EMBEDDING_DIM)
     class_labels, labels = torch.zeros(batch_size).long(), torch.randint(VOCAB_SIZE, (batch_size, L))
-    before = psutil.Process().memory_info().rss
+    before = resident_bytes()
     output = model(var_input, class_labels, labels, loss_chunk_size=loss_chunk_size)
     output.loss.backward()
     optimizer.step()

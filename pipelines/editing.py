@@ -15,7 +15,7 @@ from torch import Tensor
 from nextblock.data.blocks import BlockLayout
 
 from .given_images import ImageInput, images_to_pixel_values, masks_to_tensor, split_images, split_masks
-from .sampling_loop import decode
+from .sampling_loop import decode, hooks_freed
 from .sampling_request import OUTPUT_TYPES, check_counts
 
 PICTURE_TYPES = OUTPUT_TYPES[:3]
@@ -72,7 +72,7 @@ def reconstruct(
     """Encode images and decode them; see `ClassToImagePipeline.reconstruct`."""
     check_counts(output_type, decode_batch_size=decode_batch_size)
     pixel_values = _pixel_values(pipe, "image", split_images("image", image), fit)
-    with pipe._hooks_freed():
+    with hooks_freed(pipe):
         images = idx_Bl = pipe.tokenizer.img_to_idxBl(pixel_values)
         if output_type != "latent":
             features = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl)
@@ -100,7 +100,7 @@ def interpolate(
         if len(images) != 1:
             raise ValueError(f"{name} holds {len(images)} images; expected 1")
         ends.append(_pixel_values(pipe, name, images, fit))
-    with pipe._hooks_freed():
+    with hooks_freed(pipe):
         idx_Bl = pipe.tokenizer.img_to_idxBl(torch.cat(ends))
         first, last = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl).split(1)
         weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
@@ -138,7 +138,7 @@ def _paint(
         raise ValueError("idx_Bl is given; expected none, since the known tokens are those of the image")
     pixel_values, mask = pixel_values.to(pipe._execution_device), mask.to(pipe._execution_device)
     given, is_inside_Bl = [], mask_blocks(pipe.tokenizer.layout, mask)
-    with pipe._hooks_freed():
+    with hooks_freed(pipe):
         for idx, is_inside in zip(pipe.tokenizer.img_to_idxBl(pixel_values), is_inside_Bl, strict=True):
             block = torch.where(is_inside, -1, idx).expand(num_labels, -1)
             given.append(block.repeat_interleave(num_images_per_label, dim=0))

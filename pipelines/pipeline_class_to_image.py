@@ -175,11 +175,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         Args:
             class_labels: see `__call__`, as for the other arguments.
             num_images_per_label: images of each label.
-            generator: one, or one for each image.
-            idx_Bl: known tokens.
+            generator, idx_Bl, decode_batch_size, batch_size: see `__call__`.
             output_type: "pil", "np" or "pt".
-            decode_batch_size: images decoded at a time.
-            batch_size: images sampled at a time.
             options: fields of `prior.sampling.SamplingOptions`.
 
         Returns:
@@ -372,8 +369,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         Returns:
             The commit's address.
         """
-        hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
-        return storage.publish_pipeline(self, repo_id, saving, **hub)
+        commit = {"commit_message": commit_message, "create_pr": create_pr}
+        return storage.publish_pipeline(self, repo_id, saving, private=private, token=token, **commit)
 
     def compile(self, **options) -> None:
         """Compile the prior's layers and the tokenizer's decoder; the calls that meet a new shape take long.

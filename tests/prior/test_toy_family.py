@@ -14,8 +14,8 @@ from nextblock.prior.generation import generate
 from nextblock.prior.sampling import SamplingOptions, draw_uniforms, sample_tokens
 from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.prior.training_data import PriorData
+from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.tokenize_dataset import TokenizeConfig, tokenize
 from nextblock.training.loop import fit
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig
