@@ -39,11 +39,25 @@ def tokenizer_fingerprint(model: torch.nn.Module) -> str:
         A hexadecimal SHA-256 over architecture, names, dtypes, shapes and values.
     """
     digest = hashlib.sha256()
-    digest.update(json.dumps(tokenizer_options(model), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    options, state = _as_first_spelled(tokenizer_options(model), model.state_dict())
+    digest.update(json.dumps(options, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _as_first_spelled(options: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Name options and tensors as version 0.1.0 did: what it made keeps its hash, and tokens their tokenizer."""
+    options = dict(options)
+    is_cosine, has_unit_codes = options["codebook_metric"] == "cosine", options["has_unit_codes"]
+    # One option stood for both; what it could not say is hashed as it is.
+    if has_unit_codes == (is_cosine and options["layout"] == "tiles"):
+        del options["codebook_metric"], options["has_unit_codes"]
+        options["normalize_codes"] = is_cosine
+    if options["var_phi_names"] == "by_number":
+        del options["var_phi_names"]
+    return options, {name.replace("quantizer.codec.phi.", "quantizer.phi."): tensor for name, tensor in state.items()}
 
 
 @dataclass(kw_only=True)

@@ -115,9 +115,10 @@ class EditingMixin:
         check_counts(output_type, decode_batch_size=decode_batch_size)
         pixel_values = self._pixels("image", image)
         with self._hooks_freed():
-            images = idx_Bl = self.tokenizer.img_to_idxBl(pixel_values)
+            idx_BL = self.tokenizer.img_to_idx(pixel_values)
+            images = self.tokenizer.layout.split(idx_BL)
             if output_type != "latent":
-                features = self.tokenizer.quantizer.idxBl_to_features(idx_Bl)
+                features = self.tokenizer.quantizer.idx_to_features(idx_BL)
                 images = self._decode(features, decode_batch_size, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -155,8 +156,8 @@ class EditingMixin:
             if len(pixel_values) != 1:
                 raise ValueError(f"{name} holds {len(pixel_values)} images; expected 1")
         with self._hooks_freed():
-            idx_Bl = self.tokenizer.img_to_idxBl(torch.cat(list(ends.values())))
-            first, last = self.tokenizer.quantizer.idxBl_to_features(idx_Bl).split(1)
+            idx_BL = self.tokenizer.img_to_idx(torch.cat(list(ends.values())))
+            first, last = self.tokenizer.quantizer.idx_to_features(idx_BL).split(1)
             weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
             images = self._decode(torch.lerp(first, last, weights.view(-1, 1, 1, 1)), decode_batch_size, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

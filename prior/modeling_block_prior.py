@@ -353,7 +353,7 @@ class BlockPrior(PreTrainedModel):
         Raises:
             ValueError: naming what differs.
         """
-        got, expected = tuple(quantizer.get_codebook().shape), (self.config.vocab_size, self.config.embedding_dim)
+        got, expected = (quantizer.num_codes, quantizer.dim), (self.config.vocab_size, self.config.embedding_dim)
         if got != expected:
             raise ValueError(f"quantizer has a codebook of shape {got}; expected {expected}")
         if quantizer.layout != self.layout:
