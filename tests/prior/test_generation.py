@@ -7,7 +7,7 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.prior import generation
 from nextblock.prior.generation import generate_blocks, num_guided_blocks
 from nextblock.prior.sampling import guidance_scales, truncate_logits
-from nextblock.tokenizer import MultiScaleQuantizer, VectorQuantizer
+from nextblock.tokenizer import LearnedCodebook, Quantizer, ScaleCodec, TileCodec
 
 GUIDANCE = {"none": (1.0, "constant"), "constant": (2.5, "constant"), "linear": (2.5, "linear")}
 guidance = pytest.mark.parametrize(("guidance_scale", "schedule"), GUIDANCE.values(), ids=GUIDANCE.keys())
@@ -271,15 +271,15 @@ def test_guidance_of_an_unconditional_model_is_refused(make_prior, make_quantize
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "message"),
+    ("sizes", "codec", "message"),
     [
-        (MultiScaleQuantizer(12, 4, layout=SCALES), r"quantizer has a codebook of shape \(12, 4\); expected \(11, 4\)"),
-        (MultiScaleQuantizer(11, 5, layout=SCALES), r"quantizer has a codebook of shape \(11, 5\)"),
-        (MultiScaleQuantizer(11, 4, layout=BlockLayout.scales([1, 3])), "quantizer has layout .*'scales'"),
-        (VectorQuantizer(11, 4, layout=BlockLayout.tiles(1, 3)), "quantizer has layout .*'tiles'"),
-        (VectorQuantizer(11, 4), "quantizer has layout None"),
+        ((12, 4), ScaleCodec(SCALES, 4), r"quantizer has a codebook of shape \(12, 4\); expected \(11, 4\)"),
+        ((11, 5), ScaleCodec(SCALES, 5), r"quantizer has a codebook of shape \(11, 5\)"),
+        ((11, 4), ScaleCodec(BlockLayout.scales([1, 3]), 4), "quantizer has layout .*'scales'"),
+        ((11, 4), TileCodec(BlockLayout.tiles(1, 3)), "quantizer has layout .*'tiles'"),
     ],
 )
-def test_another_tokenizers_quantizer_is_refused(quantizer, message, make_prior):
+def test_another_tokenizers_quantizer_is_refused(sizes, codec, message, make_prior):
+    quantizer = Quantizer(codec, LearnedCodebook(*sizes))
     with pytest.raises(ValueError, match=message):
         make_prior(SCALES).generate(torch.tensor([0, 1]), quantizer)
