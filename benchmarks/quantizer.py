@@ -20,8 +20,8 @@ from functools import partial
 
 import torch
 
-from nextblock.tokenizer import codebook
-from nextblock.tokenizer.codebook import nearest_codes
+from nextblock.tokenizer import code_search
+from nextblock.tokenizer.code_search import nearest_codes
 
 # Runs of each form: the first two are compared, so they had better be undisturbed.
 FORMS = {"bare_matmul": 20, "nextblock": 30, "cdist": 3, "one_hot": 3}
@@ -58,7 +58,7 @@ def measure(form: str, num_threads: int, num_vectors: int, num_codes: int, num_c
     features = torch.randn(num_vectors, num_channels, generator=generator)
     codes = torch.randn(num_codes, num_channels, generator=generator)
     functions = {"nextblock": [nearest_codes], "cdist": [cdist], "one_hot": [one_hot]}
-    chunks = (codebook._CPU_CHUNK_BYTES, 4 * codebook._CPU_CHUNK_BYTES)
+    chunks = (code_search._CPU_CHUNK_BYTES, 4 * code_search._CPU_CHUNK_BYTES)
     functions["bare_matmul"] = [partial(bare_matmul, chunk_bytes=chunk_bytes) for chunk_bytes in chunks]
     for function in functions[form]:
         function(features[:TRIAL_VECTORS], codes)

@@ -5,7 +5,6 @@ Legend: B batch, K blocks, L_k tokens of block k, V codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor
 MAX_LISTED_BLOCKS = 16
 
 
-def code_counts(idx_Bl: Sequence[Tensor], num_codes: int) -> Tensor:
+def code_counts(idx_BL: Tensor, block_lengths: tuple[int, ...], num_codes: int) -> Tensor:
     """Count how often each block uses each code; counts of several batches add up.
 
     Args:
-        idx_Bl: K integer tensors (B, L_k) in [0, num_codes).
+        idx_BL: (B, L) integers in [0, num_codes), in block order.
+        block_lengths: L_k of the K blocks.
         num_codes: V.
 
     Returns:
@@ -28,16 +28,32 @@ def code_counts(idx_Bl: Sequence[Tensor], num_codes: int) -> Tensor:
     Raises:
         ValueError: if an index on the CPU is out of range; on a GPU the device itself refuses it.
     """
-    idx_BL = torch.cat([idx.long() for idx in idx_Bl], dim=1)
-    if idx_BL.device.type == "cpu" and idx_BL.numel() and not 0 <= idx_BL.min() <= idx_BL.max() < num_codes:
-        spans = [(idx.min().item(), idx.max().item()) for idx in idx_Bl]
-        k = next(k for k, (lowest, highest) in enumerate(spans) if lowest < 0 or highest >= num_codes)
-        raise ValueError(f"idx_Bl[{k}] spans {spans[k][0]} to {spans[k][1]}; expected 0 to {num_codes - 1}")
-    first_cells = _first_cells(tuple(idx.shape[1] for idx in idx_Bl), num_codes, idx_BL.device)
-    cells = (idx_BL + first_cells).flatten()
-    counts = torch.zeros(len(idx_Bl) * num_codes, dtype=torch.int64, device=idx_BL.device)
+    if idx_BL.device.type == "cpu":
+        check_codes(idx_BL, block_lengths, num_codes)
+    first_cells = _first_cells(block_lengths, num_codes, idx_BL.device)
+    cells = (idx_BL.long() + first_cells).flatten()
+    counts = torch.zeros(len(block_lengths) * num_codes, dtype=torch.int64, device=idx_BL.device)
     # Not bincount: on a GPU it reads the largest index back and makes the host wait.
-    return counts.scatter_add_(0, cells, torch.ones_like(cells)).view(len(idx_Bl), num_codes)
+    return counts.scatter_add_(0, cells, torch.ones_like(cells)).view(len(block_lengths), num_codes)
+
+
+def check_codes(idx_BL: Tensor, block_lengths: tuple[int, ...], num_codes: int) -> None:
+    """Refuse indices that are no codes.
+
+    Args:
+        idx_BL: (B, L) integers in block order; reading those of a GPU waits for it.
+        block_lengths: L_k of the K blocks.
+        num_codes: V.
+
+    Raises:
+        ValueError: naming the first block with an index outside 0 to V − 1.
+    """
+    if not idx_BL.numel() or 0 <= idx_BL.min() <= idx_BL.max() < num_codes:
+        return
+    for k, idx in enumerate(idx_BL.split(block_lengths, dim=1)):
+        lowest, highest = idx.min().item(), idx.max().item()
+        if lowest < 0 or highest >= num_codes:
+            raise ValueError(f"idx_Bl[{k}] spans {lowest} to {highest}; expected 0 to {num_codes - 1}")
 
 
 @lru_cache(maxsize=64)

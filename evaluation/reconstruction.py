@@ -54,7 +54,7 @@ def reconstruct(
     """Encode and decode every image of a data set.
 
     Args:
-        tokenizer: a model with `img_to_idxBl` and `idxBl_to_img`, in evaluation mode.
+        tokenizer: a model with `layout`, `img_to_idx` and `idx_to_img`, in evaluation mode.
         batches: mappings with `pixel_values` (B, 3, H, W) in [-1, 1] and `class_labels` (B,).
         num_codes: V.
         num_kept: how many pictures to keep; None keeps all.
@@ -69,10 +69,10 @@ def reconstruct(
     num_left = float("inf") if num_kept is None else num_kept
     for batch in batches:
         pixel_values = batch["pixel_values"].to(tokenizer.device)
-        idx_Bl = tokenizer.img_to_idxBl(pixel_values)
-        decoded = tokenizer.idxBl_to_img(idx_Bl)
+        idx_BL = tokenizer.img_to_idx(pixel_values)
+        decoded = tokenizer.idx_to_img(idx_BL)
         errors.append(mean_squared_errors(decoded, pixel_values).cpu())
-        counts = counts + code_counts(idx_Bl, num_codes).cpu()
+        counts = counts + code_counts(idx_BL, tokenizer.layout.block_lengths, num_codes).cpu()
         labels.append(batch["class_labels"].numpy())
         if num_left > 0:
             kept = slice(int(min(num_left, len(pixel_values))))

@@ -16,14 +16,18 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     """Hash everything of a model that its results depend on.
 
     Args:
-        model: a transformers model; half-precision weights give another hash than float32 ones.
+        model: a transformers model; half-precision weights give another hash than float32 ones. Its method
+            `as_fingerprinted`, where it has one, renames options and tensors first.
 
     Returns:
         A hexadecimal SHA-256 over architecture, names, dtypes, shapes and values.
     """
+    options, state = model_options(model), model.state_dict()
+    if hasattr(model, "as_fingerprinted"):
+        options, state = model.as_fingerprinted(options, state)
     digest = hashlib.sha256()
-    digest.update(json.dumps(model_options(model), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    digest.update(json.dumps(options, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

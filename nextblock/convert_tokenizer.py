@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         read_state_dict(config.checkpoint),
         scales=config.scales,
         image_size=config.image_size,
-        normalize_codes=config.normalized_codes,
+        has_normalized_codes=config.normalized_codes,
         phi_ratio=config.phi_ratio,
         beta=config.beta,
     )

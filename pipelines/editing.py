@@ -73,9 +73,10 @@ def reconstruct(
     check_counts(output_type, decode_batch_size=decode_batch_size)
     pixel_values = _pixel_values(pipe, "image", split_images("image", image), fit)
     with hooks_freed(pipe):
-        images = idx_Bl = pipe.tokenizer.img_to_idxBl(pixel_values)
+        idx_BL = pipe.tokenizer.img_to_idx(pixel_values)
+        images = pipe.tokenizer.layout.split(idx_BL)
         if output_type != "latent":
-            features = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl)
+            features = pipe.tokenizer.quantizer.idx_to_features(idx_BL)
             images = decode(pipe, features, decode_batch_size, output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -101,8 +102,8 @@ def interpolate(
             raise ValueError(f"{name} holds {len(images)} images; expected 1")
         ends.append(_pixel_values(pipe, name, images, fit))
     with hooks_freed(pipe):
-        idx_Bl = pipe.tokenizer.img_to_idxBl(torch.cat(ends))
-        first, last = pipe.tokenizer.quantizer.idxBl_to_features(idx_Bl).split(1)
+        idx_BL = pipe.tokenizer.img_to_idx(torch.cat(ends))
+        first, last = pipe.tokenizer.quantizer.idx_to_features(idx_BL).split(1)
         weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
         images = decode(pipe, torch.lerp(first, last, weights.view(-1, 1, 1, 1)), decode_batch_size, output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)

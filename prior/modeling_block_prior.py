@@ -20,14 +20,7 @@ from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_block_prior import BlockPriorConfig
 from .family import check_given, check_quantizer
 from .generation import BlockStep, generate
-from .layers import (
-    BlockAttention,
-    CachedAttention,
-    KeyValueCache,
-    ModulatedHead,
-    PriorLayer,
-    block_causal_attention,
-)
+from .layers import BlockAttention, CachedAttention, KeyValueCache, ModulatedHead, PriorLayer, block_causal_attention
 from .losses import PriorOutput, prior_output
 from .sampling import SamplingOptions, image_generators
 

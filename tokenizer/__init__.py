@@ -2,12 +2,23 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .codebook_learned import LearnedCodebook
+from .codec_scales import ScaleCodec
+from .codec_tiles import TileCodec
 from .configuration_vqvae import VQVAEConfig
 from .modeling_vqvae import VQVAE, VQVAEOutput
-from .quantizer import VectorQuantizer
-from .quantizer_multiscale import MultiScaleQuantizer
+from .quantizer import Quantizer, VectorQuantizer
 
 AutoConfig.register(VQVAEConfig.model_type, VQVAEConfig)
 AutoModel.register(VQVAEConfig, VQVAE)
 
-__all__ = ["VQVAE", "MultiScaleQuantizer", "VQVAEConfig", "VQVAEOutput", "VectorQuantizer"]
+__all__ = [
+    "VQVAE",
+    "LearnedCodebook",
+    "Quantizer",
+    "ScaleCodec",
+    "TileCodec",
+    "VQVAEConfig",
+    "VQVAEOutput",
+    "VectorQuantizer",
+]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nextblock.training.optim import OptimizerConfig
 
-from .codebook import full_precision
 from .discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -24,6 +23,7 @@ from .discriminator import (
     patch_grid,
     r1_penalty,
 )
+from .precision import full_precision
 
 
 @dataclass(kw_only=True)

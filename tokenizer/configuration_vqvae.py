@@ -33,8 +33,12 @@ class VQVAEConfig(PreTrainedConfig):
         codebook_ema_decay: decay of that moving average, in (0, 1).
         codebook_init: "uniform", or "data" (codes become features of training images before the first step).
         codebook_init_scale: uniform start in ± this; None means 1/V.
-        normalize_codes: compare codes by cosine.
+        codebook_metric: how the nearest code is searched, "euclidean" or "cosine".
+        has_unit_codes: L2-normalise features and codes themselves; both metrics then find the same.
         revival_threshold: a code used less than this share of the mean is moved onto a feature; 0 never.
+        var_phi_names: names that an export to VAR's format gives φ convolutions: "shared", "partially_shared" or
+            "separate" as in the checkpoint that the tokenizer came from, null where that had none; "by_number" gives
+            "shared" to one and "partially_shared" to several.
     """
 
     model_type = "nextblock_vqvae"
@@ -63,10 +67,15 @@ class VQVAEConfig(PreTrainedConfig):
         codebook_ema_decay: float = 0.99,
         codebook_init: Literal["uniform", "data"] = "uniform",
         codebook_init_scale: float | None = None,
-        normalize_codes: bool = False,
+        codebook_metric: Literal["euclidean", "cosine"] = "euclidean",
+        has_unit_codes: bool = False,
         revival_threshold: float = 0.0,
+        var_phi_names: Literal["by_number", "shared", "partially_shared", "separate"] | None = "by_number",
         **kwargs,
     ):
+        if kwargs.pop("normalize_codes", False):
+            # How version 0.1.0 put it; the same word meant less for scales.
+            codebook_metric, has_unit_codes = "cosine", layout == "tiles"
         self.image_size = list(as_shape(image_size, "image_size"))
         self.num_channels = num_channels
         self.autoencoder = autoencoder
@@ -90,8 +99,10 @@ class VQVAEConfig(PreTrainedConfig):
         self.codebook_ema_decay = codebook_ema_decay
         self.codebook_init = codebook_init
         self.codebook_init_scale = codebook_init_scale
-        self.normalize_codes = normalize_codes
+        self.codebook_metric = codebook_metric
+        self.has_unit_codes = has_unit_codes
         self.revival_threshold = revival_threshold
+        self.var_phi_names = var_phi_names
         self._check_choices()
         self._check_numbers()
         self.block_layout()
@@ -140,6 +151,8 @@ class VQVAEConfig(PreTrainedConfig):
             "layout": ("scales", "tiles"),
             "codebook_update": ("gradient", "ema"),
             "codebook_init": ("uniform", "data"),
+            "codebook_metric": ("euclidean", "cosine"),
+            "var_phi_names": ("by_number", "shared", "partially_shared", "separate", None),
             "quant_conv_kernel_size": (0, 1, 3),
         }.items():
             if getattr(self, field) not in choices:

@@ -53,7 +53,7 @@ class Encoder:
     @torch.no_grad()
     def quantize(self, features: torch.Tensor) -> np.ndarray:
         """Find the indices (B, L) of features."""
-        return self.model.layout.join(self.model.quantizer.features_to_idxBl(features)).cpu().numpy()
+        return self.model.quantizer.indices(features).cpu().numpy()
 
 
 def write_shards(

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .codebook import all_reduced, num_connected_processes
-from .quantizer import VectorQuantizer
-from .quantizer_multiscale import MultiScaleQuantizer
+from .processes import all_reduced, num_connected_processes
+from .quantizer import Quantizer
 
 # One chunk of the N×V assignment probabilities in bytes.
 _CHUNK_BYTES = 1 << 24
@@ -69,9 +68,7 @@ def reconstruction_loss(losses: dict[str, Tensor], config: TokenizerLossConfig) 
     return config.l1_weight * losses["l1"] + config.l2_weight * losses["l2"]
 
 
-def assignment_entropy(
-    quantizer: VectorQuantizer | MultiScaleQuantizer, features: Tensor, temperature: float
-) -> Tensor:
+def assignment_entropy(quantizer: Quantizer, features: Tensor, temperature: float) -> Tensor:
     """Compute `codebook_entropy` of a feature map under a quantizer's own codes and distance.
 
     Args:
@@ -81,12 +78,11 @@ def assignment_entropy(
 
     Returns:
         Scalar in [−ln V, 0].
+
+    Raises:
+        ValueError: if the codes are in no table.
     """
-    vectors = quantizer.training_features(features).flatten(0, 1)
-    codes = quantizer.get_codebook().to(vectors.dtype)
-    if quantizer.codebook.is_normalized:
-        epsilon = quantizer.codebook.epsilon
-        vectors, codes = F.normalize(vectors, dim=1, eps=epsilon), F.normalize(codes, dim=1, eps=epsilon)
+    vectors, codes = quantizer.compared(features)
     return codebook_entropy(vectors, codes, temperature)
 
 

@@ -11,14 +11,17 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.evaluation.codebook import code_counts, codebook_statistics
+from nextblock.evaluation.codebook import check_codes, code_counts, codebook_statistics
 from nextblock.training.offload import run_offload_hook
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
-from .codebook import Codebook, all_reduced
+from .codebook_learned import LearnedCodebook
+from .codec_scales import ScaleCodec
+from .codec_tiles import TileCodec
 from .configuration_vqvae import VQVAEConfig
-from .quantizer import VectorQuantizer
-from .quantizer_multiscale import MultiScaleQuantizer
+from .first_version import RENAMED_WEIGHTS, as_first_spelled
+from .processes import all_reduced
+from .quantizer import Codebook, Codec, Quantizer
 
 # Past this many blocks, a batch holds too few tokens a block to say anything of it.
 STATISTICS_MAX_BLOCKS = 64
@@ -49,9 +52,13 @@ class VQVAE(PreTrainedModel):
     """A convolutional autoencoder around a vector quantizer.
 
     Codes trained by moving average change in `update_codebook`, which a training loop calls after each optimizer step.
+    A subclass brings a codec or a codebook of its own by overriding `build_codec` or `build_codebook`.
 
     Args:
         config: the architecture.
+
+    Raises:
+        ValueError: if the codebook is not of the configured size.
     """
 
     config_class = VQVAEConfig
@@ -61,6 +68,10 @@ class VQVAE(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"quantizer"}
     supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock"]
+    # Codes are places among the features, and weight decay would pull them towards zero.
+    no_decay = ("codebook",)
+    renamed_weights = RENAMED_WEIGHTS
+    as_fingerprinted = staticmethod(as_first_spelled)
 
     def __init__(self, config: VQVAEConfig):
         super().__init__(config)
@@ -69,12 +80,57 @@ class VQVAE(PreTrainedModel):
         kernel, z, C = config.quant_conv_kernel_size, config.latent_channels, config.embedding_dim
         self.quant_conv = nn.Conv2d(z, C, kernel, padding=kernel // 2) if kernel else nn.Identity()
         self.post_quant_conv = nn.Conv2d(C, z, kernel, padding=kernel // 2) if kernel else nn.Identity()
-        self.quantizer = _build_quantizer(config, self.layout)
+        # In this order both draw their weights.
+        codebook = self.build_codebook(config)
+        codec = self.build_codec(config)
+        for name, value in {"vocab_size": codebook.num_codes, "embedding_dim": codebook.dim}.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(config, name)}; expected {value} for a {type(codebook).__name__}"
+                )
+        self.quantizer = Quantizer(codec, codebook)
         self.post_init()
+
+    def build_codebook(self, config: VQVAEConfig) -> Codebook:
+        """Make the codebook; the one place that chooses it.
+
+        Args:
+            config: the architecture.
+        """
+        return LearnedCodebook(
+            config.vocab_size,
+            config.embedding_dim,
+            beta=config.beta,
+            epsilon=config.epsilon,
+            ema_decay=config.codebook_ema_decay if config.codebook_update == "ema" else None,
+            metric=config.codebook_metric,
+            has_unit_codes=config.has_unit_codes,
+            revival_threshold=config.revival_threshold,
+            init_scale=config.codebook_init_scale,
+        )
+
+    def build_codec(self, config: VQVAEConfig) -> Codec:
+        """Make the codec; the one place that chooses it.
+
+        Args:
+            config: the architecture.
+        """
+        if self.layout.is_scales:
+            return ScaleCodec(self.layout, config.embedding_dim, config.num_phi, config.phi_ratio)
+        return TileCodec(self.layout)
+
+    @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
+        """Load a tokenizer as `PreTrainedModel.from_pretrained` does, those of version 0.1.0 among them."""
+        return super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
+        """Save the tokenizer as `PreTrainedModel.save_pretrained` does, by default under today's names of weights."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as torch and the codebook do, not with transformers' one normal distribution for all."""
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, Codebook)):
+        if hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None) -> VQVAEOutput | tuple:
@@ -91,12 +147,11 @@ class VQVAE(PreTrainedModel):
             ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
         """
         features = self.encode(pixel_values)
-        quantized, vq_loss, flat_idx = self.quantizer(features)
-        idx_Bl = self.quantizer.split_indices(flat_idx, len(features))
-        reconstruction = self.decode(quantized)
+        quantized, vq_loss, idx_BL = self.quantizer(features)
+        reconstruction, idx_Bl = self.decode(quantized), self.layout.split(idx_BL)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return reconstruction, vq_loss, idx_Bl
-        return VQVAEOutput(reconstruction, vq_loss, idx_Bl, self._statistics(idx_Bl), features)
+        return VQVAEOutput(reconstruction, vq_loss, idx_Bl, self._statistics(idx_BL), features)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the features (B, C, h, w) that the quantizer receives."""
@@ -108,72 +163,72 @@ class VQVAE(PreTrainedModel):
         return self.decoder(self.post_quant_conv(quantized.to(self._conv_dtype)))
 
     @torch.no_grad()
-    def img_to_idxBl(self, pixel_values: Tensor) -> list[Tensor]:
-        """Turn images into blocks of codebook indices.
+    def img_to_idx(self, pixel_values: Tensor) -> Tensor:
+        """Turn images into codebook indices in block order.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
 
         Returns:
-            K tensors (B, L_k) int64.
+            (B, L) int64.
 
         Raises:
             ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
         """
         run_offload_hook(self)
-        return self.quantizer.features_to_idxBl(self.encode(pixel_values))
+        return self.quantizer.indices(self.encode(pixel_values))
 
     @torch.no_grad()
-    def idxBl_to_var_input(self, idx_Bl: list[Tensor], as_indices: bool = False) -> Tensor:
-        """Turn blocks of indices into the prior's input under teacher forcing.
+    def idx_to_var_input(self, idx_BL: Tensor, as_indices: bool = False) -> Tensor:
+        """Turn indices into the prior's input under teacher forcing.
 
         Args:
-            idx_Bl: K tensors (B, L_k) int64.
+            idx_BL: (B, L) int64 in block order.
             as_indices: give the indices of the block before instead of vectors; tile layouts only.
 
         Returns:
             (B, L − L_1, C) float32, or (B, L − L_1) int64.
 
         Raises:
-            ValueError: if the blocks do not fit the layout, an index on the CPU is not a code, or indices are asked of
+            ValueError: if the indices do not fit the layout, one on the CPU is not a code, or indices are asked of
                 scales.
         """
         run_offload_hook(self)
-        self._check_indices(idx_Bl)
+        self._check_indices(idx_BL)
         if not as_indices:
-            return self.quantizer.idxBl_to_var_input(idx_Bl)
+            return self.quantizer.var_input(idx_BL)
         if self.layout.is_scales:
             raise ValueError("as_indices is True; expected False for a scale layout, whose input is no code's vector")
-        return torch.cat([idx_Bl[0][:, :0], *idx_Bl[:-1]], dim=1)
+        return idx_BL[:, : self.layout.bounds[-1][0]]
 
     @torch.no_grad()
-    def idxBl_to_img(self, idx_Bl: list[Tensor]) -> Tensor:
-        """Decode blocks of indices to images.
+    def idx_to_img(self, idx_BL: Tensor) -> Tensor:
+        """Decode indices to images.
 
         Args:
-            idx_Bl: K tensors (B, L_k) int64.
+            idx_BL: (B, L) int64 in block order.
 
         Returns:
             (B, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: if the blocks do not fit the layout or an index on the CPU is not a code.
+            ValueError: if the indices do not fit the layout or one on the CPU is not a code.
         """
         run_offload_hook(self)
-        self._check_indices(idx_Bl)
-        return self.decode(self.quantizer.idxBl_to_features(idx_Bl)).clamp(-1, 1)
+        self._check_indices(idx_BL)
+        return self.decode(self.quantizer.idx_to_features(idx_BL)).clamp(-1, 1)
 
-    def img_to_idx(self, pixel_values: Tensor) -> Tensor:
-        """Turn images (B, 3, H, W) into indices in block order, (B, L) int64; see `img_to_idxBl`."""
-        return torch.cat(self.img_to_idxBl(pixel_values), dim=1)
+    def img_to_idxBl(self, pixel_values: Tensor) -> list[Tensor]:
+        """Turn images into K blocks of codebook indices (B, L_k); see `img_to_idx`."""
+        return self.layout.split(self.img_to_idx(pixel_values))
 
-    def idx_to_var_input(self, idx_BL: Tensor, as_indices: bool = False) -> Tensor:
-        """Turn indices (B, L) into the prior's input; see `idxBl_to_var_input`."""
-        return self.idxBl_to_var_input(self.layout.split(idx_BL), as_indices)
+    def idxBl_to_var_input(self, idx_Bl: list[Tensor], as_indices: bool = False) -> Tensor:
+        """Turn K blocks of indices (B, L_k) into the prior's input under teacher forcing; see `idx_to_var_input`."""
+        return self.idx_to_var_input(self.layout.join(idx_Bl), as_indices)
 
-    def idx_to_img(self, idx_BL: Tensor) -> Tensor:
-        """Decode indices (B, L) to images (B, 3, H, W); see `idxBl_to_img`."""
-        return self.idxBl_to_img(self.layout.split(idx_BL))
+    def idxBl_to_img(self, idx_Bl: list[Tensor]) -> Tensor:
+        """Decode K blocks of indices (B, L_k) to images (B, 3, H, W) in [-1, 1]; see `idx_to_img`."""
+        return self.idx_to_img(self.layout.join(idx_Bl))
 
     @torch.no_grad()
     def initialize_codebook(self, pixel_values: Tensor, seed: int) -> None:
@@ -183,21 +238,22 @@ class VQVAE(PreTrainedModel):
             pixel_values: (B, 3, H, W) in [-1, 1]; the same on every process.
             seed: chooses among the features.
         """
-        features = self.quantizer.training_features(self.encode(pixel_values))
-        self.quantizer.codebook.initialize_from(features.flatten(0, 1), seed)
+        self.quantizer.start_from(self.encode(pixel_values), seed)
 
-    def update_codebook(self, *keys: int) -> None:
-        """Apply the moving averages and revival recorded by the forward passes since the last call.
+    def update_codebook(self, *keys: int, was_skipped: Tensor | None = None) -> None:
+        """Let the codebook follow the forward passes since the last call: moving averages, revival.
 
         Args:
             keys: integers such as (seed, step) that choose which features revived codes take.
+            was_skipped: scalar on the model's device that is true where fp16's loss scaler skipped the step, which the
+                codebook then skips too; None means that the step was taken.
         """
-        self.quantizer.codebook.update(*keys)
+        self.quantizer.after_step(*keys, was_skipped=was_skipped)
 
     @torch.no_grad()
-    def _statistics(self, idx_Bl: list[Tensor]) -> dict[str, Tensor]:
+    def _statistics(self, idx_BL: Tensor) -> dict[str, Tensor]:
         """Describe how a batch used the codes."""
-        counts = code_counts(idx_Bl, self.config.vocab_size)
+        counts = code_counts(idx_BL, self.layout.block_lengths, self.quantizer.num_codes)
         if len(counts) > STATISTICS_MAX_BLOCKS:
             counts = counts.sum(0, keepdim=True)
         if self.training:
@@ -222,15 +278,14 @@ class VQVAE(PreTrainedModel):
         if not largest <= 1.001:
             raise ValueError(f"pixel_values reaches {largest} in absolute value; expected finite numbers in [-1, 1]")
 
-    def _check_indices(self, idx_Bl: list[Tensor]) -> None:
-        """Refuse blocks that do not fit the layout and indices that are no codes."""
-        self.layout.check_blocks(idx_Bl, self.layout.num_blocks)
-        V = self.config.vocab_size
-        if idx_Bl[0].device.type != "cpu":
-            return  # As with pixels; a GPU's own table look-up refuses what is no code.
-        for k, idx in enumerate(idx_Bl):
-            if idx.numel() and not 0 <= idx.min().item() <= idx.max().item() < V:
-                raise ValueError(f"idx_Bl[{k}] spans {idx.min().item()} to {idx.max().item()}; expected 0 to {V - 1}")
+    def _check_indices(self, idx_BL: Tensor) -> None:
+        """Refuse what does not fit the layout and indices that are no codes."""
+        if idx_BL.ndim != 2 or idx_BL.shape[1] != self.layout.num_tokens:
+            raise ValueError(f"idx_BL has shape {tuple(idx_BL.shape)}; expected (batch, {self.layout.num_tokens})")
+        if idx_BL.dtype != torch.int64:
+            raise ValueError(f"idx_BL has dtype {idx_BL.dtype}; expected torch.int64")
+        if idx_BL.device.type == "cpu":  # As with pixels; a GPU's own table look-up refuses what is no code.
+            check_codes(idx_BL, self.layout.block_lengths, self.quantizer.num_codes)
 
 
 def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
@@ -247,21 +302,3 @@ def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
         config.dropout,
     )
     return VQGANEncoder(*sizes), VQGANDecoder(*sizes)
-
-
-def _build_quantizer(config: VQVAEConfig, layout: BlockLayout) -> VectorQuantizer | MultiScaleQuantizer:
-    """Return the quantizer of the layout."""
-    options = {
-        "beta": config.beta,
-        "epsilon": config.epsilon,
-        "layout": layout,
-        "ema_decay": config.codebook_ema_decay if config.codebook_update == "ema" else None,
-        "normalize_codes": config.normalize_codes,
-        "revival_threshold": config.revival_threshold,
-        "init_scale": config.codebook_init_scale,
-    }
-    if not layout.is_scales:
-        return VectorQuantizer(config.vocab_size, config.embedding_dim, **options)
-    return MultiScaleQuantizer(
-        config.vocab_size, config.embedding_dim, num_phi=config.num_phi, phi_ratio=config.phi_ratio, **options
-    )

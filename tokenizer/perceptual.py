@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import full_precision
+from .precision import full_precision
 
 # torchvision's names of LPIPS's networks.
 LPIPS_NETWORKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}

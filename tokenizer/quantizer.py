@@ -1,78 +1,289 @@
-"""Vector quantization of a feature map, read out as tiles (VQ-VAE, arXiv:1711.00937; normalised codes as in LlamaGen).
+"""Quantizer = codec × codebook: a codec makes tokens of a feature map, a codebook makes an index of a vector.
 
-Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, h×w latent cells.
+Any codec works with any codebook. Legend: B batch, K blocks, L_k tokens of block k, L all tokens, N vectors, V codes,
+C code channels, h×w latent cells; `idx_BL` holds indices (B, L) in block order.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Protocol, runtime_checkable
+
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
 
-from .codebook import Codebook, full_precision
+from .codebook_learned import LearnedCodebook
+from .codec_tiles import TileCodec
+from .precision import full_precision, moved_unhalved
+
+
+class Codebook(Protocol):
+    """How a vector becomes an index: a module with at least one floating-point tensor, which tells device and dtype.
+
+    V may be 2^18 and more and a rule may stand in for a table, so nobody asks for all codes at once; a codebook that
+    has them in a table is a `TableCodebook` besides. A codebook with a `reset_parameters` is initialised by it.
+
+    Attributes:
+        num_codes: V.
+        dim: C.
+    """
+
+    num_codes: int
+    dim: int
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Return a feature map (B, C, h, w) as it is to be quantized: as it is, normalised, or bounded.
+
+        The straight-through gradient of the quantized map runs through this.
+        """
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Return the index of each vector, (…, C) → (…) int64, without gradient."""
+
+    def lookup(self, idx: Tensor) -> Tensor:
+        """Return the code vectors of indices as the decoder receives them, (…) → (…, C)."""
+
+    def loss_terms(self, features: Tensor, quantized: Tensor, *, is_composed: bool) -> list[Tensor]:
+        """Return scalars that the codec adds to its loss, in this order; none where nothing is to be learned.
+
+        Args:
+            features: (B, C, h, w), prepared, with gradient.
+            quantized: (B, C, h, w) of codes, with gradient.
+            is_composed: whether `quantized` is more than the codes themselves, such as a sum of convolved maps, so that
+                weights of the codec learn from the codebook term even where codes need none.
+        """
+
+    def record(self, vectors: Tensor, idx: Tensor) -> None:
+        """Take note, in training, that vectors (…, C) were given the indices (…)."""
+
+    def after_step(self, *keys: int) -> None:
+        """Learn from what was recorded since the last call; every process calls it, with equal keys."""
+
+    def start_from(self, vectors: Tensor, seed: int) -> None:
+        """Place the codes by vectors (N, C) of training images, chosen by a seed, before the first step."""
+
+
+@runtime_checkable
+class TableCodebook(Protocol):
+    """What a codebook offers besides where its codes are a table."""
+
+    def get_codebook(self) -> Tensor:
+        """Return all codes (V, C), as `Codebook.lookup` gives them."""
+
+    def compared(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return vectors (N, C) and all codes (V, C) so that the nearest by Euclidean distance is the one assigned."""
+
+
+class Codec(Protocol):
+    """How a feature map becomes tokens, block by block; it holds no codes, every method is given the codebook.
+
+    Attributes:
+        layout: the blocks.
+    """
+
+    layout: BlockLayout
+
+    def encode(self, features: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize a map (B, C, h, w), and record vectors and indices in training mode.
+
+        Returns:
+            The quantized map (B, C, h, w), which passes gradients straight through to the prepared features; the scalar
+            loss; and idx_BL.
+        """
+
+    def indices(self, features: Tensor, codebook: Codebook) -> Tensor:
+        """Return idx_BL of a map (B, C, h, w)."""
+
+    def training_vectors(self, features: Tensor, codebook: Codebook) -> Tensor:
+        """Return the vectors (B, L, C) of a map that codes start from and the entropy term compares."""
+
+    def decode(self, idx_BL: Tensor, codebook: Codebook) -> Tensor:
+        """Return the quantized map (B, C, h, w)."""
+
+    def var_input(self, idx_BL: Tensor, codebook: Codebook) -> Tensor:
+        """Return the prior's input (B, L − L_1, C): for each block after the first, what the prior sees there."""
+
+    def start(self, num_images: int, dim: int, like: Tensor) -> Tensor:
+        """Return the map (B, C, h, w) before the first block, of the dtype and device of `like`."""
+
+    def advance(self, canvas: Tensor, content: Tensor, k: int, codebook: Codebook) -> tuple[Tensor, Tensor | None]:
+        """Put block k onto a map and give the input of the block after it; see `Quantizer.advance`."""
+
+
+class Quantizer(nn.Module):
+    """A codec with its codebook: all of quantization that tokenizer, prior and pipeline see.
+
+    It computes in float32 (or float64) whatever the model is cast to and whatever autocast is in force.
+
+    Args:
+        codec: how a map becomes tokens.
+        codebook: how a vector becomes an index.
+    """
+
+    def __init__(self, codec: Codec, codebook: Codebook):
+        super().__init__()
+        # Optimizers, and the sum in a gradient's norm, follow this order.
+        self.codebook = codebook
+        self.codec = codec
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The blocks."""
+        return self.codec.layout
+
+    @property
+    def num_codes(self) -> int:
+        """V."""
+        return self.codebook.num_codes
+
+    @property
+    def dim(self) -> int:
+        """C."""
+        return self.codebook.dim
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize a feature map, and record it for the codebook in training mode.
+
+        Args:
+            features: (B, C, h, w).
+
+        Returns:
+            The quantized map (B, C, h, w), which passes gradients straight through; the scalar loss; and idx_BL.
+        """
+        with _in_full_precision(features):
+            return self.codec.encode(full_precision(features, self._like), self.codebook)
+
+    @torch.no_grad()
+    def indices(self, features: Tensor) -> Tensor:
+        """Return idx_BL of a feature map (B, C, h, w)."""
+        with _in_full_precision(features):
+            return self.codec.indices(full_precision(features, self._like), self.codebook)
+
+    def training_vectors(self, features: Tensor) -> Tensor:
+        """Return the vectors (B, L, C) of a feature map (B, C, h, w) that codes start from."""
+        with _in_full_precision(features):
+            return self.codec.training_vectors(full_precision(features, self._like), self.codebook)
+
+    def idx_to_features(self, idx_BL: Tensor) -> Tensor:
+        """Return the quantized map (B, C, h, w) that indices stand for."""
+        with _in_full_precision(idx_BL):
+            return self.codec.decode(idx_BL, self.codebook)
+
+    def var_input(self, idx_BL: Tensor) -> Tensor:
+        """Return the prior's input (B, L − L_1, C): for each block after the first, what the prior sees there."""
+        with _in_full_precision(idx_BL):
+            return self.codec.var_input(idx_BL, self.codebook)
+
+    def start(self, num_images: int) -> Tensor:
+        """Return the map (B, C, h, w) that `advance` fills block by block."""
+        return self.codec.start(num_images, self.dim, self._like)
+
+    def advance(self, canvas: Tensor, content: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        """Put block k onto the map and give the prior's input for the block after it.
+
+        Args:
+            canvas: (B, C, h, w) after the blocks before k; may be written in place.
+            content: indices (B, L_k) of block k; scales also take vectors (B, L_k, C) in place of single codes.
+            k: block number, from 0.
+
+        Returns:
+            The map, and the input (B, L_{k+1}, C) of block k+1, or None after the last block.
+        """
+        with _in_full_precision(canvas):
+            return self.codec.advance(canvas, content, k, self.codebook)
+
+    def lookup(self, idx: Tensor) -> Tensor:
+        """Return the code vectors of indices as the decoder receives them, (…) → (…, C)."""
+        with _in_full_precision(idx):
+            return self.codebook.lookup(idx)
+
+    def get_codebook(self) -> Tensor:
+        """Return all code vectors (V, C).
+
+        Raises:
+            ValueError: if the codebook has no table.
+        """
+        return self._table_codebook().get_codebook()
+
+    def compared(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a map's vectors (B·L, C) and all codes (V, C) as the search compares them, with gradient.
+
+        Args:
+            features: (B, C, h, w).
+
+        Raises:
+            ValueError: if the codebook has no table.
+        """
+        with _in_full_precision(features):
+            return self._table_codebook().compared(self.training_vectors(features).flatten(0, 1))
+
+    @torch.no_grad()
+    def start_from(self, features: Tensor, seed: int) -> None:
+        """Place the codes by a feature map of training images.
+
+        Args:
+            features: (B, C, h, w); the same on every process.
+            seed: chooses among its vectors.
+        """
+        self.codebook.start_from(self.training_vectors(features).flatten(0, 1), seed)
+
+    def after_step(self, *keys: int, was_skipped: Tensor | None = None) -> None:
+        """Let the codebook learn from the forward passes recorded since the last call.
+
+        Args:
+            keys: integers such as (seed, step) for what is drawn; equal on every process.
+            was_skipped: scalar that is true where the optimizer took no step, on the codebook's device: what was
+                recorded is then forgotten. None means that it took one.
+        """
+        if was_skipped is None:
+            self.codebook.after_step(*keys)
+            return
+        # A choice on the device: asking which it is would make the host wait.
+        tensors = list(self.codebook.state_dict().values())
+        before = [tensor.clone() for tensor in tensors]
+        self.codebook.after_step(*keys)
+        for tensor, unmoved in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(was_skipped, unmoved, tensor))
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the quantizer's device and precision."""
+        tensors = chain(self.codebook.parameters(), self.codebook.buffers())
+        return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+    def _table_codebook(self) -> TableCodebook:
+        """Return the codebook, which must have a table."""
+        if not isinstance(self.codebook, TableCodebook):
+            raise ValueError(
+                f"the codebook is a {type(self.codebook).__name__}, which has no table of its codes; expected one with "
+                "get_codebook and compared for smooth sampling and for the entropy term"
+            )
+        return self.codebook
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but refuse its half types: distances, averages and residuals need float32."""
+        return super()._apply(lambda tensor: moved_unhalved(fn, tensor), recurse)
 
 
 class VectorQuantizer(nn.Module):
-    """Replace every feature vector of a map by its nearest code.
+    """Replace every feature vector of a map of any size by its nearest code.
 
     Args:
         num_embeddings: V.
         embedding_dim: C.
         beta: weight of the commitment loss.
-        epsilon: smoothing of the moving-average counts and smallest norm in a normalisation.
-        layout: the tiles that the block methods speak of; without one only `forward` and `get_codebook` work.
-        ema_decay: None trains codes by gradient, a decay in (0, 1) by moving average.
-        normalize_codes: compare L2-normalised features with L2-normalised codes, and return the normalised code.
-        revival_threshold: share of the mean use under which a code is moved onto a feature; 0 never.
-        init_scale: codes start uniform in ±init_scale; None means 1/V.
+        epsilon: smallest norm that is divided by.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        beta: float = 0.25,
-        epsilon: float = 1e-5,
-        *,
-        layout: BlockLayout | None = None,
-        ema_decay: float | None = None,
-        normalize_codes: bool = False,
-        revival_threshold: float = 0.0,
-        init_scale: float | None = None,
-    ):
+    def __init__(self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, epsilon: float = 1e-5):
         super().__init__()
-        self.beta = beta
-        self.epsilon = epsilon
-        self.layout = layout
-        self.normalize_codes = normalize_codes
-        self.codebook = Codebook(
-            num_embeddings,
-            embedding_dim,
-            epsilon=epsilon,
-            ema_decay=ema_decay,
-            is_normalized=normalize_codes,
-            revival_threshold=revival_threshold,
-            init_scale=init_scale,
-        )
-
-    @property
-    def num_codes(self) -> int:
-        """V."""
-        return self.codebook.weight.shape[0]
-
-    @property
-    def dim(self) -> int:
-        """C."""
-        return self.codebook.weight.shape[1]
-
-    def lookup(self, idx: Tensor) -> Tensor:
-        """Return code vectors as the decoder receives them, (…) → (…, C)."""
-        return self._lookup(idx)
+        codebook = LearnedCodebook(num_embeddings, embedding_dim, beta=beta, epsilon=epsilon)
+        self.quantizer = Quantizer(TileCodec(layout=None), codebook)
 
     def get_codebook(self) -> Tensor:
-        """Return the (V, C) table of code vectors, as the decoder receives them."""
-        return self._normalized(self.codebook.weight)
+        """Return the (V, C) table of code vectors."""
+        return self.quantizer.get_codebook()
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize a feature map.
@@ -82,78 +293,13 @@ class VectorQuantizer(nn.Module):
 
         Returns:
             The quantized map (B, C, h, w), which passes gradients straight through to `features`; the scalar loss:
-            codebook MSE + beta · commitment MSE (the commitment alone where codes are a moving average); and the flat
-            indices (B·h·w,) in raster order.
+            codebook MSE + beta · commitment MSE; and the flat indices (B·h·w,) in raster order.
         """
-        B, C, h, w = features.shape
-        with torch.autocast(features.device.type, enabled=False):
-            features = self._normalized(full_precision(features, self.codebook.weight), dim=1)
-            vectors = rearrange(features, "b c h w -> b (h w) c")
-            idx = self.codebook.search(vectors.flatten(0, 1))
-            quantized = self._normalized(self.codebook.lookup(idx)).to(features.dtype)
-            quantized = rearrange(quantized, "(b h w) c -> b c h w", h=h, w=w)
-            loss = self.beta * F.mse_loss(features, quantized.detach())
-            if self.codebook.ema_decay is None:
-                loss = loss + F.mse_loss(quantized, features.detach())
-            if self.training:
-                self.codebook.record(vectors, idx.view(B, h * w))
-            return features + (quantized - features).detach(), loss, idx
+        quantized, loss, idx = self.quantizer(features)
+        return quantized, loss, idx.flatten()
 
-    def split_indices(self, flat_idx: Tensor, batch_size: int) -> list[Tensor]:
-        """Order the flat indices of `forward` into the layout's K tiles, each (B, L_k)."""
-        idx_map = flat_idx.view(batch_size, -1)
-        return self.layout.split(idx_map[:, self.layout.tile_cells(idx_map.device)])
 
-    def training_features(self, features: Tensor) -> Tensor:
-        """Return the vectors (B, h·w, C) that codes are initialised from."""
-        features = self._normalized(full_precision(features, self.codebook.weight), dim=1)
-        return rearrange(features, "b c h w -> b (h w) c")
-
-    def features_to_idxBl(self, features: Tensor) -> list[Tensor]:
-        """Return the indices of a feature map (B, C, h, w) as K tiles (B, L_k)."""
-        with torch.autocast(features.device.type, enabled=False):
-            vectors = self.training_features(features)
-            return self.split_indices(self.codebook.search(vectors.flatten(0, 1)), len(vectors))
-
-    def idxBl_to_features(self, idx_Bl: list[Tensor]) -> Tensor:
-        """Return the quantized map (B, C, h, w) that K tiles of indices stand for."""
-        idx = torch.cat(list(idx_Bl), dim=1)
-        raster_idx = torch.empty_like(idx).index_copy_(1, self.layout.tile_cells(idx.device), idx)
-        h, _ = self.layout.grid
-        return rearrange(self._lookup(raster_idx), "b (h w) c -> b c h w", h=h)
-
-    def idxBl_to_var_input(self, idx_Bl: list[Tensor]) -> Tensor:
-        """Return the prior's input (B, L − L_1, C): at each tile after the first, the codes of the tile before."""
-        if len(idx_Bl) == 1:
-            return self.codebook.weight.new_empty(idx_Bl[0].shape[0], 0, self.codebook.weight.shape[1])
-        return self._lookup(torch.cat(list(idx_Bl[:-1]), dim=1))
-
-    def start(self, batch_size: int) -> Tensor:
-        """Return the empty map (B, C, h, w) that `advance` fills block by block."""
-        weight = self.codebook.weight
-        return weight.new_zeros(batch_size, weight.shape[1], *self.layout.grid)
-
-    def advance(self, canvas: Tensor, idx: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """Put block k onto the map and give the prior's input for the block after it.
-
-        Args:
-            canvas: (B, C, h, w) after the blocks before k; written in place.
-            idx: (B, L_k) of block k.
-            k: block number, from 0.
-
-        Returns:
-            The map, and the input (B, L_{k+1}, C) of block k+1, or None after the last block.
-        """
-        codes = self._lookup(idx)
-        rows, columns = self.layout.tile_slices(k)
-        tile_h, _ = self.layout.shapes[k]
-        canvas[:, :, rows, columns] = rearrange(codes, "b (h w) c -> b c h w", h=tile_h)
-        return canvas, codes if k + 1 < self.layout.num_blocks else None
-
-    def _lookup(self, idx: Tensor) -> Tensor:
-        """Return code vectors as the decoder receives them, (…) → (…, C)."""
-        return self._normalized(self.codebook.lookup(idx))
-
-    def _normalized(self, vectors: Tensor, dim: int = -1) -> Tensor:
-        """Normalise where codes are normalised."""
-        return F.normalize(vectors, dim=dim, eps=self.epsilon) if self.normalize_codes else vectors
+def _in_full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Leave autocast for a while on a tensor's device, where there is such a thing."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

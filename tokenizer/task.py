@@ -30,8 +30,6 @@ from .modeling_vqvae import VQVAE, VQVAEOutput
 from .perceptual import PerceptualConfig
 
 VQVAEOptions = options_dataclass(VQVAEConfig)
-# Codes are places among the features, and decay would pull them towards zero.
-NO_DECAY = ("codebook",)
 
 
 @dataclass(kw_only=True)
@@ -108,10 +106,11 @@ class TokenizerTask:
         self.train_data = train_data
         self.eval_data = eval_data
         self.perceptual = perceptual if perceptual is None else perceptual.to(accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer, NO_DECAY))
+        optimizer = build_optimizer(model, config.optimizer, model.no_decay)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.modules, self.optimizers = [self.model], [self.optimizer]
         num_tokens = [config.loop.batch_size * length for length in model.layout.block_lengths]
-        self.code_usage = CodeUsage(num_codes=model.config.vocab_size, num_tokens=num_tokens)
+        self.code_usage = CodeUsage(num_codes=model.quantizer.num_codes, num_tokens=num_tokens)
         self.adversary = None
         if config.discriminator.weight > 0:
             options = config.discriminator
@@ -145,7 +144,8 @@ class TokenizerTask:
         # fp16's one loss scale changes after each optimizer step: all of a model's passes lie between two of them.
         if self.adversary is not None and self.adversary.is_training_at(step):
             metrics |= self._step_discriminator(micro_batches, reconstructions, step)
-        self._update_codebook(step, was_skipped)
+        model = self.accelerator.unwrap_model(self.model)
+        model.update_codebook(self.config.loop.seed, step, was_skipped=was_skipped)
         return metrics
 
     def _step_tokenizer(
@@ -182,18 +182,6 @@ class TokenizerTask:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return None if scaler is None else scaler._get_scale_async() < scale
-
-    def _update_codebook(self, step: int, was_skipped: Tensor | None) -> None:
-        """Let the codebook follow a step, unless the step was skipped."""
-        model, seed = self.accelerator.unwrap_model(self.model), self.config.loop.seed
-        if was_skipped is None:
-            model.update_codebook(seed, step)
-            return
-        tensors = list(model.quantizer.codebook.state_dict().values())
-        before = [tensor.clone() for tensor in tensors]
-        model.update_codebook(seed, step)
-        for tensor, unmoved in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where(was_skipped, unmoved, tensor))
 
     def _losses(self, output: VQVAEOutput, pixel_values: Tensor, step: int) -> dict[str, Tensor]:
         """Compute every term of the tokenizer's loss, and as `loss` what it minimises."""
@@ -244,7 +232,7 @@ class TokenizerTask:
         """Measure reconstruction and codebook use on the held-out images and draw some of them."""
         if self.eval_data is None:
             return {}, {}
-        accelerator, V = self.accelerator, model.config.vocab_size
+        accelerator, V = self.accelerator, model.quantizer.num_codes
         mine = range(accelerator.process_index, len(self.eval_data), accelerator.num_processes)
         counts = torch.zeros(model.layout.num_blocks, V, dtype=torch.int64, device=accelerator.device)
         total_psnr = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -253,9 +241,9 @@ class TokenizerTask:
         )
         for batch in loader:
             pixel_values = batch["pixel_values"].to(accelerator.device)
-            idx_Bl = model.img_to_idxBl(pixel_values)
-            counts += code_counts(idx_Bl, V)
-            total_psnr += psnr(model.idxBl_to_img(idx_Bl).float(), pixel_values).sum()
+            idx_BL = model.img_to_idx(pixel_values)
+            counts += code_counts(idx_BL, model.layout.block_lengths, V)
+            total_psnr += psnr(model.idx_to_img(idx_BL).float(), pixel_values).sum()
         counts, total_psnr = accelerator.reduce(counts), accelerator.reduce(total_psnr)
         metrics = {"psnr": total_psnr.item() / len(self.eval_data)}
         metrics |= {f"codebook/{name}": value.item() for name, value in codebook_curves(counts).items()}
@@ -266,7 +254,7 @@ class TokenizerTask:
         num_shown = min(self.config.num_pictures, len(self.eval_data))
         batch = collate([self.eval_data[index] for index in range(num_shown)])
         pixel_values = batch["pixel_values"].to(self.accelerator.device)
-        images = model.idxBl_to_img(model.img_to_idxBl(pixel_values))
+        images = model.idx_to_img(model.img_to_idx(pixel_values))
         return comparison_grid(to_uint8(pixel_values), to_uint8(images), num_columns=10)
 
     def export(self, model: VQVAE, metrics: dict[str, float]) -> None:

@@ -37,7 +37,7 @@ def vqvae_from_var(
     *,
     scales: list[int | list[int]],
     image_size: int | list[int] | None = None,
-    normalize_codes: bool = False,
+    has_normalized_codes: bool = False,
     phi_ratio: float = 0.5,
     beta: float = 0.25,
 ) -> VQVAE:
@@ -47,7 +47,7 @@ def vqvae_from_var(
         state: tensors by VAR's names.
         scales: K sizes of token maps; the last is the latent grid.
         image_size: H and W in pixels; None takes the last scale times the downsampling.
-        normalize_codes: compare codes by cosine.
+        has_normalized_codes: compare codes by cosine.
         phi_ratio: r in φ(h) = (1 − r)·h + r·conv(h); 0 for a checkpoint without φ convolutions.
         beta: weight of the commitment loss.
 
@@ -71,8 +71,7 @@ def vqvae_from_var(
         phi_ratio=phi_ratio,
         beta=beta,
         epsilon=_VAR_EPSILON,
-        normalize_codes=normalize_codes,
-        # Not ours to compute with: it lets an export give back the names that came in.
+        codebook_metric="cosine" if has_normalized_codes else "euclidean",
         var_phi_names=phi_names,
         **sizes,
     )
@@ -124,7 +123,7 @@ def var_arguments(model: VQVAE, state: dict[str, Tensor]) -> dict:
         "ch_mult": tuple(config.width_multipliers),
         "num_res_blocks": config.num_res_blocks,
         "quant_conv_ks": config.quant_conv_kernel_size,
-        "using_znorm": config.normalize_codes,
+        "using_znorm": config.codebook_metric == "cosine",
         "beta": config.beta,
         "quant_resi": config.phi_ratio if config.num_phi else 0,
         "share_quant_resi": share[_find_phi(state, config.phi_ratio)[0]] if config.num_phi else 1,
@@ -192,8 +191,8 @@ def _var_name(name: str, phi_names: str | None) -> str:
     """Return VAR's name of one of our tensors."""
     if name == "quantizer.codebook.weight":
         return "quantize.embedding.weight"
-    if name.startswith("quantizer.phi."):
-        number, kind = name.removeprefix("quantizer.phi.").split(".")
+    if name.startswith("quantizer.codec.phi."):
+        number, kind = name.removeprefix("quantizer.codec.phi.").split(".")
         return _PHI_PREFIXES[phi_names].format(number) + kind
     return name
 
@@ -203,7 +202,8 @@ def _choose_phi_names(config: VQVAEConfig, phi_names: str | None) -> str | None:
     if config.num_phi == 0:
         return None
     by_number = "shared" if config.num_phi == 1 else "partially_shared"
-    names = phi_names or getattr(config, "var_phi_names", None) or by_number
+    stated = config.var_phi_names
+    names = phi_names or (by_number if stated in (None, "by_number") else stated)
     if names != "separate" and names != by_number:
         raise ValueError(
             f"phi_names is {names!r} for {config.num_phi} φ convolutions; expected {by_number!r}"

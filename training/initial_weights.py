@@ -1,5 +1,6 @@
 """Starting a training from a trained model's weights instead of random ones: fine-tuning."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def load_initial_weights(model: nn.Module, folder: str | Path, fresh: Sequence[s
         if not any(_is_within(key, name) for key in own):
             raise ValueError(f"init_except has {name!r}; expected names of tensors or modules: {list(own)[:8]} …")
     given: dict[str, Tensor] = {name: tensor for file in files for name, tensor in read_state_dict(file).items()}
+    # Names of older versions, where the model class knows any.
+    for old, new in getattr(model, "renamed_weights", {}).items():
+        given = {re.sub(old, new, name): tensor for name, tensor in given.items()}
     kept = {key: tensor for key, tensor in own.items() if any(_is_within(key, name) for name in fresh)}
     given = {key: tensor for key, tensor in given.items() if not any(_is_within(key, name) for name in fresh)}
     check_state_dict(given, {key: tuple(t.shape) for key, t in own.items() if key not in kept}, {})

@@ -191,11 +191,13 @@ def test_the_fingerprint_covers_weights_and_arithmetic(tmp_path):
     assert model_fingerprint(VQVAE.from_pretrained(tmp_path)) == fingerprint
     assert model_fingerprint(make_tokenizer().train()) == fingerprint
     others = [make_tokenizer(seed=1), make_tokenizer().bfloat16()]
-    others += [make_tokenizer(phi_ratio=0.25), make_tokenizer(normalize_codes=True)]
+    others += [make_tokenizer(phi_ratio=0.25), make_tokenizer(codebook_metric="cosine")]
+    others += [make_tokenizer(has_unit_codes=True), make_tokenizer(codebook_metric="cosine", has_unit_codes=True)]
+    others += [make_tokenizer(var_phi_names="shared")]
     with torch.no_grad():
         others.append(make_tokenizer())
         others[-1].quantizer.codebook.weight[-1, -1] += 1e-6
-    assert len({fingerprint, *map(model_fingerprint, others)}) == 6
+    assert len({fingerprint, *map(model_fingerprint, others)}) == 9
 
 
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(tmp_path):

@@ -15,8 +15,7 @@ from nextblock.evaluation.codebook import (
 
 
 def test_code_counts_by_block():
-    idx_Bl = [torch.tensor([[3], [3]]), torch.tensor([[0, 1, 1], [1, 3, 0]])]
-    counts = code_counts(idx_Bl, num_codes=4)
+    counts = code_counts(torch.tensor([[3, 0, 1, 1], [3, 1, 3, 0]]), (1, 3), num_codes=4)
     assert counts.dtype == torch.int64
     assert counts.tolist() == [[0, 0, 0, 2], [2, 3, 0, 1]]
 
@@ -25,15 +24,17 @@ def test_code_counts_equal_bincount():
     generator = torch.Generator().manual_seed(0)
     idx_Bl = [torch.randint(0, 17, (5, length), generator=generator) for length in (1, 4, 9, 16)]
     expected = torch.stack([torch.bincount(idx.flatten(), minlength=17) for idx in idx_Bl])
-    assert torch.equal(code_counts(idx_Bl, 17), expected)
+    idx_BL = torch.cat(idx_Bl, 1)
+    assert torch.equal(code_counts(idx_BL, (1, 4, 9, 16), 17), expected)
+    assert torch.equal(code_counts(idx_BL.to(torch.int32), (1, 4, 9, 16), 17), expected)
     # The same blocks of another codebook.
-    assert torch.equal(code_counts(idx_Bl, 20), torch.nn.functional.pad(expected, (0, 3)))
+    assert torch.equal(code_counts(idx_BL, (1, 4, 9, 16), 20), torch.nn.functional.pad(expected, (0, 3)))
 
 
 @pytest.mark.parametrize("wrong", [4, -1])
 def test_code_counts_name_the_block_that_is_out_of_range(wrong):
     with pytest.raises(ValueError, match=r"idx_Bl\[1\] spans .* expected 0 to 3"):
-        code_counts([torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 3), wrong)], num_codes=4)
+        code_counts(torch.tensor([[0, wrong, wrong, wrong]] * 2), (1, 3), num_codes=4)
 
 
 def test_perplexity_of_known_histograms():

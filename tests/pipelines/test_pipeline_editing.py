@@ -86,7 +86,7 @@ def test_interpolation_is_a_straight_line_between_quantized_maps(any_pipe, image
     assert got.shape == (5, 3, 16, 16)
     torch.testing.assert_close(got[[0, -1]], ends, rtol=0, atol=1e-5)
     tokenizer = any_pipe.tokenizer
-    first, last = tokenizer.quantizer.idxBl_to_features(tokenizer.img_to_idxBl(pixel_values(images)))
+    first, last = tokenizer.quantizer.idx_to_features(tokenizer.img_to_idx(pixel_values(images)))
     with torch.no_grad():
         quarter = tokenizer.decode((0.75 * first + 0.25 * last)[None]).clamp(-1, 1) / 2 + 0.5
     torch.testing.assert_close(got[1:2], quarter, rtol=0, atol=1e-5)
@@ -104,11 +104,11 @@ def test_progressive_decoding_shows_the_map_so_far(any_pipe):
     for k, frame in enumerate(frames):
         if layout.is_scales:
             # What all scales give, less what the later ones add.
-            features = quantizer.idxBl_to_features(idx_Bl)
+            features = quantizer.idx_to_features(joined(idx_Bl))
             for later in range(k + 1, layout.num_blocks):
-                features = features - quantizer._scale_map(idx_Bl[later], later)
+                features = features - quantizer.advance(quantizer.start(3), idx_Bl[later], later)[0]
         else:
-            features = quantizer.idxBl_to_features(idx_Bl)
+            features = quantizer.idx_to_features(joined(idx_Bl))
             features[:, :, k + 1 :] = 0
         with torch.no_grad():
             expected = any_pipe.tokenizer.decode(features).clamp(-1, 1) / 2 + 0.5

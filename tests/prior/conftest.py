@@ -5,7 +5,7 @@ import torch
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.tokenizer import MultiScaleQuantizer, VectorQuantizer
+from nextblock.tokenizer import LearnedCodebook, Quantizer, ScaleCodec, TileCodec
 
 LAYOUTS = {
     "scales": BlockLayout.scales([1, 2, 3]),
@@ -72,8 +72,9 @@ def make_quantizer():
 
     def make(layout: BlockLayout, seed: int = 0):
         torch.manual_seed(seed)
-        kind = MultiScaleQuantizer if layout.is_scales else VectorQuantizer
-        return kind(VOCAB_SIZE, EMBEDDING_DIM, layout=layout, init_scale=1.0).double().eval()
+        codebook = LearnedCodebook(VOCAB_SIZE, EMBEDDING_DIM, init_scale=1.0)
+        codec = ScaleCodec(layout, EMBEDDING_DIM) if layout.is_scales else TileCodec(layout)
+        return Quantizer(codec, codebook).double().eval()
 
     return make
 
@@ -96,6 +97,6 @@ def teacher_input():
     def give(model: BlockPrior, quantizer, idx_Bl: list[torch.Tensor]) -> torch.Tensor:
         if model.config.input_embedding == "tokens":
             return torch.cat([idx_Bl[0][:, :0], *idx_Bl[:-1]], dim=1)
-        return quantizer.idxBl_to_var_input(idx_Bl).detach()
+        return quantizer.var_input(torch.cat(list(idx_Bl), 1)).detach()
 
     return give

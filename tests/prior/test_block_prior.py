@@ -73,7 +73,7 @@ def test_tokens_and_codes_agree_when_the_table_is_the_projected_codebook(make_pr
         state = codes.state_dict()
         weight, bias = state.pop("word_embed.weight"), state.pop("word_embed.bias")
         tokens.load_state_dict(state | {"word_embed.weight": quantizer.get_codebook() @ weight.T + bias})
-        by_codes = codes(quantizer.idxBl_to_var_input(idx_Bl), torch.tensor([0, 1])).logits
+        by_codes = codes(quantizer.var_input(RASTER.join(idx_Bl)), torch.tensor([0, 1])).logits
         by_tokens = tokens(torch.cat(idx_Bl[:-1], 1), torch.tensor([0, 1])).logits
     torch.testing.assert_close(by_tokens, by_codes)
 

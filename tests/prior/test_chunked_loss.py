@@ -16,7 +16,7 @@ CHUNK_SIZES = [1, 5, 14, 28, 1000]
 def batch(make_indices, make_quantizer):
     """Input, classes and labels of two images."""
     idx_Bl = make_indices(SCALES)
-    return make_quantizer(SCALES).idxBl_to_var_input(idx_Bl).detach(), torch.tensor([0, 3]), SCALES.join(idx_Bl)
+    return make_quantizer(SCALES).var_input(SCALES.join(idx_Bl)).detach(), torch.tensor([0, 3]), SCALES.join(idx_Bl)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from nextblock.prior import generation
 from nextblock.prior.conditioning import ClassCondition
 from nextblock.prior.generation import generate_blocks, num_guided_blocks
 from nextblock.prior.sampling import SamplingOptions, truncate_logits
-from nextblock.tokenizer import MultiScaleQuantizer, VectorQuantizer
+from nextblock.tokenizer import LearnedCodebook, Quantizer, ScaleCodec, TileCodec
 
 GUIDANCE = {"none": (1.0, "constant"), "constant": (2.5, "constant"), "linear": (2.5, "linear")}
 guidance = pytest.mark.parametrize(("guidance_scale", "schedule"), GUIDANCE.values(), ids=GUIDANCE.keys())
@@ -278,23 +278,23 @@ def test_guidance_of_an_unconditional_model_is_refused(make_prior, make_quantize
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "message"),
+    ("sizes", "codec", "message"),
     [
-        (MultiScaleQuantizer(12, 4, layout=SCALES), "quantizer has 12 codes; expected 11"),
-        (MultiScaleQuantizer(11, 5, layout=SCALES), "quantizer has codes of 5 channels; expected 4"),
-        (MultiScaleQuantizer(11, 4, layout=BlockLayout.scales([1, 3])), "quantizer has layout .*'scales'"),
-        (VectorQuantizer(11, 4, layout=BlockLayout.tiles(1, 3)), "quantizer has layout .*'tiles'"),
-        (VectorQuantizer(11, 4), "quantizer has layout None"),
+        ((12, 4), ScaleCodec(SCALES, 4), "quantizer has 12 codes; expected 11"),
+        ((11, 5), ScaleCodec(SCALES, 5), "quantizer has codes of 5 channels; expected 4"),
+        ((11, 4), ScaleCodec(BlockLayout.scales([1, 3]), 4), "quantizer has layout .*'scales'"),
+        ((11, 4), TileCodec(BlockLayout.tiles(1, 3)), "quantizer has layout .*'tiles'"),
     ],
 )
-def test_another_tokenizers_quantizer_is_refused(quantizer, message, make_prior):
+def test_another_tokenizers_quantizer_is_refused(sizes, codec, message, make_prior):
+    quantizer = Quantizer(codec, LearnedCodebook(*sizes))
     with pytest.raises(ValueError, match=message):
         make_prior(SCALES).generate(torch.tensor([0, 1]), quantizer)
 
 
 def test_codes_of_any_width_serve_a_table_of_tokens(make_prior):
     layout = BlockLayout.tiles(1, 3)
-    quantizer = VectorQuantizer(11, 7, layout=layout)
+    quantizer = Quantizer(TileCodec(layout), LearnedCodebook(11, 7))
     assert len(make_prior(layout).generate(torch.tensor([0]), quantizer)) == 9
     with pytest.raises(ValueError, match="quantizer has codes of 7 channels; expected 4"):
         make_prior(layout, input_embedding="codes").generate(torch.tensor([0]), quantizer)

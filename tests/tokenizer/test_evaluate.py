@@ -30,9 +30,9 @@ def test_report_equals_the_figures_computed_by_hand(tokenizer_dir, tmp_path, cap
     tokenizer = VQVAE.from_pretrained(tokenizer_dir)
     dataset = ImageDataset(load_source(ImageDataConfig(), "test"), (32, 32), TransformConfig(), seed=0)
     pixel_values = collate([dataset[index] for index in range(len(dataset))])["pixel_values"]
-    idx_Bl = tokenizer.img_to_idxBl(pixel_values)
-    counts = code_counts(idx_Bl, tokenizer.config.vocab_size)
-    values = psnr(tokenizer.idxBl_to_img(idx_Bl), pixel_values)
+    idx_BL = tokenizer.img_to_idx(pixel_values)
+    counts = code_counts(idx_BL, tokenizer.layout.block_lengths, tokenizer.config.vocab_size)
+    values = psnr(tokenizer.idx_to_img(idx_BL), pixel_values)
 
     assert report["data"]["num_images"] == len(dataset) == 360
     assert report["figures"]["reconstruction_psnr"] == pytest.approx(values.mean().item(), abs=1e-4)

@@ -105,25 +105,26 @@ def test_codebook_entropy_of_underflowing_probabilities_has_a_finite_gradient():
     "options",
     [
         {"tile": 2},
-        {"tile": 2, "normalize_codes": True},
+        {"tile": 2, "codebook_metric": "cosine", "has_unit_codes": True},
+        {"tile": 2, "codebook_metric": "euclidean", "has_unit_codes": True},
         {"layout": "scales", "scales": [1, 2, 4], "num_phi": 2},
-        {"layout": "scales", "scales": [1, 2, 4], "num_phi": 2, "normalize_codes": True},
+        {"layout": "scales", "scales": [1, 2, 4], "num_phi": 2, "codebook_metric": "cosine"},
         {"tile": 2, "codebook_update": "ema"},
     ],
 )
 def test_assignment_entropy_uses_the_quantizers_own_distance(options, make_vqvae, make_images):
     model = make_vqvae(image_size=16, **options).double()
     features = model(make_images(model, dtype=torch.float64)).features.detach().requires_grad_()
-    vectors = model.quantizer.training_features(features).flatten(0, 1)
+    vectors = model.quantizer.training_vectors(features).flatten(0, 1)
     codes = model.quantizer.get_codebook()
-    if options.get("normalize_codes"):
+    if options.get("codebook_metric") == "cosine":
         vectors, codes = torch.nn.functional.normalize(vectors), torch.nn.functional.normalize(codes)
     value = assignment_entropy(model.quantizer, features, 0.1)
     assert len(vectors) == 2 * (21 if "layout" in options else 16)
     assert value.item() == pytest.approx(entropy_of(vectors, codes, 0.1).item(), rel=1e-9)
     # The code that is nearest is the one of largest assignment.
     nearest = torch.cdist(vectors, codes).argmin(1)
-    assert torch.equal(nearest, model.quantizer.codebook.search(vectors.detach()))
+    assert torch.equal(nearest, model.quantizer.codebook.assign(vectors.detach()))
     value.backward()
     assert features.grad.abs().max() > 0
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextblock.evaluation.codebook import code_counts
-from nextblock.tokenizer import VQVAE, MultiScaleQuantizer, VectorQuantizer, VQVAEConfig, VQVAEOutput
+from nextblock.tokenizer import VQVAE, ScaleCodec, TileCodec, VectorQuantizer, VQVAEConfig, VQVAEOutput
 
 # The contract
 
@@ -37,10 +37,10 @@ def test_indices_decode_to_the_reconstruction(layout_options, make_vqvae, make_i
     assert images.std() > 1e-3
 
 
-def test_the_quantizer_follows_the_layout(layout_options, make_vqvae):
+def test_the_codec_follows_the_layout(layout_options, make_vqvae):
     model = make_vqvae(**layout_options)
-    expected = MultiScaleQuantizer if layout_options.get("layout") == "scales" else VectorQuantizer
-    assert type(model.quantizer) is expected
+    expected = ScaleCodec if layout_options.get("layout") == "scales" else TileCodec
+    assert type(model.quantizer.codec) is expected
     assert model.quantizer.layout == model.layout == model.config.block_layout()
 
 
@@ -57,7 +57,7 @@ def test_teacher_forcing_inputs_are_the_ones_met_step_by_step(layout_options, ma
     assert var_input.shape == (2, model.layout.num_tokens - model.layout.block_lengths[0], 4)
     assert var_input.dtype == torch.float32
     assert torch.equal(var_input, torch.cat(inputs, 1))
-    torch.testing.assert_close(canvas, model.quantizer.idxBl_to_features(idx_Bl), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(canvas, model.quantizer.idx_to_features(torch.cat(idx_Bl, 1)), rtol=1e-6, atol=1e-6)
 
 
 def test_teacher_forcing_as_indices_gives_the_tile_before(layout_options, make_vqvae, make_images):
@@ -149,7 +149,7 @@ def test_defaults_are_the_origin_model():
     assert (config.vocab_size, config.embedding_dim, config.hidden_dim, config.num_channels) == (16, 64, 128, 3)
     assert model.quantizer.get_codebook().shape == (16, 64)
     assert model.quantizer.get_codebook().abs().max() <= 1 / 16
-    assert (model.quantizer.beta, model.quantizer.epsilon) == (0.25, 1e-5)
+    assert (model.quantizer.codebook.beta, model.quantizer.codebook.epsilon) == (0.25, 1e-5)
     assert {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 4} == {
         "encoder.0.weight": (128, 3, 4, 4),
         "encoder.2.weight": (64, 128, 4, 4),
@@ -165,7 +165,9 @@ def test_defaults_are_the_origin_model():
     features = layer(F.conv2d, layer(F.conv2d, pixel_values, "encoder.0").relu(), "encoder.2")
     # No ReLU at the end: codes of both signs are reachable.
     assert features.min() < 0 < features.max()
-    quantized, loss, flat_idx = model.quantizer(features)
+    original = VectorQuantizer(16, 64)
+    original.quantizer.codebook.load_state_dict(model.quantizer.codebook.state_dict())
+    quantized, loss, flat_idx = original(features)
     decoded = layer(F.conv_transpose2d, layer(F.conv_transpose2d, quantized, "decoder.0").relu(), "decoder.2")
     output = model(pixel_values, return_dict=False)
     assert type(output) is tuple and len(output) == 3
@@ -211,7 +213,7 @@ def test_initialisation_from_data_makes_each_code_a_feature(layout_options, make
     model.initialize_codebook(pixel_values, seed=3)
     codes = model.quantizer.codebook.weight.detach()
     with torch.no_grad():
-        features = model.quantizer.training_features(model.encode(pixel_values)).flatten(0, 1)
+        features = model.quantizer.training_vectors(model.encode(pixel_values)).flatten(0, 1)
     assert (codes[:, None] == features[None]).all(2).sum(1).tolist() == [1] * 24
     assert codes.unique(dim=0).shape == codes.shape
 
@@ -360,14 +362,14 @@ class HostCopies(TorchDispatchMode):
 def test_nothing_waits_for_a_device_at_every_step(is_training, make_vqvae):
     # A meta tensor stands in for one on a GPU: reading it raises.
     model = make_vqvae(image_size=16, tile=2).to("meta").train(is_training)
-    pixel_values, flat_idx = torch.empty(2, 3, 16, 16, device="meta"), torch.empty(32, dtype=torch.int64, device="meta")
+    pixel_values, features = torch.empty(2, 3, 16, 16, device="meta"), torch.empty(2, 4, 4, 4, device="meta")
     with HostCopies() as copies:
         for step in range(2):
             model._check_pixels(pixel_values)
-            idx_Bl = model.quantizer.split_indices(flat_idx, 2)
-            assert model.idxBl_to_img(idx_Bl).shape == (2, 3, 16, 16)
-            assert model.idxBl_to_var_input(idx_Bl).shape == (2, 12, 4)
-            assert code_counts(idx_Bl, 24).shape == (4, 24)
+            idx_BL = model.quantizer.indices(features)
+            assert model.idx_to_img(idx_BL).shape == (2, 3, 16, 16)
+            assert model.idx_to_var_input(idx_BL).shape == (2, 12, 4)
+            assert code_counts(idx_BL, model.layout.block_lengths, 24).shape == (4, 24)
             if step == 0:
                 # Tables of indices come to the device once.
                 assert set(copies.found) <= {torch.ops.aten._to_copy.default}

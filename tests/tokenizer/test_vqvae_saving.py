@@ -115,7 +115,7 @@ def test_half_precision_spares_the_quantizer(options, layout_options, make_vqvae
         assert output.reconstruction.dtype == torch.bfloat16
         assert output.vq_loss.dtype == torch.float32
         # Indices are the float32 quantizer's of what the half-precision encoder gave.
-        idx_Bl = model.quantizer.features_to_idxBl(half.encode(pixel_values).float())
+        idx_Bl = model.layout.split(model.quantizer.indices(half.encode(pixel_values).float()))
         assert all(torch.equal(a, b) for a, b in zip(output.idx_Bl, idx_Bl, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(half.img_to_idxBl(pixel_values), idx_Bl, strict=True))
         assert half.idxBl_to_var_input(idx_Bl).dtype == torch.float32
@@ -142,8 +142,8 @@ def test_autocast_runs_the_quantizer_in_float32(options, layout_options, make_vq
         var_input = model.idxBl_to_var_input(idx_Bl)
     assert islands(model) == {torch.float32}
     assert output.vq_loss.dtype == var_input.dtype == torch.float32
-    quantized, vq_loss, flat_idx = model.quantizer(features.float())
-    expected = model.quantizer.split_indices(flat_idx, 4)
+    quantized, vq_loss, idx_BL = model.quantizer(features.float())
+    expected = model.layout.split(idx_BL)
     assert all(torch.equal(a, b) for a, b in zip(output.idx_Bl, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(idx_Bl, expected, strict=True))
     assert torch.equal(output.vq_loss, vq_loss)

@@ -9,7 +9,6 @@ from torch import nn
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.task import NO_DECAY as TOKENIZER_NO_DECAY
 from nextblock.training.optim import OptimizerConfig, build_optimizer, learning_rate_at, set_schedules, weight_decay_at
 
 NUM_STEPS = 21
@@ -116,10 +115,10 @@ def test_the_prior_decays_matrices_and_tables_but_no_positions():
 def test_the_tokenizer_decays_convolutions_and_no_codes(update):
     scales = {"layout": "scales", "scales": [1, 2], "num_phi": 1}
     model = VQVAE(VQVAEConfig(image_size=8, hidden_dim=4, embedding_dim=4, codebook_update=update, **scales))
-    decayed, undecayed = groups_by_name(model, TOKENIZER_NO_DECAY)
+    decayed, undecayed = groups_by_name(model, VQVAE.no_decay)
     others = {name for name in undecayed if not name.endswith("bias")}
     assert others == ({"quantizer.codebook.weight"} if update == "gradient" else set())
-    assert {"encoder.0.weight", "decoder.2.weight", "quantizer.phi.0.weight"} <= decayed
+    assert {"encoder.0.weight", "decoder.2.weight", "quantizer.codec.phi.0.weight"} <= decayed
     assert not any("codebook" in name or name.endswith("bias") for name in decayed)
 
 

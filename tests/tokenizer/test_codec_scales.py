@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.tokenizer import MultiScaleQuantizer
-from nextblock.tokenizer.quantizer_multiscale import phi_of_scale
+from nextblock.tokenizer import LearnedCodebook, Quantizer, ScaleCodec
+from nextblock.tokenizer.codec_scales import phi_of_scale
 
 V, C = 10, 3
 LAYOUTS = {
@@ -16,12 +16,13 @@ LAYOUTS = {
     "last scale twice": BlockLayout.scales([1, 3, 3]),
 }
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-normalised_or_not = pytest.mark.parametrize("normalize_codes", [False, True], ids=["plain", "normalised"])
+both_metrics = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 
 
-def build(layout=LAYOUTS["square"], seed=0, **options) -> MultiScaleQuantizer:
+def build(layout=LAYOUTS["square"], seed=0, num_phi=2, **options) -> Quantizer:
     torch.manual_seed(seed)
-    return MultiScaleQuantizer(V, C, layout=layout, **{"init_scale": 1.0, "num_phi": 2} | options)
+    codebook = LearnedCodebook(V, C, **{"init_scale": 1.0} | options)
+    return Quantizer(ScaleCodec(layout, C, num_phi), codebook)
 
 
 def random_map(grid=(4, 4), batch=2, seed=1, dtype=torch.float32) -> torch.Tensor:
@@ -42,12 +43,12 @@ def slow_contribution(codes, phis, idx, k, layout):
     return 0.5 * h + 0.5 * F.conv2d(h, weight, bias, padding=1)
 
 
-def slow_quantization(features, codes, phis, layout, normalize_codes=False):
+def slow_quantization(features, codes, phis, layout, metric="euclidean"):
     """Algorithm 1 of VAR, with the search by brute force in float64."""
     rest, f_hat, idx_Bl, f_hats = features, torch.zeros_like(features), [], []
     for k, shape in enumerate(layout.shapes):
         rows = as_rows(F.adaptive_avg_pool2d(rest, shape)).double()
-        if normalize_codes:
+        if metric == "cosine":
             idx = (F.normalize(rows, dim=-1) @ F.normalize(codes.double(), dim=-1).T).argmax(-1)
         else:
             idx = (rows[:, :, None] - codes.double()).square().sum(-1).argmin(-1)
@@ -59,7 +60,7 @@ def slow_quantization(features, codes, phis, layout, normalize_codes=False):
 
 
 def tensors_of(quantizer):
-    phis = [(phi.weight.detach(), phi.bias.detach()) for phi in quantizer.phi]
+    phis = [(phi.weight.detach(), phi.bias.detach()) for phi in quantizer.codec.phi]
     return quantizer.get_codebook().detach(), phis
 
 
@@ -80,31 +81,30 @@ def test_scales_share_convolutions_as_in_the_published_models(num_scales, num_ph
 
 
 @all_layouts
-@normalised_or_not
+@both_metrics
 @pytest.mark.parametrize("num_phi", [0, 1, 2])
-def test_forward_against_a_slow_loop(layout, normalize_codes, num_phi):
-    quantizer = build(layout, normalize_codes=normalize_codes, num_phi=num_phi).double()
+def test_forward_against_a_slow_loop(layout, metric, num_phi):
+    quantizer = build(layout, metric=metric, num_phi=num_phi).double()
     features = random_map(layout.grid, dtype=torch.float64)
-    idx_Bl, f_hats = slow_quantization(features, *tensors_of(quantizer), layout, normalize_codes)
-    quantized, loss, flat_idx = quantizer(features)
-    assert flat_idx.shape == (2 * layout.num_tokens,)
-    assert torch.equal(flat_idx.view(2, -1), torch.cat(idx_Bl, 1))
-    assert flat_idx.unique().numel() > 2
+    idx_Bl, f_hats = slow_quantization(features, *tensors_of(quantizer), layout, metric)
+    quantized, loss, idx_BL = quantizer(features)
+    assert torch.equal(idx_BL, torch.cat(idx_Bl, 1))
+    assert idx_BL.unique().numel() > 2
     torch.testing.assert_close(quantized, f_hats[-1], rtol=1e-12, atol=1e-12)
     expected = 1.25 * sum((f_hat - features).square().mean() for f_hat in f_hats) / layout.num_blocks
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @all_layouts
-@normalised_or_not
-def test_indices_and_map_turn_into_each_other_as_forward_does(layout, normalize_codes):
-    quantizer = build(layout, normalize_codes=normalize_codes)
+@both_metrics
+def test_indices_and_map_turn_into_each_other_as_forward_does(layout, metric):
+    quantizer = build(layout, metric=metric)
     features = random_map(layout.grid)
-    quantized, _, flat_idx = quantizer(features)
-    idx_Bl = quantizer.features_to_idxBl(features)
-    assert [tuple(idx.shape) for idx in idx_Bl] == [(2, length) for length in layout.block_lengths]
-    assert all(torch.equal(a, b) for a, b in zip(quantizer.split_indices(flat_idx, 2), idx_Bl, strict=True))
-    torch.testing.assert_close(quantizer.idxBl_to_features(idx_Bl), quantized, rtol=1e-5, atol=1e-5)
+    quantized, _, forward_idx = quantizer(features)
+    idx_BL = quantizer.indices(features)
+    assert idx_BL.shape == (2, layout.num_tokens)
+    assert torch.equal(forward_idx, idx_BL)
+    torch.testing.assert_close(quantizer.idx_to_features(idx_BL), quantized, rtol=1e-5, atol=1e-5)
 
 
 @all_layouts
@@ -122,17 +122,17 @@ def test_teacher_forcing_inputs_are_the_ones_met_step_by_step(layout):
             expected = as_rows(F.adaptive_avg_pool2d(f_hats[k], layout.shapes[k + 1]))
             torch.testing.assert_close(next_input, expected, rtol=1e-12, atol=1e-12)
     assert inputs.pop() is None
-    var_input = quantizer.idxBl_to_var_input(idx_Bl)
+    var_input = quantizer.var_input(torch.cat(idx_Bl, 1))
     assert var_input.shape == (2, layout.num_tokens - layout.block_lengths[0], C)
     assert torch.equal(var_input, torch.cat([*inputs, torch.empty(2, 0, C, dtype=torch.float64)], 1))
 
 
 def test_each_scale_lowers_the_error_once_codes_fit():
     quantizer = build(num_phi=0, init_scale=0.5)
-    quantizer.codebook.initialize_from(quantizer.training_features(random_map(batch=16)).flatten(0, 1), seed=0)
+    quantizer.start_from(random_map(batch=16), seed=0)
     features, errors = random_map(batch=16), []
     canvas = quantizer.start(16)
-    for k, idx in enumerate(quantizer.features_to_idxBl(features)):
+    for k, idx in enumerate(quantizer.layout.split(quantizer.indices(features))):
         canvas, _ = quantizer.advance(canvas, idx, k)
         errors.append((canvas - features).square().mean().item())
     assert errors[0] > errors[1] > errors[2]
@@ -140,17 +140,17 @@ def test_each_scale_lowers_the_error_once_codes_fit():
 
 def test_normalised_search_looks_at_direction_and_returns_the_raw_code():
     layout = BlockLayout.scales([1])
-    quantizer = build(layout, normalize_codes=True, num_phi=0)
+    quantizer = build(layout, metric="cosine", num_phi=0)
     with torch.no_grad():
         quantizer.codebook.weight.copy_(torch.eye(V, C) * 5 + 0.1)
     features = torch.tensor([0.0, 0.2, 0.01]).view(1, C, 1, 1)
-    quantized, _, idx = quantizer(features)
-    assert idx.tolist() == [1]
+    quantized, _, idx_BL = quantizer(features)
+    assert idx_BL.tolist() == [[1]]
     torch.testing.assert_close(quantized.flatten(), quantizer.get_codebook()[1].detach())
     assert quantizer.get_codebook() is quantizer.codebook.weight
 
 
-def test_training_features_are_the_residuals_of_a_lossless_code():
+def test_training_vectors_are_the_residuals_of_a_lossless_code():
     layout = LAYOUTS["not square"]
     quantizer, features = build(layout), random_map(layout.grid)
     rest, expected = features, []
@@ -158,7 +158,7 @@ def test_training_features_are_the_residuals_of_a_lossless_code():
         pooled = F.adaptive_avg_pool2d(rest, shape)
         expected.append(as_rows(pooled))
         rest = rest - F.interpolate(pooled, size=layout.grid, mode="bicubic")
-    torch.testing.assert_close(quantizer.training_features(features), torch.cat(expected, 1))
+    torch.testing.assert_close(quantizer.training_vectors(features), torch.cat(expected, 1))
 
 
 # Gradients
@@ -167,9 +167,9 @@ def test_training_features_are_the_residuals_of_a_lossless_code():
 def loss_and_frozen_indices(layout, **options):
     quantizer = build(layout, beta=0.4, **options).double()
     features = random_map(layout.grid, dtype=torch.float64).requires_grad_()
-    _, loss, flat_idx = quantizer(features)
+    _, loss, idx_BL = quantizer(features)
     loss.backward()
-    return quantizer, features, loss, quantizer.split_indices(flat_idx, 2)
+    return quantizer, features, loss, layout.split(idx_BL)
 
 
 def maps_so_far(codes, phis, idx_Bl, layout):
@@ -197,8 +197,8 @@ def test_codebook_and_phi_loss_by_finite_differences_with_features_frozen(layout
 
         by_weight = finite_differences(lambda w, b=bias: with_phi(w, b), weight)
         by_bias = finite_differences(lambda b, w=weight: with_phi(w, b), bias)
-        torch.testing.assert_close(quantizer.phi[i].weight.grad, by_weight, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(quantizer.phi[i].bias.grad, by_bias, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(quantizer.codec.phi[i].weight.grad, by_weight, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(quantizer.codec.phi[i].bias.grad, by_bias, rtol=1e-6, atol=1e-9)
         assert by_weight.abs().max() > 1e-2
 
 
@@ -218,7 +218,7 @@ def test_commitment_loss_by_finite_differences_with_codes_frozen(ema_decay, fini
 def test_with_moving_average_codes_the_convolutions_still_learn():
     quantizer, _, _, _ = loss_and_frozen_indices(LAYOUTS["square"], ema_decay=0.9)
     assert [name for name, _ in quantizer.named_parameters()] == [
-        f"phi.{i}.{part}" for i in range(2) for part in ("weight", "bias")
+        f"codec.phi.{i}.{part}" for i in range(2) for part in ("weight", "bias")
     ]
     assert all(parameter.grad.abs().max() > 0 for parameter in quantizer.parameters())
 
@@ -238,12 +238,12 @@ def test_only_training_mode_feeds_the_moving_average_with_every_scale():
     quantizer, features = build(ema_decay=0.5), random_map()
     start = quantizer.codebook.weight.clone()
     quantizer.eval()(features)
-    quantizer.codebook.update()
+    quantizer.after_step()
     assert torch.equal(quantizer.codebook.weight, start)
-    _, _, flat_idx = quantizer.train()(features)
-    quantizer.features_to_idxBl(features)
-    quantizer.codebook.update()
-    expected = torch.ones(V).lerp(torch.bincount(flat_idx, minlength=V).float(), 0.5)
+    _, _, idx_BL = quantizer.train()(features)
+    quantizer.indices(features)
+    quantizer.after_step()
+    expected = torch.ones(V).lerp(torch.bincount(idx_BL.flatten(), minlength=V).float(), 0.5)
     torch.testing.assert_close(quantizer.codebook.code_counts, expected)
     assert quantizer.codebook.code_counts.sum() == pytest.approx((V + 2 * 21) / 2)
 
@@ -259,7 +259,7 @@ def test_the_moving_average_takes_the_residual_each_code_stood_for():
         for v, row in zip(idx.flatten(), as_rows(F.adaptive_avg_pool2d(rest, shape)).flatten(0, 1), strict=True):
             sums[v] += row
     quantizer(features)
-    quantizer.codebook.update()
+    quantizer.after_step()
     torch.testing.assert_close(quantizer.codebook.code_sums, (start + sums) / 2, rtol=1e-12, atol=1e-12)
 
 
@@ -275,18 +275,18 @@ def test_half_types_leave_codebook_and_convolutions_in_float32(dtype):
 
 def test_autocast_changes_nothing():
     quantizer, features = build(), random_map(batch=16)
-    plain, idx_Bl = quantizer(features), quantizer.features_to_idxBl(features)
-    decoded, var_input = quantizer.idxBl_to_features(idx_Bl), quantizer.idxBl_to_var_input(idx_Bl)
+    plain, idx_BL = quantizer(features), quantizer.indices(features)
+    decoded, var_input = quantizer.idx_to_features(idx_BL), quantizer.var_input(idx_BL)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(quantizer(features), plain, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(quantizer.features_to_idxBl(features), idx_Bl, strict=True))
-        assert torch.equal(quantizer.idxBl_to_features(idx_Bl), decoded)
-        assert torch.equal(quantizer.idxBl_to_var_input(idx_Bl), var_input)
+        assert torch.equal(quantizer.indices(features), idx_BL)
+        assert torch.equal(quantizer.idx_to_features(idx_BL), decoded)
+        assert torch.equal(quantizer.var_input(idx_BL), var_input)
 
 
 def test_float64_is_never_lowered():
     quantizer = build()
     assert [t.dtype for t in quantizer(random_map(dtype=torch.float64))] == [torch.float64, torch.float64, torch.int64]
     quantizer.double()
-    idx_Bl = quantizer.features_to_idxBl(random_map())
-    assert quantizer.idxBl_to_features(idx_Bl).dtype == quantizer.idxBl_to_var_input(idx_Bl).dtype == torch.float64
+    idx_BL = quantizer.indices(random_map())
+    assert quantizer.idx_to_features(idx_BL).dtype == quantizer.var_input(idx_BL).dtype == torch.float64

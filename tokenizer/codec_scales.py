@@ -1,0 +1,135 @@
+"""Feature maps as residuals over K scales with shared 3×3 φ convolutions (VAR, arXiv:2404.02905, algorithms 1 and 2).
+
+Legend: B batch, K scales, L_k tokens of scale k, L all tokens, C code channels, h×w latent cells.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from nextblock.data.blocks import BlockLayout
+
+
+def phi_of_scale(num_scales: int, num_phi: int) -> list[int]:
+    """Choose the φ convolution of each scale: the one whose tick is nearest to k/(K−1).
+
+    Args:
+        num_scales: K.
+        num_phi: number of convolutions.
+
+    Returns:
+        K convolution numbers. Ties are real and float64 rounding decides them, as in the published models.
+    """
+    if num_scales == 1:
+        return [0]
+    margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
+    ticks = np.linspace(margin, 1 - margin, num_phi)
+    return [int(np.argmin(np.abs(ticks - k / (num_scales - 1)))) for k in range(num_scales)]
+
+
+class ScaleCodec(nn.Module):
+    """Code a map scale by scale, each scale what those before it left over; it satisfies `quantizer.Codec`.
+
+    Args:
+        layout: the scales; the last is the map's own size.
+        dim: C.
+        num_phi: number of φ convolutions, shared by neighbouring scales; 0 for none.
+        phi_ratio: r in φ(h) = (1−r)·h + r·conv3×3(h).
+    """
+
+    def __init__(self, layout: BlockLayout, dim: int, num_phi: int = 4, phi_ratio: float = 0.5):
+        super().__init__()
+        self.layout = layout
+        self.phi_ratio = phi_ratio
+        self.phi = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, dtype=torch.float32) for _ in range(num_phi))
+        self.phi_of_scale = phi_of_scale(layout.num_blocks, num_phi) if num_phi else None
+        for i, phi in enumerate(self.phi):
+            # With fewer scales than convolutions some serve no scale, and DDP waits for every gradient it is promised.
+            phi.requires_grad_(i in self.phi_of_scale)
+
+    def encode(self, features: Tensor, codebook) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize a map; see `quantizer.Codec`. The loss is the mean of the scales' terms on the maps so far."""
+        features = codebook.prepare(features)
+        target = features.detach()
+        rest, f_hat, loss = target, torch.zeros_like(target), target.new_zeros(())
+        residuals, indices = [], []
+        for k in range(self.layout.num_blocks):
+            vectors = self._scale_vectors(rest, k)
+            idx = codebook.assign(vectors)
+            contribution = self._contribution(codebook.lookup(idx), k)
+            f_hat, rest = f_hat + contribution, rest - contribution.detach()
+            for term in codebook.loss_terms(features, f_hat, is_composed=True):
+                loss = loss + term
+            residuals.append(vectors)
+            indices.append(idx)
+        idx_BL = torch.cat(indices, dim=1)
+        if self.training:
+            codebook.record(torch.cat(residuals, dim=1), idx_BL)
+        return features + (f_hat - features).detach(), loss / self.layout.num_blocks, idx_BL
+
+    def indices(self, features: Tensor, codebook) -> Tensor:
+        """Return the indices (B, L) of a map."""
+        rest, indices = codebook.prepare(features), []
+        for k in range(self.layout.num_blocks):
+            indices.append(codebook.assign(self._scale_vectors(rest, k)))
+            rest = rest - self._contribution(codebook.lookup(indices[-1]), k)
+        return torch.cat(indices, dim=1)
+
+    def training_vectors(self, features: Tensor, codebook) -> Tensor:
+        """Return the vectors (B, L, C) that codes start from, as if every scale were coded without loss."""
+        rest, vectors = codebook.prepare(features), []
+        for k in range(self.layout.num_blocks):
+            vectors.append(self._scale_vectors(rest, k))
+            rest = rest - self._to_grid(vectors[-1], k)
+        return torch.cat(vectors, dim=1)
+
+    def decode(self, idx_BL: Tensor, codebook) -> Tensor:
+        """Return the quantized map (B, C, h, w)."""
+        codes = codebook.lookup(idx_BL)
+        canvas = self.start(len(codes), codebook.dim, codes)
+        for k, vectors in enumerate(self.layout.split(codes)):
+            canvas = canvas + self._contribution(vectors, k)
+        return canvas
+
+    def var_input(self, idx_BL: Tensor, codebook) -> Tensor:
+        """Return the prior's input (B, L − L_1, C): at each scale after the first, the map so far at its size."""
+        nothing = codebook.lookup(idx_BL[:, :0])
+        canvas, inputs = self.start(len(idx_BL), codebook.dim, nothing), [nothing]
+        for k, (start, end) in enumerate(self.layout.bounds[:-1]):
+            canvas, next_input = self.advance(canvas, idx_BL[:, start:end], k, codebook)
+            inputs.append(next_input)
+        return torch.cat(inputs, dim=1)
+
+    def start(self, num_images: int, dim: int, like: Tensor) -> Tensor:
+        """Return the empty map (B, C, h, w) that `advance` adds to scale by scale."""
+        return like.new_zeros(num_images, dim, *self.layout.grid)
+
+    def advance(self, canvas: Tensor, content: Tensor, k: int, codebook) -> tuple[Tensor, Tensor | None]:
+        """Add scale k, indices (B, L_k) or vectors (B, L_k, C), to the map and give the next scale's input."""
+        canvas = canvas + self._contribution(content if content.is_floating_point() else codebook.lookup(content), k)
+        return canvas, self._scale_vectors(canvas, k + 1) if k + 1 < self.layout.num_blocks else None
+
+    def _scale_vectors(self, feature_map: Tensor, k: int) -> Tensor:
+        """Area-downsample a map (B, C, h, w) to scale k and flatten it, (B, L_k, C)."""
+        shape = self.layout.shapes[k]
+        if shape != tuple(feature_map.shape[-2:]):
+            feature_map = F.interpolate(feature_map, size=shape, mode="area")
+        return rearrange(feature_map, "b c h w -> b (h w) c")
+
+    def _contribution(self, vectors: Tensor, k: int) -> Tensor:
+        """Return φ_k of scale k's code vectors (B, L_k, C) at the full grid, (B, C, h, w)."""
+        h = self._to_grid(vectors, k)
+        if self.phi_of_scale is None:
+            return h
+        phi = self.phi[self.phi_of_scale[k]]
+        return (1 - self.phi_ratio) * h + self.phi_ratio * phi(h)
+
+    def _to_grid(self, vectors: Tensor, k: int) -> Tensor:
+        """Lay out (B, L_k, C) vectors as a map and bicubic-upsample it to the full grid, (B, C, h, w)."""
+        scale_h, scale_w = self.layout.shapes[k]
+        feature_map = rearrange(vectors, "b (h w) c -> b c h w", h=scale_h, w=scale_w).contiguous()
+        if (scale_h, scale_w) == self.layout.grid:
+            return feature_map
+        return F.interpolate(feature_map, size=self.layout.grid, mode="bicubic")
