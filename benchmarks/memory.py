@@ -35,7 +35,6 @@ def measure(depth: int, batch_size: int, loss_chunk_size: int | None = None, gra
 
     from nextblock.data.blocks import BlockLayout
     from nextblock.prior import BlockPrior, BlockPriorConfig
-    from nextblock.prior.train import NO_DECAY
     from nextblock.training.optim import OptimizerConfig, build_optimizer
 
     torch.manual_seed(0)
@@ -45,7 +44,7 @@ def measure(depth: int, batch_size: int, loss_chunk_size: int | None = None, gra
     model = BlockPrior(BlockPriorConfig(layout=layout.to_dict(), drop_path=depth / 240, **shape, **sizes)).train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = build_optimizer(model, OptimizerConfig(), NO_DECAY)
+    optimizer = build_optimizer(model, OptimizerConfig(), model.no_decay)
     for parameter in model.parameters():  # A tensor at a time: whole gradients would lift the peak before the step.
         optimizer.state[parameter] = {
             "step": torch.zeros(()),

@@ -303,7 +303,7 @@ def test_a_pipeline_refuses_a_tokenizer_of_other_sizes(converted, tmp_path):
     tokenizer_of(case).save_pretrained(tmp_path / "tokenizer")
     paths = ["--checkpoint", str(tmp_path / "var.pth"), "--output_dir", str(tmp_path / "pipeline")]
     options = ["--to_pipeline", "--tokenizer", str(tmp_path / "tokenizer")]
-    with pytest.raises(ValueError, match=r"quantizer has a codebook of shape .* expected \(7, 5\)"):
+    with pytest.raises(ValueError, match="quantizer has .* codes; expected 7"):
         main(["--format", "var", *paths, *options, "--scales", "1,2,3"])
     assert not (tmp_path / "pipeline").exists()
 
