@@ -262,8 +262,8 @@ def test_stages_that_do_not_fit_are_refused():
     prior = make_prior(tokenizer)
     for options, message in (
         (LAYOUTS["raster"], "quantizer has layout .*'tiles'.*; expected .*'scales'"),
-        (LAYOUTS["scales"] | {"vocab_size": 25}, r"codebook of shape \(25, 8\); expected \(24, 8\)"),
-        (LAYOUTS["scales"] | {"embedding_dim": 4}, r"codebook of shape \(24, 4\); expected \(24, 8\)"),
+        (LAYOUTS["scales"] | {"vocab_size": 25}, "quantizer has 25 codes; expected 24"),
+        (LAYOUTS["scales"] | {"embedding_dim": 4}, "quantizer has codes of 4 channels; expected 8"),
     ):
         with pytest.raises(ValueError, match=message):
             ClassToImagePipeline(tokenizer=make_tokenizer(**options), prior=prior)
