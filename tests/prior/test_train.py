@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from nextblock.data.images import ImageDataConfig
 from nextblock.data.tokens import TokenDataset, collate_tokens
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.sampling import SamplingOptions
 from nextblock.prior.train import PriorTask, PriorTrainConfig, main, train
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE
@@ -25,6 +27,7 @@ from nextblock.tokenizer.train import TokenizerTrainConfig
 from nextblock.tokenizer.train import train as train_tokenizer
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.order import StepSampler
+from nextblock.training.resume import BOOKKEEPING
 
 # Two micro-batches a step, dropout of every kind, label smoothing.
 HARD = ["--loop.gradient_accumulation_steps", "2", "--model.dropout", "0.1", "--model.drop_path", "0.2"]
@@ -353,6 +356,11 @@ def test_tokens_and_options_that_do_not_fit_are_refused(train_here, tokenizer_di
     ):
         with pytest.raises(ValueError, match=message):
             train_here(tmp_path / "run", *wrong)
+
+
+def test_how_pictures_are_drawn_decides_no_weight():
+    assert {f"sampling.{field.name}" for field in fields(SamplingOptions)} <= BOOKKEEPING
+    assert {field.name for field in fields(PriorTrainConfig)} >= {"sampling"}
 
 
 def test_every_undecayed_name_is_one_of_the_priors():
