@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from nextblock.cpu import keep_freed_memory
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.sampling import guidance_scales
+from nextblock.prior.family import compile_layers
+from nextblock.prior.sampling import SamplingOptions
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
@@ -68,14 +69,15 @@ def build_models(depth: int, dtype: torch.dtype, device: str) -> tuple[BlockPrio
 def plain_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) -> torch.Tensor:
     """Sample as a direct transcription does: nothing is prepared, nothing is skipped."""
     B, layout, quantizer = len(class_labels), prior.layout, tokenizer.quantizer
-    scales = guidance_scales(*GUIDANCE.values(), layout.num_blocks)
-    rows = torch.cat([class_labels, torch.full_like(class_labels, prior.config.null_class)])
+    scales = SamplingOptions(**GUIDANCE).scales(layout.num_blocks)
+    condition = prior.conditions.of(class_labels)
+    condition = condition.joined(condition.null())
     keys, values = [None] * len(prior.blocks), [None] * len(prior.blocks)
     canvas, idx_Bl = quantizer.start(B), []
-    block_input = prior.first_input(prior.class_emb(rows))
+    block_input = prior.class_emb(condition.class_labels)[:, None] + prior.pos_start
     for k, (start, end) in enumerate(layout.bounds):
-        condition, modulations, head_modulation = prior.condition(rows)
-        hidden_states = block_input + prior.positions()[:, start:end]
+        context = prior.context(condition)
+        hidden_states = block_input + prior.pos_1LC[:, start:end] + prior.lvl_embed.weight[k]
         for i, layer in enumerate(prior.blocks):
 
             def attend(q, key, value, i=i, scale=layer.attn.scale):
@@ -83,13 +85,14 @@ def plain_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) 
                 values[i] = value if values[i] is None else torch.cat([values[i], value], dim=2)
                 return F.scaled_dot_product_attention(q, keys[i], values[i], scale=scale)
 
-            hidden_states = layer(hidden_states, modulations[i], attend)
-        conditional, unconditional = prior.logits(hidden_states, head_modulation).chunk(2)
+            hidden_states = layer(hidden_states, context.modulations[i], attend)
+        conditional, unconditional = prior.logits(hidden_states, context).chunk(2)
         logits = unconditional + scales[k] * (conditional - unconditional)
         idx_Bl.append(plain_tokens(logits))
         if k + 1 < layout.num_blocks:
             canvas, next_input = quantizer.advance(canvas, idx_Bl[-1], k)
-            block_input = prior.embed_input(next_input).repeat(2, 1, 1)
+            next_input = next_input.to(prior.word_embed.weight.dtype)
+            block_input = prior.word_embed(next_input).repeat(2, 1, 1)
     return plain_decode(tokenizer, idx_Bl)
 
 
@@ -164,8 +167,7 @@ def serve(connection, name: str, depth: int, dtype_name: str, device: str) -> No
         assert keep_freed_memory()
     prior, tokenizer = build_models(depth, getattr(torch, dtype_name), device)
     if name == "nextblock, compiled":
-        for layer in prior.blocks:
-            layer.compile_around_attention()
+        compile_layers(prior)
         tokenizer.decoder.compile()
     loop = plain_loop if name == "plain" else nextblock_loop
     decode = partial(plain_decode, tokenizer) if name == "plain" else tokenizer.idxBl_to_img

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.data.tokens import collate_tokens
-from nextblock.prior.task import NO_DECAY, BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.training.accelerator import build_accelerator
@@ -64,7 +64,7 @@ class PlainLoop:
 
     def __init__(self, model, tokenizer: VQVAE, rows: Dataset, device: torch.device):
         self.model, self.tokenizer, self.device = model.to(device).train(), tokenizer, device
-        self.optimizer = build_optimizer(model, OPTIMIZER, NO_DECAY)
+        self.optimizer = build_optimizer(model, OPTIMIZER, model.no_decay)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
         loader = DataLoader(rows, BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=collate_tokens)
         self.batches = chain.from_iterable(repeat(loader))
@@ -149,7 +149,7 @@ def compare(size: str, num_segments: int, segment: int, folder: Path) -> dict:
     rows, names = RandomRows(tokenizer.layout.num_tokens, 512), [str(n) for n in range(NUM_CLASSES)]
     accelerator = build_accelerator(config.loop, folder)
     data = PriorData(train=rows, heldout=None, collate=collate_tokens, class_names=names)
-    task = TimedTask(accelerator, config, build_prior(config, tokenizer, names), tokenizer, data)
+    task = TimedTask(accelerator, config, build_prior(config, tokenizer, names), tokenizer, data, export=None)
     task.compare_with(PlainLoop(build_prior(config, tokenizer, names), tokenizer, rows, accelerator.device), segment)
     fit(accelerator, task, rows, collate_tokens, config, folder)
     if len(task.times["nextblock"]) < num_segments:

@@ -1,6 +1,6 @@
 """The pipeline: class labels to blocks of indices to images, on the `diffusers` surface.
 
-Legend: B images, K blocks, L_k tokens of block k, C code channels, H×W pixels, h×w latent cells.
+Legend: B images, n of a batch, K blocks, L_k tokens of block k, V codes, H×W pixels.
 """
 
 import os
@@ -114,18 +114,17 @@ class ClassToImagePipeline(DiffusionPipeline):
         Args:
             class_labels: classes by number or name; None, or a number of images, for an unconditional model.
             num_images_per_label: images of each label, or of an unconditional model.
-            guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p: see `prior.sampling.SamplingOptions`.
+            guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p, guidance_power, is_smooth: see
+                `prior.sampling.SamplingOptions`.
             generator: one that seeds one for each image, or a list of those; an image depends on its own alone.
             idx_Bl: known tokens, K tensors (B, L_k) int64, −1 for those to sample.
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent": K tensors (B, L_k).
             return_dict: False returns a tuple.
             callback_on_step_end: called after each block with the pipeline, the block twice (as step and as timestep),
                 and a dict of tensors; returns a dict of those it replaces. It may set `_guidance_scale`, `_interrupt`.
-            callback_on_step_end_tensor_inputs: "idx" (n, L_k) and "logits" (n, L_k, V) of a batch's n images; other
-                logits redraw the tokens with the same random numbers.
+            callback_on_step_end_tensor_inputs: "idx" (n, L_k); "logits" (n, L_k, V), redrawn by the same numbers.
             decode_batch_size: images decoded at a time; None decodes in the batches that were sampled.
             batch_size: images sampled at a time, up to 64 if None; the last batch is padded, so that all round alike.
-            guidance_power, is_smooth: see `prior.sampling.SamplingOptions`.
 
         Returns:
             An `ImagePipelineOutput` whose `images` hold all images of the first label, then of the second, and so on.
@@ -376,11 +375,13 @@ class ClassToImagePipeline(DiffusionPipeline):
         """Compile the prior's layers and the tokenizer's decoder; the calls that meet a new shape take long.
 
         Args:
-            options: of `torch.compile`: `mode`, `backend`, `dynamic`, ….
+            options: of `torch.compile`: `mode`, `backend`, `dynamic`, …; attention to the cache stays out of graphs.
 
         Raises:
             ValueError: if `torch.compile` does not take the options; the pipeline then stays as it was.
         """
+        if options.get("fullgraph"):
+            raise ValueError(f"options are {options}; expected no fullgraph: attention stays out of the graphs")
         try:
             torch.compile(torch.nn.Identity(), **options)
         except (AssertionError, RuntimeError, TypeError) as error:

@@ -46,7 +46,6 @@ class BlockPrior(PreTrainedModel):
         super().__init__(config)
         D, V = config.hidden_size, config.vocab_size
         self.layout: BlockLayout = config.block_layout()
-        self.conditions = ClassConditions(config.num_classes, config.class_names)
         self.class_emb = nn.Embedding(config.num_classes + 1, D)
         if config.input_embedding == "tokens":
             self.word_embed = nn.Embedding(V, D)
@@ -74,6 +73,11 @@ class BlockPrior(PreTrainedModel):
         self.head_nm = ModulatedHead(D, config.norm_eps)
         self.head = nn.Linear(D, V)
         self.post_init()
+
+    @property
+    def conditions(self) -> ClassConditions:
+        """The classes of the configuration."""
+        return ClassConditions(self.config.num_classes, self.config.class_names)
 
     @property
     def vocab_size(self) -> int:

@@ -21,7 +21,7 @@ def test_traced_graphs_compute_the_same_and_serve_all_blocks_and_layers(any_pipe
     any_pipe.compile(backend=traced)
     assert np.array_equal(any_pipe([0, 2], generator=seeds(2), **options).images, expected)
     # Before and after attention, each with one token a block and with a number that varies, and the decoder.
-    assert traced.frame_count <= 5
+    assert 2 <= traced.frame_count <= 5
     num_graphs = traced.frame_count
     assert np.array_equal(any_pipe([0, 2], generator=seeds(2), **options).images, expected)
     assert traced.frame_count == num_graphs
@@ -40,15 +40,18 @@ def test_inductor_computes_the_same_but_for_rounding(any_pipe, seeds):
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "fastest"}, {"backend": "none"}, {"speed": 9}, {"options": {"speed": 9}}, {"dynamic": "yes"}]
+    "options",
+    [
+        *({"mode": "fastest"}, {"backend": "none"}, {"speed": 9}, {"options": {"speed": 9}}, {"dynamic": "yes"}),
+        {"fullgraph": True},
+    ],
 )
 def test_options_that_torch_does_not_take_leave_the_pipeline_as_it_was(build_pipeline, options):
     pipe = build_pipeline()
-    before = [set(vars(layer)) for layer in pipe.prior.blocks]
-    with pytest.raises(ValueError, match=rf"options are \{{'{next(iter(options))}'.*expected those of torch.compile"):
+    with pytest.raises(ValueError, match=rf"options are \{{'{next(iter(options))}'.*; expected (those|no fullgraph)"):
         pipe.compile(**options)
-    assert [set(vars(layer)) for layer in pipe.prior.blocks] == before
-    assert pipe.tokenizer.decoder._compiled_call_impl is None
+    for module in (*pipe.prior.blocks, pipe.tokenizer.decoder):
+        assert module._compiled_call_impl is None
 
 
 def test_a_compiled_pipeline_is_saved_as_before(build_pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """Prior training end to end: exact resumption, process counts, accumulation, and the pipeline that it exports."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from nextblock.data.images import ImageDataConfig
 from nextblock.data.tokens import TokenDataset, collate_tokens
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.sampling import SamplingOptions
 from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenize_images import TokenizeConfig, tokenize
@@ -25,6 +27,7 @@ from nextblock.train_prior import main, train
 from nextblock.train_tokenizer import train as train_tokenizer
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.order import StepSampler
+from nextblock.training.resume import BOOKKEEPING
 
 # Two micro-batches a step, dropout of every kind, label smoothing.
 HARD = ["--loop.gradient_accumulation_steps", "2", "--model.dropout", "0.1", "--model.drop_path", "0.2"]
@@ -352,6 +355,11 @@ def test_tokens_and_options_that_do_not_fit_are_refused(train_here, tokenizer_di
     ):
         with pytest.raises(ValueError, match=message):
             train_here(tmp_path / "run", *wrong)
+
+
+def test_how_pictures_are_drawn_decides_no_weight():
+    assert {f"sampling.{field.name}" for field in fields(SamplingOptions)} <= BOOKKEEPING
+    assert {field.name for field in fields(PriorTrainConfig)} >= {"sampling"}
 
 
 def test_every_undecayed_name_is_one_of_the_priors():
