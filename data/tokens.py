@@ -48,7 +48,9 @@ def tokenizer_fingerprint(model: torch.nn.Module) -> str:
 
 
 def _as_first_spelled(options: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Name options and tensors as version 0.1.0 did: what it made keeps its hash, and tokens their tokenizer."""
+    """Name a tokenizer's options and tensors as version 0.1.0 did: what it made keeps its hash; a prior's stay."""
+    if "codebook_metric" not in options:
+        return options, state
     options = dict(options)
     is_cosine, has_unit_codes = options["codebook_metric"] == "cosine", options["has_unit_codes"]
     # One option stood for both; what it could not say is hashed as it is.
