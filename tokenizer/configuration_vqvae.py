@@ -73,9 +73,6 @@ class VQVAEConfig(PreTrainedConfig):
         var_phi_names: Literal["by_number", "shared", "partially_shared", "separate"] | None = "by_number",
         **kwargs,
     ):
-        if kwargs.pop("normalize_codes", False):
-            # How version 0.1.0 put it; the same word meant less for scales.
-            codebook_metric, has_unit_codes = "cosine", layout == "tiles"
         self.image_size = list(as_shape(image_size, "image_size"))
         self.num_channels = num_channels
         self.autoencoder = autoencoder
@@ -88,8 +85,7 @@ class VQVAEConfig(PreTrainedConfig):
         self.z_channels = z_channels
         self.quant_conv_kernel_size = quant_conv_kernel_size
         self.layout = layout
-        is_list = isinstance(scales, (list, tuple))
-        self.scales = [list(as_shape(s, f"scales[{k}]")) for k, s in enumerate(scales)] if is_list else scales
+        self.scales = _as_lists(scales)
         self.tile = list(as_shape(tile, "tile"))
         self.num_phi = num_phi
         self.phi_ratio = phi_ratio
@@ -103,9 +99,8 @@ class VQVAEConfig(PreTrainedConfig):
         self.has_unit_codes = has_unit_codes
         self.revival_threshold = revival_threshold
         self.var_phi_names = var_phi_names
-        self._check_choices()
-        self._check_numbers()
-        self.block_layout()
+        self._translate(kwargs)
+        self._check()
         super().__init__(**kwargs)
 
     @property
@@ -143,6 +138,18 @@ class VQVAEConfig(PreTrainedConfig):
                 f"at downsampling {factor}"
             )
         return layout
+
+    def _translate(self, kwargs: dict) -> None:
+        """Take the option that version 0.1.0 had in place of two out of the arguments."""
+        if kwargs.pop("normalize_codes", False):
+            # The same word meant less for scales.
+            self.codebook_metric, self.has_unit_codes = "cosine", self.layout == "tiles"
+
+    def _check(self) -> None:
+        """Refuse what does not go together."""
+        self._check_choices()
+        self._check_numbers()
+        self.block_layout()
 
     def _check_choices(self) -> None:
         """Refuse a word that names nothing."""
@@ -186,3 +193,10 @@ class VQVAEConfig(PreTrainedConfig):
                 f"z_channels is {self.z_channels} and embedding_dim {self.embedding_dim}; expected them equal "
                 "unless quant_conv_kernel_size is 1 or 3"
             )
+
+
+def _as_lists(scales):
+    """Return sizes of token maps as [height, width] lists, and what is no list of sizes as it is."""
+    if not isinstance(scales, (list, tuple)):
+        return scales
+    return [list(as_shape(scale, f"scales[{k}]")) for k, scale in enumerate(scales)]

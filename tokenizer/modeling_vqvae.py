@@ -4,6 +4,7 @@ Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code 
 """
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,8 @@ class VQVAE(PreTrainedModel):
         """Load a tokenizer as `PreTrainedModel.from_pretrained` does, those of version 0.1.0 among them."""
         return super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
 
+    # diffusers reads from the signature what it may pass.
+    @wraps(PreTrainedModel.save_pretrained, assigned=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
         """Save the tokenizer as `PreTrainedModel.save_pretrained` does, by default under today's names of weights."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)

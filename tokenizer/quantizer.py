@@ -119,10 +119,18 @@ class Quantizer(nn.Module):
     Args:
         codec: how a map becomes tokens.
         codebook: how a vector becomes an index.
+
+    Raises:
+        ValueError: if the codebook has no floating-point tensor.
     """
 
     def __init__(self, codec: Codec, codebook: Codebook):
         super().__init__()
+        if not any(tensor.is_floating_point() for tensor in chain(codebook.parameters(), codebook.buffers())):
+            raise ValueError(
+                f"codebook is a {type(codebook).__name__} without a floating-point tensor; expected a parameter or "
+                "buffer of some size, which tells device and dtype"
+            )
         # Optimizers, and the sum in a gradient's norm, follow this order.
         self.codebook = codebook
         self.codec = codec

@@ -91,6 +91,11 @@ def test_codes_start_from_the_vectors_of_a_map(layout):
     assert (quantizer.get_codebook()[:, None] == vectors[None]).all(2).any(1).all()
 
 
+def test_a_codebook_without_any_tensor_is_refused():
+    with pytest.raises(ValueError, match="codebook is a Identity without a floating-point tensor"):
+        Quantizer(TileCodec(LAYOUTS["tiles"]), torch.nn.Identity())
+
+
 # Precision
 
 
