@@ -133,21 +133,12 @@ class ClassToImagePipeline(DiffusionPipeline):
             ValueError: if an argument is outside its range or a class name is unknown.
         """
         check_counts(output_type, decode_batch_size=decode_batch_size)
-        options = SamplingOptions(
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            guidance_power=guidance_power,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            is_smooth=is_smooth,
-        )
+        guidance = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule}
+        truncation = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        asked = self, class_labels, num_images_per_label
         request = make_request(
-            self,
-            class_labels,
-            num_images_per_label,
-            options=options,
+            *asked,
+            options=SamplingOptions(**guidance, guidance_power=guidance_power, **truncation, is_smooth=is_smooth),
             generator=generator,
             idx_Bl=idx_Bl,
             batch_size=batch_size,

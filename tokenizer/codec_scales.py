@@ -87,10 +87,10 @@ class ScaleCodec(nn.Module):
 
     def decode(self, idx_BL: Tensor, codebook) -> Tensor:
         """Return the quantized map (B, C, h, w)."""
-        codes = codebook.lookup(idx_BL)
-        canvas = self.start(len(codes), codebook.dim, codes)
-        for k, vectors in enumerate(self.layout.split(codes)):
-            canvas = canvas + self._contribution(vectors, k)
+        canvas = self.start(len(idx_BL), codebook.dim, codebook.lookup(idx_BL[:, :0]))
+        for k, (start, end) in enumerate(self.layout.bounds):
+            # Scale by scale, as `advance` does it: rounding depends on how vectors lie in memory.
+            canvas = canvas + self._contribution(codebook.lookup(idx_BL[:, start:end]), k)
         return canvas
 
     def var_input(self, idx_BL: Tensor, codebook) -> Tensor:

@@ -96,7 +96,7 @@ def test_a_block_is_put_on_the_map_once_and_anew_after_its_tokens_changed(
 
     idx_Bl = model.generate(torch.tensor([0, 1]), quantizer, generator=generators(2), on_block_end=receive)
     assert calls == [] and len(maps) == layout.num_blocks
-    assert torch.equal(maps[-1], quantizer.idxBl_to_features(idx_Bl))
+    assert torch.equal(maps[-1], quantizer.idx_to_features(torch.cat(idx_Bl, dim=1)))
 
 
 def test_the_map_is_whole_whether_or_not_the_receiver_asks_for_it(layout_and_input, make_prior, make_quantizer):
@@ -104,7 +104,7 @@ def test_the_map_is_whole_whether_or_not_the_receiver_asks_for_it(layout_and_inp
     model, quantizer, steps = make_prior(layout, input_embedding=input_embedding), make_quantizer(layout), []
     idx_Bl = model.generate(torch.tensor([0, 1]), quantizer, generator=generators(2), on_block_end=steps.append)
     steps[-1].advance()
-    assert torch.equal(steps[-1].canvas, quantizer.idxBl_to_features(idx_Bl))
+    assert torch.equal(steps[-1].canvas, quantizer.idx_to_features(torch.cat(idx_Bl, dim=1)))
 
 
 def test_vectors_stand_in_for_codes_on_the_map(make_quantizer, make_indices):
