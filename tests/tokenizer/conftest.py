@@ -1,10 +1,4 @@
-"""Fixtures of the tokenizer's tests: tiny models of every layout, images, finite differences, killed jobs."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Fixtures of the tokenizer's tests: tiny models of every layout, images, finite differences."""
 
 import pytest
 import torch
@@ -69,22 +63,3 @@ def finite_differences():
         return gradient
 
     return differentiate
-
-
-@pytest.fixture
-def run_killed_jobs():
-    """Run a tokenization job, kill it and restart it; return the counts that killed_jobs.py prints last."""
-
-    def run(root: Path, arguments: list[str], num_kills: int) -> dict:
-        options = {"root": str(root), "arguments": arguments, "num_kills": num_kills, "seed": 5}
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("killed_jobs.py")), json.dumps(options)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from nextblock.files.atomic import file_sha256, write_text_whole
+from nextblock.files.atomic import file_sha256
 from nextblock.training.checkpoint import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -86,20 +86,6 @@ def test_file_sha256_is_that_of_the_content(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert file_sha256(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
 
-
-def test_a_text_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
-    write_text_whole(path, "old")
-    write_text_whole(path, "nöw")
-    assert path.read_text(encoding="utf-8") == "nöw" and names(tmp_path) == ["file.json"]
-
-    def crash(path):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("nextblock.files.atomic.flush_to_disk", crash)
-    with pytest.raises(OSError, match="disk full"):
-        write_text_whole(path, "never")
-    assert path.read_text(encoding="utf-8") == "nöw"
 
 
 def test_loading_restores_weights_optimizer_generators_and_registered_objects(training, folder):
