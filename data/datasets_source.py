@@ -5,6 +5,7 @@ Legend: N images.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .pixels import to_rgb
+from .reading import read_picture
 from .unreadable import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -70,15 +71,24 @@ def decode_stored(stored: dict | None, column: str, identifier: str) -> Image.Im
     Raises:
         UnreadableImageError: where that fails.
     """
-    from datasets import Image as ImageFeature
+    from datasets.utils.file_utils import is_local_path, xopen
 
+    stored = stored or {}
+    content, path = stored.get("bytes"), stored.get("path")
     try:
-        return to_rgb(ImageFeature().decode_example(stored))
+        if content is not None:
+            return read_picture(io.BytesIO(content))
+        if path is None:
+            raise FileNotFoundError("the row holds no image")
+        if is_local_path(path):
+            return read_picture(path)
+        with xopen(path, "rb") as file:
+            return read_picture(io.BytesIO(file.read()))
     except MemoryError:
         raise
     except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
-        file = str((stored or {}).get("path"))
-        raise UnreadableImageError(f"the image {identifier} of column {column!r} (path {file})", file, error) from error
+        where = f"the image {identifier} of column {column!r} (path {path})"
+        raise UnreadableImageError(where, str(path), error) from error
 
 
 def open_dataset(config: ImageDataConfig, split: str) -> DatasetsSource:

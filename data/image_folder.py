@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .pixels import to_rgb
+from .reading import read_picture
 from .unreadable import UnreadableImageError
 
 IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
@@ -37,8 +37,7 @@ class ImageFolderSource:
         """Reads the file; raises a ValueError that names it where that fails."""
         file = self.root / self._files[index]
         try:
-            with Image.open(file) as image:
-                return to_rgb(image)
+            return read_picture(file)
         except MemoryError:
             raise
         except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over

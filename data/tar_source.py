@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .image_folder import IMAGE_SUFFIXES
-from .pixels import to_rgb
+from .reading import read_picture
 from .unreadable import UnreadableImageError
 
 
@@ -43,8 +43,7 @@ class TarSource:
             with open(self.root / file, "rb") as archive:
                 archive.seek(offset)
                 content = archive.read(size)
-            with Image.open(io.BytesIO(content)) as image:
-                return to_rgb(image)
+            return read_picture(io.BytesIO(content))
         except MemoryError:
             raise
         except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
