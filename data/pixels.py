@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from .augment import crop, resize_to_cover
+from .augment import cover_and_crop
 from .unreadable import UnreadableModeError
 
 FITS = ("crop", "stretch", "pad")
@@ -69,7 +69,7 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     levels = np.asarray(image)
     if levels.min() < 0 or levels.max() > 65535:
         raise UnreadableModeError(f"pixels from {levels.min()} to {levels.max()}; expected 16 bits, 0 to 65535")
-    grey = Image.fromarray(np.round(levels / 257).astype(np.uint8))
+    grey = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
@@ -116,7 +116,7 @@ def fit_image(image: Image.Image, image_size: tuple[int, int], fit: str = "crop"
     if image.size == (width, height):
         return image
     if fit == "crop":
-        return crop(resize_to_cover(image, image_size, 1.0), image_size)
+        return cover_and_crop(image, image_size)
     if fit == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     return _padded(image, height, width)

@@ -71,6 +71,13 @@ def test_transparent_pictures_lie_on_the_background():
     assert np.asarray(to_rgb(clear, "black")).tolist() == [[[0] * 3, [200, 100, 0]]]
 
 
+def test_16_bits_are_rounded_to_the_nearest_of_8():
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for kind in (np.uint16, np.int32):
+        got = np.asarray(to_rgb(Image.fromarray(levels.astype(kind))))
+        assert np.array_equal(got[..., 0], np.round(levels / 257)) and np.array_equal(got[..., 1], got[..., 2])
+
+
 def test_arrays_and_tensors_become_the_same_values():
     pixels = RNG.integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     pixels[0, :2, :4] = np.arange(24).reshape(2, 4, 3)
