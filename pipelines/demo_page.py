@@ -3,6 +3,7 @@
 Legend: H×W pixels.
 """
 
+import html
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
@@ -254,6 +255,7 @@ def _reported(handler: Callable) -> Callable:
         try:
             return handler(*values)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            # Gradio takes a message for HTML, and names of files and classes are anybody's.
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
     return show
