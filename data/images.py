@@ -22,6 +22,7 @@ from .image_folder import scan_image_folder
 from .pixels import to_pixel_values
 from .streamed_source import open_stream
 from .tar_source import TarSource, scan_tars
+from .unreadable import UnreadableImageError
 
 
 @dataclass(kw_only=True)
@@ -205,7 +206,12 @@ class ImageDataset(Dataset):
 
     def _transformed(self, epoch: int, index: int) -> np.ndarray:
         """The image at its final size, uint8 (H, W, 3)."""
-        image = self.source.image(index)
+        try:
+            image = self.source.image(index)
+        except UnreadableImageError as error:
+            hint = f" ({error.reason}; data.on_error=skip leaves such images out)" if error.reason else ""
+            error.args = (f"{error}{hint}",)
+            raise
         return apply_transform(image, self.image_size, self.transform, self.seed, epoch, index)
 
 

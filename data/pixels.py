@@ -39,7 +39,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
         UnreadableModeError: for floating-point images and integers beyond 16 bits, whose range is unknown, and for
             colour spaces that are not known here.
     """
-    image = _upright(image)
+    given, image = image, _upright(image)
     if image.mode.startswith("I"):
         image = _grey_of_8_bits(image)
     if image.mode in ("F", "LAB"):
@@ -50,7 +50,8 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     if image.has_transparency_data:
         image = _with_alpha(image)
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    # Never the one that was given, which is somebody else's, or an open file.
+    return image if image.mode == "RGB" and image is not given else image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -58,7 +58,7 @@ def weights(folder) -> bytes:
 
 
 def test_a_training_stops_at_them_by_default(run_here, arguments, tmp_path):
-    with pytest.raises(UnreadableImageError, match=r"03\.png|caf|00\.png"):
+    with pytest.raises(UnreadableImageError, match=r"(03|caf.*|00)\.png.*\(corrupt; data.on_error=skip leaves"):
         run_here(train_tokenizer, TokenizerTrainConfig, *arguments, "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run" / "unreadable.json").exists()
 
