@@ -82,6 +82,8 @@ class TokenizeConfig:
         for name, values in (("on_error", ("stop", "skip")), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
+        if self.data.on_error != "stop":
+            raise ValueError(f"data.on_error is {self.data.on_error!r}; expected on_error, which is what a job has")
         if self.num_augmented_views and not self.transform.is_random:
             raise ValueError(
                 f"num_augmented_views is {self.num_augmented_views} but transform changes nothing at random; "
@@ -163,7 +165,7 @@ def _describe(
 ) -> TokenManifest:
     """All that the bytes of the result depend on, without what differs from place to place."""
     # However a dataset is read, its rows are the same.
-    data = {name: value for name, value in asdict(config.data).items() if name != "is_streamed"}
+    data = {name: value for name, value in asdict(config.data).items() if name not in ("is_streamed", "on_error")}
     if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
         data["path"] = None
     return TokenManifest(

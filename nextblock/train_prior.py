@@ -14,6 +14,7 @@ from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.loop import fit
+from nextblock.training.usable_images import open_training_images
 
 from .command_line import parse_run_config
 
@@ -51,11 +52,14 @@ def train(config: PriorTrainConfig) -> None:
     """
     output_dir = Path(config.output_dir)
     tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
+    accelerator = build_accelerator(config.loop, output_dir)
     if config.tokens is not None:
         data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
     else:
-        data = image_data(config.data, config.transform, config.loop.seed, tuple(tokenizer.config.image_size))
-    accelerator = build_accelerator(config.loop, output_dir)
+        options = {"output_dir": output_dir, "num_workers": config.loop.num_workers}
+        open_images = partial(open_training_images, accelerator, config.data, **options)
+        size = tuple(tokenizer.config.image_size)
+        data = image_data(config.data, config.transform, config.loop.seed, size, open_images)
     model, export = build_prior(config, tokenizer, data.class_names), partial(export_pipeline, config.pipeline_dir)
     task = PriorTask(accelerator, config, model, tokenizer, data, export)
     fit(accelerator, task, data.train, data.collate, config, output_dir)

@@ -5,6 +5,8 @@ Legend: K blocks, L_k tokens of block k, V codes, C code channels.
 
 from collections.abc import Mapping
 
+from nextblock.files.quoting import markdown_text
+
 GRID_NAME = "samples.png"
 # What a prior's configuration may say of its size.
 _SIZES = {
@@ -87,10 +89,10 @@ def _table(title: str, rows: Mapping | None) -> list[str]:
     """Lay out a section of names and values."""
     if not rows:
         return []
-    cells = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    cells = [f"| {markdown_text(name)} | {_cell(value)} |" for name, value in rows.items()]
     return [f"## {title}", "", "| | |", "|---|---|", *cells, ""]
 
 
 def _cell(value) -> str:
-    """Write a value so that it stays in its cell."""
-    return (f"{value:.6g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+    """Write a value so that it stays text in its cell."""
+    return f"{value:.6g}" if isinstance(value, float) else markdown_text(str(value))
