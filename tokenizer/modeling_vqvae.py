@@ -293,15 +293,9 @@ class VQVAE(PreTrainedModel):
 
 def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
     """Return the encoder and the decoder."""
+    depth = config.num_res_blocks, config.latent_channels, config.dropout, config.min_group_channels
     if config.autoencoder == "simple":
-        sizes = (config.num_channels, config.hidden_dim, config.num_res_blocks, config.latent_channels, config.dropout)
+        sizes = config.num_channels, config.hidden_dim, *depth
         return SimpleEncoder(*sizes), SimpleDecoder(*sizes)
-    sizes = (
-        config.num_channels,
-        config.hidden_dim,
-        config.width_multipliers,
-        config.num_res_blocks,
-        config.latent_channels,
-        config.dropout,
-    )
+    sizes = config.num_channels, config.hidden_dim, config.width_multipliers, *depth
     return VQGANEncoder(*sizes), VQGANDecoder(*sizes)
