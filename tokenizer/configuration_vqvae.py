@@ -93,14 +93,11 @@ class VQVAEConfig(PreTrainedConfig):
         self.layout = layout
         self.scales = _as_lists(scales)
         self.tile = list(as_shape(tile, "tile"))
-        self.num_phi = num_phi
-        self.phi_ratio = phi_ratio
-        self.beta = beta
-        self.epsilon = epsilon
+        self.num_phi, self.phi_ratio = num_phi, phi_ratio
+        self.beta, self.epsilon = beta, epsilon
         self.codebook_update = codebook_update
         self.codebook_ema_decay = codebook_ema_decay
-        self.codebook_init = codebook_init
-        self.codebook_init_scale = codebook_init_scale
+        self.codebook_init, self.codebook_init_scale = codebook_init, codebook_init_scale
         self.codebook_metric = codebook_metric
         self.has_unit_codes = has_unit_codes
         self.revival_threshold = revival_threshold
