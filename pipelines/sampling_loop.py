@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
+from nextblock.data.finite import check_finite
 from nextblock.data.pixels import to_output
 from nextblock.prior.family import check_given
 from nextblock.prior.generation import generate
@@ -100,14 +101,13 @@ def run_progressively(pipe, request: SamplingRequest, output_type: str, decode_b
 
 
 def decode(pipe, features: Tensor, num_images: int | None, output_type: str):
-    """Decode maps (B, C, h, w) in batches of one shape."""
+    """Decode maps (B, C, h, w) in batches of one shape; refuse those, and images, that are NaN or infinite."""
     run_offload_hook(pipe.tokenizer)
     batch = BatchShape.choose(len(features), num_images, pipe.tokenizer, pipe._execution_device)
-    images = [
-        pipe.tokenizer.decode(batch.pad(part))[: len(part)].clamp(-1, 1).float()
-        for part in features.split(batch.num_images)
-    ]
-    return to_output(torch.cat(images), output_type)
+    parts = features.split(batch.num_images)
+    images = torch.cat([pipe.tokenizer.decode(batch.pad(part))[: len(part)] for part in parts])
+    check_finite("decoding", {"the quantized map": features, "the image": images})
+    return to_output(images.clamp(-1, 1).float(), output_type)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid
@@ -169,9 +170,10 @@ class PriorTask:
         for i, batch in enumerate(micro_batches):
             condition = self.conditions.from_batch(batch)
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
-            idx_BL = self._indices(batch)
+            idx_BL, poison = self._training_indices(batch)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 output = self._predict(self.model, idx_BL, condition)
+                output.loss = output.loss * poison
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
         metrics = dict(zip(self.metric_names, (sums / n).unbind(), strict=True))
@@ -188,6 +190,20 @@ class PriorTask:
         # The tokenizer computes in a precision of its own, not in the prior's.
         with torch.autocast(self.accelerator.device.type, enabled=False):
             return self.encoder.img_to_idx(batch["pixel_values"])
+
+    @torch.no_grad()
+    def _training_indices(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+        """Return a batch's indices (B, L), and 1, or NaN where features of its images are NaN or infinite.
+
+        The guard of the training then skips the step, without waiting for the device.
+        """
+        if "labels" in batch:
+            return batch["labels"], 1.0
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            features = self.encoder.encode(batch["pixel_values"])
+            idx_BL = self.encoder.quantizer.indices(features, is_checked=False)
+        poison = torch.where(extremes(features).isfinite().all(), 1.0, torch.nan)
+        return idx_BL, poison
 
     def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition) -> PriorOutput:
         """Run the prior under teacher forcing."""

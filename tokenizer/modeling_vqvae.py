@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.finite import check_finite
 from nextblock.evaluation.codebook import check_codes, code_counts, codebook_statistics
 from nextblock.training.offload import run_offload_hook
 
@@ -122,8 +123,14 @@ class VQVAE(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
-        """Load a tokenizer as `PreTrainedModel.from_pretrained` does, those of version 0.1.0 among them."""
-        return super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
+        """Load a tokenizer as `PreTrainedModel.from_pretrained` does, those of version 0.1.0 among them.
+
+        Raises:
+            ValueError: if codes or the codec's weights are NaN or infinite.
+        """
+        loaded = super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).quantizer.check_finite()
+        return loaded
 
     # diffusers reads from the signature what it may pass.
     @wraps(PreTrainedModel.save_pretrained, assigned=())
@@ -147,7 +154,8 @@ class VQVAE(PreTrainedModel):
             A `VQVAEOutput`.
 
         Raises:
-            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range; or in evaluation mode
+                if what is quantized is NaN or infinite.
         """
         features = self.encode(pixel_values)
         quantized, vq_loss, idx_BL = self.quantizer(features)
@@ -176,7 +184,8 @@ class VQVAE(PreTrainedModel):
             (B, L) int64.
 
         Raises:
-            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range, or if what is
+                quantized is NaN or infinite.
         """
         run_offload_hook(self)
         return self.quantizer.indices(self.encode(pixel_values))
@@ -215,11 +224,15 @@ class VQVAE(PreTrainedModel):
             (B, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: if the indices do not fit the layout or one on the CPU is not a code.
+            ValueError: if the indices do not fit the layout or one on the CPU is not a code, or if what is decoded, or
+                the image, is NaN or infinite.
         """
         run_offload_hook(self)
         self._check_indices(idx_BL)
-        return self.decode(self.quantizer.idx_to_features(idx_BL)).clamp(-1, 1)
+        quantized = self.quantizer.idx_to_features(idx_BL)
+        image = self.decode(quantized)
+        check_finite("decoding", {"the quantized map": quantized, "the image": image})
+        return image.clamp(-1, 1)
 
     def img_to_idxBl(self, pixel_values: Tensor) -> list[Tensor]:
         """Turn images into K blocks of codebook indices (B, L_k); see `img_to_idx`."""
@@ -293,15 +306,9 @@ class VQVAE(PreTrainedModel):
 
 def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
     """Return the encoder and the decoder."""
+    depth = config.num_res_blocks, config.latent_channels, config.dropout, config.min_group_channels
     if config.autoencoder == "simple":
-        sizes = (config.num_channels, config.hidden_dim, config.num_res_blocks, config.latent_channels, config.dropout)
+        sizes = config.num_channels, config.hidden_dim, *depth
         return SimpleEncoder(*sizes), SimpleDecoder(*sizes)
-    sizes = (
-        config.num_channels,
-        config.hidden_dim,
-        config.width_multipliers,
-        config.num_res_blocks,
-        config.latent_channels,
-        config.dropout,
-    )
+    sizes = config.num_channels, config.hidden_dim, config.width_multipliers, *depth
     return VQGANEncoder(*sizes), VQGANDecoder(*sizes)
