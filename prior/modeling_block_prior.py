@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from einops import rearrange
 from torch import Generator, Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel  # noqa: F401  diffusers asks a component's module for this name.
 from transformers import initialization as init
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.files.stored_model import StoredModel
 
 from .chunked_loss import chunked_head_loss
 from .conditioning import ClassCondition, ClassConditions, Context
@@ -25,7 +26,7 @@ from .losses import PriorOutput, prior_output
 from .sampling import SamplingOptions, image_generators
 
 
-class BlockPrior(PreTrainedModel):
+class BlockPrior(StoredModel):
     """Predict every block of indices, all its tokens at once, from a class and the blocks before.
 
     Args:

@@ -3,16 +3,18 @@
 Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, H×W pixels, h×w latent cells.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel  # noqa: F401  diffusers asks a component's module for this name.
 from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.evaluation.codebook import check_codes, code_counts, codebook_statistics
+from nextblock.files.stored_model import StoredModel
 from nextblock.training.offload import run_offload_hook
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
@@ -49,7 +51,7 @@ class VQVAEOutput(ModelOutput):
     features: Tensor | None = None
 
 
-class VQVAE(PreTrainedModel):
+class VQVAE(StoredModel):
     """A convolutional autoencoder around a vector quantizer.
 
     Codes trained by moving average change in `update_codebook`, which a training loop calls after each optimizer step.
@@ -121,14 +123,19 @@ class VQVAE(PreTrainedModel):
         return TileCodec(self.layout)
 
     @classmethod
+    def excused_tensors(cls, options: Mapping) -> list[str]:
+        """Excuse a codebook's moving averages where a load asks for another update: they start from the codes."""
+        asked = "codebook_update" in options or isinstance(options.get("config"), VQVAEConfig)
+        return [r"quantizer\.codebook\.code_(sums|counts)"] if asked else []
+
+    @classmethod
     def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
-        """Load a tokenizer as `PreTrainedModel.from_pretrained` does, those of version 0.1.0 among them."""
+        """Load a tokenizer as `StoredModel.from_pretrained` does, those of version 0.1.0 among them."""
         return super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
 
-    # diffusers reads from the signature what it may pass.
-    @wraps(PreTrainedModel.save_pretrained, assigned=())
+    @wraps(StoredModel.save_pretrained, assigned=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
-        """Save the tokenizer as `PreTrainedModel.save_pretrained` does, by default under today's names of weights."""
+        """Save the tokenizer as `StoredModel.save_pretrained` does, by default under today's names of weights."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from nextblock.files.state_dicts import check_state_dict, read_state_dict
+from nextblock.files.state_dicts import check_state_dict
+from nextblock.files.stored_model import read_stored_weights
 
 
 def load_initial_weights(model: nn.Module, folder: str | Path, fresh: Sequence[str] = ()) -> None:
@@ -21,14 +22,11 @@ def load_initial_weights(model: nn.Module, folder: str | Path, fresh: Sequence[s
         ValueError: if the folder holds no weights, a name in `fresh` is none of the model's, or tensors are missing,
             unexpected or of another shape.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"init_from is {str(folder)!r}; expected the folder of a saved model, with .safetensors files")
     own = model.state_dict()
     for name in fresh:
         if not any(_is_within(key, name) for key in own):
             raise ValueError(f"init_except has {name!r}; expected names of tensors or modules: {list(own)[:8]} …")
-    given: dict[str, Tensor] = {name: tensor for file in files for name, tensor in read_state_dict(file).items()}
+    given = read_stored_weights(folder)
     # Names of older versions, where the model class knows any.
     for old, new in getattr(model, "renamed_weights", {}).items():
         given = {re.sub(old, new, name): tensor for name, tensor in given.items()}
