@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import wraps
 from glob import escape
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +25,16 @@ class StoredModel(PreTrainedModel):
 
     The module of a subclass also imports the name `PreTrainedModel`, by which diffusers finds that it can be loaded.
     """
+
+    fitted_to_data: ClassVar[tuple[str, ...]] = ()
+    """Tensors or modules that a fine-tuning starts anew where those of the given model have another shape."""
+
+    def start_unfit(self, names: list[str]) -> None:
+        """Give tensors their values that a fine-tuning did not find as they must be; by default they keep them.
+
+        Args:
+            names: of tensors among `fitted_to_data`.
+        """
 
     @classmethod
     def excused_tensors(cls, options: Mapping) -> list[str]:

@@ -42,6 +42,7 @@ class BlockPrior(StoredModel):
     # As in VAR; matrices among them would be decayed otherwise.
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
     can_chunk_loss = True
+    fitted_to_data = ("class_emb",)
 
     def __init__(self, config: BlockPriorConfig):
         super().__init__(config)

@@ -3,6 +3,7 @@
 Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, H×W pixels, h×w latent cells.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -73,6 +74,8 @@ class VQVAE(StoredModel):
     _no_split_modules = ["ResidualBlock"]
     # Codes are places among the features, and weight decay would pull them towards zero.
     no_decay = ("codebook",)
+    # A codebook's moving averages, which one that learns by gradient does without.
+    fitted_to_data = ("quantizer.codebook.code_sums", "quantizer.codebook.code_counts")
     renamed_weights = RENAMED_WEIGHTS
     as_fingerprinted = staticmethod(as_first_spelled)
 
@@ -124,9 +127,13 @@ class VQVAE(StoredModel):
 
     @classmethod
     def excused_tensors(cls, options: Mapping) -> list[str]:
-        """Excuse a codebook's moving averages where a load asks for another update: they start from the codes."""
+        """Excuse a codebook's moving averages where a load asks for another update."""
         asked = "codebook_update" in options or isinstance(options.get("config"), VQVAEConfig)
-        return [r"quantizer\.codebook\.code_(sums|counts)"] if asked else []
+        return [re.escape(name) for name in cls.fitted_to_data] if asked else []
+
+    def start_unfit(self, names: list[str]) -> None:
+        """Let moving averages start from the codes."""
+        self.quantizer.codebook.restart_averages()
 
     @classmethod
     def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
