@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior, with_initial_prior
 from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
 from nextblock.training.accelerator import build_accelerator
@@ -52,6 +52,7 @@ def train(config: PriorTrainConfig) -> None:
     """
     output_dir = Path(config.output_dir)
     tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
+    config = with_initial_prior(config, tokenizer)
     accelerator = build_accelerator(config.loop, output_dir)
     if config.tokens is not None:
         data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)

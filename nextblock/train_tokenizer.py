@@ -11,7 +11,7 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataset, collate
 from nextblock.tokenizer.configuration_vqvae import VQVAEConfig
 from nextblock.tokenizer.perceptual import load_perceptual_loss
-from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, build_tokenizer
+from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, build_tokenizer, with_initial_tokenizer
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.loop import fit
 from nextblock.training.usable_images import open_training_images
@@ -29,7 +29,7 @@ def train(config: TokenizerTrainConfig) -> None:
         ValueError: if the configuration or the data does not fit, the perceptual term's weights are out of reach, or
             the launch shards models (FSDP).
     """
-    output_dir = Path(config.output_dir)
+    config, output_dir = with_initial_tokenizer(config), Path(config.output_dir)
     seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
     # First of all: its weights may be out of reach here.
     perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None

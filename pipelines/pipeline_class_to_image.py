@@ -20,6 +20,7 @@ from nextblock.prior.family import check_quantizer, compile_layers
 from nextblock.prior.sampling import SamplingOptions
 
 from . import editing, storage
+from .call_state import CallState, HasCallState
 from .editing import Labels, Output
 from .given_images import ImageInput
 from .labels import resolve_labels
@@ -27,7 +28,7 @@ from .sampling_loop import make_request, run, run_progressively
 from .sampling_request import check_counts
 
 
-class ClassToImagePipeline(DiffusionPipeline):
+class ClassToImagePipeline(HasCallState, DiffusionPipeline):
     """Sample images of given classes, and edit images that are given.
 
     Args:
@@ -43,22 +44,12 @@ class ClassToImagePipeline(DiffusionPipeline):
         if tokenizer is not None and prior is not None:
             check_quantizer(prior, tokenizer.quantizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
-        self._guidance_scale, self._interrupt = 1.0, False
-
-    @property
-    def guidance_scale(self) -> float:
-        """Scale of the batch at hand; a callback that sets `_guidance_scale` changes that batch's later blocks."""
-        return self._guidance_scale
+        self._last_call = CallState()
 
     @property
     def num_timesteps(self) -> int:
         """K, the blocks of a batch: a callback sees as many steps."""
         return self.prior.layout.num_blocks
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether to stop after the block at hand; set `_interrupt` to ask for it."""
-        return self._interrupt
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "ClassToImagePipeline":

@@ -6,8 +6,63 @@ arXiv:2410.10989). Legend: B batch, L all tokens, N = B·L, n tokens of a chunk,
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+
+def chunked_head_loss(
+    head: nn.Module, hidden_states: Tensor, labels: Tensor, *, label_smoothing: float, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the cross-entropy of a head, whatever module it is, with the logits of one chunk at a time.
+
+    Args:
+        head: maps (…, D) to (…, V). A plain `nn.Linear` takes the way of `chunked_cross_entropy`; any other, one with
+            an adapter say, is called on every chunk, and once more in the backward pass.
+        hidden_states: (B, L, D), what the head takes.
+        labels: see `chunked_cross_entropy`, as for the arguments after it.
+        label_smoothing: of the loss alone.
+        chunk_size: n.
+
+    Returns:
+        What `chunked_cross_entropy` does.
+
+    Raises:
+        ValueError: if `chunk_size` is below 1.
+    """
+    options = {"label_smoothing": label_smoothing, "chunk_size": chunk_size}
+    if _is_bare_linear(head):
+        return chunked_cross_entropy(hidden_states, head.weight, head.bias, labels, **options)
+    _check_chunk_size(chunk_size)
+    smooth_sum, token_loss, token_correct = 0.0, [], []
+    for x, y in zip(hidden_states.flatten(0, 1).split(chunk_size), labels.flatten().split(chunk_size), strict=True):
+        chunk_sum, *of_tokens = checkpoint(_chunk_loss, head, x, y, label_smoothing, use_reentrant=False)
+        smooth_sum = smooth_sum + chunk_sum
+        for parts, part in zip((token_loss, token_correct), of_tokens, strict=True):
+            parts.append(part)
+    return smooth_sum / labels.numel(), *(torch.cat(parts).view_as(labels) for parts in (token_loss, token_correct))
+
+
+def _is_bare_linear(head: nn.Module) -> bool:
+    """Tell whether a head is its weight and bias, and nothing happens when it is called."""
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is not None and "forward" not in vars(head) and not any(hooks)
+
+
+def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss of a chunk (n, D), and without gradient its tokens' losses and hits (n,)."""
+    logits = head(x)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing)
+    with torch.no_grad():
+        token_loss = F.cross_entropy(logits, y, reduction="none")
+        return loss, token_loss, logits.gather(-1, y[:, None])[:, 0] >= logits.amax(-1)
+
+
+def _check_chunk_size(chunk_size: int) -> None:
+    """Refuse chunks of nothing."""
+    if chunk_size < 1:
+        raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
 
 
 def chunked_cross_entropy(
@@ -36,8 +91,7 @@ def chunked_cross_entropy(
     Raises:
         ValueError: if `chunk_size` is below 1.
     """
-    if chunk_size < 1:
-        raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
+    _check_chunk_size(chunk_size)
     # Without this question a validation would form gradients that nobody wants.
     is_training = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, weight, bias))
     loss, token_loss, token_correct = _HeadLoss.apply(

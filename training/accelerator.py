@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
+from .launch_environment import check_training_variables
 from .loop_config import LoopConfig
 from .processes import connect_processes
 
@@ -32,7 +33,8 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         The accelerator.
 
     Raises:
-        ValueError: if several processes were launched but do not see each other, or fp16 has no GPU.
+        ValueError: if several processes were launched but do not see each other, fp16 has no GPU, or the environment
+            asks for something else than the options do.
     """
     device = connect_processes(config.cpu).device
     precision = config.mixed_precision
@@ -40,9 +42,16 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         precision = "bf16" if has_fast_bf16(device) else "no"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16'; expected 'bf16' or 'no' on a CPU")
+    check_training_variables(
+        num_micro_batches=config.gradient_accumulation_steps,
+        precision=precision,
+        asked_precision=config.mixed_precision,
+    )
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
+        # The tasks divide by the number of micro-batches; without a plugin of one, a variable could do so again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )

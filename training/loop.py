@@ -144,7 +144,8 @@ def _start(accelerator: Accelerator, task: Task, config: LoopConfig) -> None:
     set_seed(config.seed, device_specific=True)
     task.start()
     if config.init_from is not None:
-        load_initial_weights(accelerator.unwrap_model(task.model), config.init_from, config.init_except)
+        new = load_initial_weights(accelerator.unwrap_model(task.model), config.init_from, config.init_except)
+        logger.info(f"starting from the weights of {config.init_from}; new: {', '.join(new) or 'none'}")
 
 
 @dataclass
