@@ -23,6 +23,7 @@ from nextblock.files.atomic import write_text_whole
 
 from .alarms import CodeUsage, UsageAlarm
 from .average import WeightAverage
+from .buckets import settle_gradient_buckets
 from .checkpoint import RUN_CONFIG_NAME, save_checkpoint
 from .guards import StepGuard
 from .initial_weights import load_initial_weights
@@ -108,6 +109,7 @@ def fit(
         with RunRecord(accelerator, output_dir, first_step) as record:
             if first_step == 0:
                 _start(accelerator, task, config)
+            settle_gradient_buckets(task.modules)
             recorder = Recorder(accelerator, output_dir, first_step, asdict(run_config))
             batches = iter(_loader(accelerator, dataset, collate, config, first_step))
             with StepGuard(
