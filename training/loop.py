@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from nextblock.data.workers import batches_of, start_worker
 from nextblock.files.atomic import write_text_whole
 
 from .alarms import CodeUsage, UsageAlarm
@@ -34,7 +35,7 @@ from .resume import resume
 from .run_config import run_config_text
 from .run_record import RunRecord
 from .sharding import is_sharded, whole_model
-from .stopping import StopRequest, ignore_stop_signals
+from .stopping import StopRequest
 
 logger = get_logger(__name__)
 
@@ -111,15 +112,15 @@ def fit(
                 _start(accelerator, task, config)
             settle_gradient_buckets(task.modules)
             recorder = Recorder(accelerator, output_dir, first_step, asdict(run_config))
-            batches = iter(_loader(accelerator, dataset, collate, config, first_step))
-            with StepGuard(
+            guard = StepGuard(
                 accelerator,
                 task.modules,
                 task.optimizers,
                 max_steps=config.max_nonfinite_steps,
                 first_step=first_step,
                 checkpoints=checkpoints,
-            ) as guard:
+            )
+            with guard, batches_of(_loader(accelerator, dataset, collate, config, first_step)) as batches:
                 training = _Training(accelerator, task, config, options, average, recorder, guard, checkpoints)
                 training.run(batches, first_step, stop, record)
             if record.last_step == config.num_steps:
@@ -249,7 +250,7 @@ def _loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=config.num_workers,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=start_worker,
         pin_memory=accelerator.device.type == "cuda",
         # Without a generator of its own the loader draws from the global one, which a resume must find untouched.
         generator=torch.Generator().manual_seed(config.seed),
