@@ -30,6 +30,7 @@ from .guards import StepGuard
 from .initial_weights import load_initial_weights
 from .loop_config import LoopConfig
 from .order import StepSampler
+from .peers import PeerWatch
 from .recorder import Recorder
 from .resume import resume
 from .run_config import run_config_text
@@ -102,7 +103,7 @@ def fit(
     config, options = run_config.loop, run_config_text(run_config)
     average = _build_average(accelerator, task.model, config.ema_decay)
     checkpoints = output_dir / "checkpoints"
-    with StopRequest(accelerator) as stop:
+    with StopRequest(accelerator) as stop, PeerWatch(accelerator):
         first_step = resume(accelerator, checkpoints, config, options)
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
