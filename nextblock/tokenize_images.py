@@ -26,6 +26,7 @@ from nextblock.training.processes import connect_processes
 from .command_line import parse_run_config
 from .cpu import fixed_threads, keep_freed_memory
 from .progress import Progress
+from .stoppable import Job, stoppable_job
 
 
 @dataclass(kw_only=True)
@@ -91,19 +92,31 @@ class TokenizeConfig:
             )
 
 
-def tokenize(config: TokenizeConfig) -> None:
+def tokenize(config: TokenizeConfig) -> bool:
     """Encode a data set, each process its own shards, and write the manifest once all are there.
 
     Shards that are there already stay, whatever number of processes wrote them; the result is the same to the byte.
+    SIGTERM or SIGINT at any process stops all of them at once.
 
     Args:
         config: the job.
+
+    Returns:
+        Whether the job was not stopped.
 
     Raises:
         ValueError: if the output folder holds another job, the configuration or data does not fit, or an image cannot
             be used while `on_error` is "stop".
     """
     state = connect_processes(config.cpu)
+    with stoppable_job(state) as stoppable:
+        _tokenize(config, state, stoppable)
+        return True
+    return False
+
+
+def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> None:
+    """Do the job."""
     folder = Path(config.output_dir)
     model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
     if config.rows_per_shard * model.layout.num_tokens >= 1 << 31:
@@ -115,6 +128,8 @@ def tokenize(config: TokenizeConfig) -> None:
     job = _describe(config, model, plans, state)
     with claimed_folder(folder, asdict(job), state):
         (folder / "data").mkdir(exist_ok=True)
+        paths = [folder / "data" / shard.name for _, shards in plans.values() for shard in shards]
+        stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
         missing = {
             split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
             for split, (_, shards) in plans.items()
