@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from nextblock.pipelines import ClassToImagePipeline
+from nextblock.prior.sampling import SamplingOptions
 from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
@@ -22,6 +23,7 @@ def export_pipeline(
     folder: str,
     prior: PreTrainedModel,
     tokenizer: PreTrainedModel,
+    sampling: SamplingOptions,
     recipe: dict,
     metrics: dict[str, float],
     images: list[Image.Image],
@@ -32,11 +34,12 @@ def export_pipeline(
         folder: the pipeline's.
         prior: the trained prior.
         tokenizer: whose tokens it predicts.
+        sampling: how the pipeline draws tokens where a call does not say.
         recipe: name → value.
         metrics: name → number.
         images: samples.
     """
-    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior)
+    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=sampling)
     pipe.save_pretrained(folder, recipe=recipe, metrics=metrics, sample_images=images)
 
 
