@@ -5,7 +5,7 @@ Legend: B batch, HxW pixels, N images; pixel_values (3, H, W) in [-1, 1].
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,14 +23,16 @@ from .pixels import to_pixel_values
 from .streamed_source import open_stream
 from .tar_source import TarSource, scan_tars
 
+SOURCES = ("digits", "folder", "datasets", "webdataset")
+
 
 @dataclass(kw_only=True)
 class ImageDataConfig:
     """Where images come from."""
 
-    source: Literal["digits", "folder", "datasets", "webdataset"] = "digits"
+    source: Literal["digits", "folder", "datasets", "webdataset"] | None = None
     """"digits" (scikit-learn's, 32x32), "folder" (image files), "datasets" (a dataset of that library) or
-    "webdataset" (tar files of images with .cls labels)."""
+    "webdataset" (tar files of images with .cls labels); null where no images are given."""
     path: str | None = None
     """The image folder; a dataset's name on the hub, its folder, or what save_to_disk wrote; a folder of tar files."""
     split: str = "train"
@@ -47,9 +49,13 @@ class ImageDataConfig:
     trained on; each process first counts the rows in a pass over them, over the labels alone if files have columns."""
 
     def __post_init__(self):
-        sources = ("digits", "folder", "datasets", "webdataset")
-        if self.source not in sources:
-            raise ValueError(f"source={self.source!r}: expected one of {list(sources)}")
+        if self.source not in (None, *SOURCES):
+            raise ValueError(f"source={self.source!r}: expected one of {list(SOURCES)}")
+        if self.source is None:
+            given = [option.name for option in fields(self) if getattr(self, option.name) != option.default]
+            if given:
+                raise ValueError(f"data.source is missing; expected one of {list(SOURCES)} with data.{given[0]}")
+            return
         if self.source == "digits" and self.path is not None:
             raise ValueError(f"path={self.path!r}: source='digits' comes with scikit-learn and takes no path")
         if self.source != "digits" and not self.path:
@@ -59,6 +65,21 @@ class ImageDataConfig:
         for name in ("split", "eval_split"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}='': expected the name of a split")
+
+    def check_given(self, hint: str = "") -> None:
+        """Refuse a configuration that names no images.
+
+        Args:
+            hint: what else was looked for, for the message.
+
+        Raises:
+            ValueError: naming the options to give.
+        """
+        if self.source is None:
+            raise ValueError(
+                f"no images are given: data.source is missing{hint}; expected --data.source folder --data.path "
+                f"my_images, or another of {list(SOURCES)}"
+            )
 
 
 class ImageSource(Protocol):
@@ -93,6 +114,7 @@ def load_source(config: ImageDataConfig, split: str, *, in_order: bool = False) 
         ValueError: naming the path, split, column or class that is missing or unusable, or refusing a stream that
             would be read in any other order.
     """
+    config.check_given()
     if config.is_streamed and not in_order:
         raise ValueError(
             f"is_streamed=True: a stream of path={config.path!r} gives images in one order only, and here they are "

@@ -4,7 +4,7 @@ accelerate launch -m nextblock tokenize --config tokenizer/tokenize-digits --tok
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from nextblock.training.processes import connect_processes
 from .command_line import parse_run_config
 from .cpu import fixed_threads, keep_freed_memory
 from .progress import Progress
+from .run_data import data_of_run
 
 
 @dataclass(kw_only=True)
@@ -37,9 +38,10 @@ class TokenizeConfig:
     output_dir: str
     """Folder of the shards and their manifest; an unfinished one is finished, one of another job refused."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    """Where images come from; the held-out split is encoded too."""
+    """Where images come from; the held-out split is encoded too. Not given: what the tokenizer was trained on."""
     transform: TransformConfig = field(default_factory=TransformConfig)
-    """How the augmented views of training images are made; the original is always a plain center crop."""
+    """How the augmented views of training images are made; the original is always a plain center crop. Where neither
+    data nor transform are given: as in the tokenizer's training."""
     num_augmented_views: int = 0
     """Augmented copies of each training image, besides the original."""
     has_flipped_view: bool = False
@@ -82,7 +84,8 @@ class TokenizeConfig:
         for name, values in (("on_error", ("stop", "skip")), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
-        if self.num_augmented_views and not self.transform.is_random:
+        # Where data is not given, the transform may be the tokenizer's training's too.
+        if self.data.source is not None and self.num_augmented_views and not self.transform.is_random:
             raise ValueError(
                 f"num_augmented_views is {self.num_augmented_views} but transform changes nothing at random; "
                 "expected 0 views, or a transform"
@@ -101,6 +104,7 @@ def tokenize(config: TokenizeConfig) -> None:
         ValueError: if the output folder holds another job, the configuration or data does not fit, or an image cannot
             be used while `on_error` is "stop".
     """
+    config = _with_data(config)
     state = connect_processes(config.cpu)
     folder = Path(config.output_dir)
     model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
@@ -126,7 +130,18 @@ def tokenize(config: TokenizeConfig) -> None:
         if state.is_main_process:
             totals = check_finished(folder) if is_finished else finish(folder, job, plans)
             rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
+            rows += f" of {config.data.path or config.data.source}"
             print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+
+
+def _with_data(config: TokenizeConfig) -> TokenizeConfig:
+    """Take the images of the tokenizer's training where none are given, and with them how views are made."""
+    if config.data.source is not None:
+        return config
+    data, transform = data_of_run(config.tokenizer)
+    if not config.num_augmented_views or config.transform != TransformConfig():
+        transform = config.transform
+    return replace(config, data=data, transform=transform)
 
 
 def _plan(config: TokenizeConfig, model: VQVAE) -> dict[str, tuple[RowDataset, list[Shard]]]:

@@ -52,6 +52,8 @@ def train(config: PriorTrainConfig) -> None:
     Raises:
         ValueError: if the configuration or the data do not fit, or another tokenizer made the tokens.
     """
+    if config.data is not None:
+        config.data.check_given()
     output_dir = Path(config.output_dir)
     tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
     if config.tokens is not None:

@@ -27,6 +27,7 @@ def train(config: TokenizerTrainConfig) -> None:
         ValueError: if the configuration or the data does not fit, the perceptual term's weights are out of reach, or
             the launch shards models (FSDP).
     """
+    config.data.check_given()
     output_dir = Path(config.output_dir)
     seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
     # First of all: its weights may be out of reach here.

@@ -119,7 +119,7 @@ def test_one_view_of_every_image_makes_an_epoch_where_views_are_sampled(train_he
     assert torch.equal(seen[0], rows.__getitems__(next(iter(first)))["labels"])
     with pytest.raises(ValueError, match="samples_views is true; expected false without tokens"):
         PriorTrainConfig(
-            data=ImageDataConfig(), samples_views=True, tokenizer="t", output_dir="o", pipeline_dir="p"
+            data=ImageDataConfig(source="digits"), samples_views=True, tokenizer="t", output_dir="o", pipeline_dir="p"
         )
 
 
