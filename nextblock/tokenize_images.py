@@ -177,8 +177,10 @@ def _describe(
     config: TokenizeConfig, model: VQVAE, plans: dict[str, tuple[RowDataset, list[Shard]]], state: PartialState
 ) -> TokenManifest:
     """All that the bytes of the result depend on, without what differs from place to place."""
-    # However a dataset is read, its rows are the same.
-    data = {name: value for name, value in asdict(config.data).items() if name != "is_streamed"}
+    # However a dataset is read, its rows are the same. Newer options leave no trace where they are not used, so that
+    # older jobs can go on.
+    later = {name for name in ("eval_fraction", "class_names", "first_label") if getattr(config.data, name) is None}
+    data = {name: value for name, value in asdict(config.data).items() if name not in {"is_streamed", *later}}
     if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
         data["path"] = None
     return TokenManifest(
