@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nextblock import __main__ as cli
-from nextblock import conversion, report
+from nextblock import conversion, init_configs, report
 from nextblock.command_line import parse_run_config
 from nextblock.commands import COMMANDS
 from nextblock.data.digits import CLASS_NAMES
@@ -42,11 +42,12 @@ def stopped_commands(monkeypatch):
     def parse(*args, **kwargs):
         raise StoppedError(parse_run_config(*args, **kwargs))
 
-    def write_report(run_dir, output):
+    def stop(*args):
         raise StoppedError
 
     monkeypatch.setattr(conversion, "parse_run_config", parse)
-    monkeypatch.setattr(report, "write_report", write_report)
+    monkeypatch.setattr(report, "write_report", stop)
+    monkeypatch.setattr(init_configs, "look_at", stop)
     for command in COMMANDS.values():
         module = import_module(f"nextblock.{command.module}")
         if hasattr(module, "parse_run_config"):
