@@ -21,6 +21,7 @@ from .command_line import parse_run_config
 
 def export_pipeline(
     folder: str,
+    license: str | None,
     prior: PreTrainedModel,
     tokenizer: PreTrainedModel,
     sampling: SamplingOptions,
@@ -32,6 +33,7 @@ def export_pipeline(
 
     Args:
         folder: the pipeline's.
+        license: of the weights; None states none.
         prior: the trained prior.
         tokenizer: whose tokens it predicts.
         sampling: how the pipeline draws tokens where a call does not say.
@@ -40,7 +42,7 @@ def export_pipeline(
         images: samples.
     """
     pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=sampling)
-    pipe.save_pretrained(folder, recipe=recipe, metrics=metrics, sample_images=images)
+    pipe.save_pretrained(folder, recipe=recipe, metrics=metrics, sample_images=images, license=license)
 
 
 def train(config: PriorTrainConfig) -> None:
@@ -61,7 +63,8 @@ def train(config: PriorTrainConfig) -> None:
     else:
         data = image_data(config.data, config.transform, config.loop.seed, tuple(tokenizer.config.image_size))
     accelerator = build_accelerator(config.loop, output_dir)
-    model, export = build_prior(config, tokenizer, data.class_names), partial(export_pipeline, config.pipeline_dir)
+    model = build_prior(config, tokenizer, data.class_names)
+    export = partial(export_pipeline, config.pipeline_dir, config.license)
     task = PriorTask(accelerator, config, model, tokenizer, data, export)
     fit(accelerator, task, data.train, data.collate, config, output_dir)
 

@@ -37,6 +37,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         prior: over that tokenizer's indices; a `BlockPrior`, or of any family that takes class labels.
         sampling: how tokens are drawn where a call does not say: a `SamplingOptions`, or a dict of its fields as it is
             saved with the pipeline; None for its defaults.
+        card: what the model card says of the training: dicts `recipe` and `metrics`, and `license`; saved with the
+            pipeline, and filled by `save_pretrained`.
 
     Raises:
         ValueError: if prior and tokenizer do not fit each other, or the prior cannot be sampled so.
@@ -50,6 +52,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         tokenizer: PreTrainedModel,
         prior: PreTrainedModel,
         sampling: SamplingOptions | dict | None = None,
+        card: dict | None = None,
     ):
         super().__init__()
         options = SamplingOptions.stored(sampling)
@@ -57,7 +60,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             check_quantizer(prior, tokenizer.quantizer)
             options.check_for(prior)
         self.register_modules(tokenizer=tokenizer, prior=prior)
-        self.register_to_config(sampling=asdict(options))
+        self.register_to_config(sampling=asdict(options), card=card)
         self._guidance_scale, self._interrupt = 1.0, False
 
     @property
@@ -103,7 +106,12 @@ class ClassToImagePipeline(DiffusionPipeline):
             ValueError: if `use_safetensors` is False or `dtype` is none.
         """
         storage.check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"use_safetensors": True})
+        is_folder = os.path.isdir(pretrained_model_name_or_path)
+        folder = pretrained_model_name_or_path if is_folder else cls.download(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(folder, **kwargs | {"use_safetensors": True})
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        storage.keep_grid(pipe, folder)
+        return pipe
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
@@ -313,6 +321,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         recipe: Mapping | None = None,
         metrics: Mapping[str, float] | None = None,
         sample_images: Sequence[Image.Image] | None = None,
+        license: str | None = None,
         **hub_options,
     ) -> None:
         """Save configuration, safetensors and a model card.
@@ -323,16 +332,18 @@ class ClassToImagePipeline(DiffusionPipeline):
             variant: such as "bf16", a part of the weights' file names.
             max_shard_size: largest file of weights.
             push_to_hub: whether to publish the folder, under its name unless there is a `repo_id`.
-            recipe: how the pipeline was trained, name → value, for the card.
+            recipe: how the pipeline was trained, name → value, for the card; None keeps what it was loaded with, as for
+                the next three.
             metrics: what was measured, name → number, for the card.
             sample_images: pictures for the card's grid.
+            license: of the weights, such as "apache-2.0"; the card says so where nobody has stated one.
             hub_options: see `push_to_hub`, and `repo_id`.
 
         Raises:
             ValueError: if `safe_serialization` is False, or options for the hub come without `push_to_hub`.
         """
         files = save_directory, safe_serialization, variant, max_shard_size, push_to_hub
-        card = {"recipe": recipe, "metrics": metrics, "sample_images": sample_images}
+        card = {"recipe": recipe, "metrics": metrics, "sample_images": sample_images, "license": license}
         storage.save_pipeline(self, *files, **card, **hub_options)
 
     def push_to_hub(
@@ -352,7 +363,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             commit_message, create_pr: of the commit, which may be a pull request.
             private: whether a new repository is private; None leaves it to the hub.
             token: None takes the stored one.
-            saving: `variant`, `max_shard_size`, `recipe`, `metrics` and `sample_images` of `save_pretrained`.
+            saving: those of `save_pretrained`: `variant`, `recipe`, `metrics`, `sample_images`, `license`, ….
 
         Returns:
             The commit's address.

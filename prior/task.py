@@ -68,6 +68,8 @@ class PriorTrainConfig:
     """Folder of the run."""
     pipeline_dir: str
     """Folder that the trained pipeline is saved in."""
+    license: str | None = None
+    """Licence of the trained weights for the model card, such as apache-2.0; null states none."""
     model: BlockPriorOptions = field(default_factory=BlockPriorOptions)
     """The prior's architecture."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
