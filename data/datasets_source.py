@@ -118,6 +118,8 @@ def open_dataset(config: ImageDataConfig, split: str) -> DatasetsSource:
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     if config.label_column is None:
         return DatasetsSource(images, column, np.zeros(len(images), np.int64), [], split)
+    if "string" in str(rows.features[config.label_column].dtype):
+        return DatasetsSource(images, column, *_text_labels(rows, splits, config.label_column), split)
     labels = _read_labels(rows, config.label_column)
     names = getattr(rows.features[config.label_column], "names", None)
     if names is None:
@@ -167,8 +169,11 @@ def check_columns(config: ImageDataConfig, split: str, features) -> None:
         raise ValueError(f"image_column={config.image_column!r} holds {feature}; expected images, their bytes or paths")
     if config.label_column is not None:
         feature = features[config.label_column]
-        if not isinstance(feature, ClassLabel) and not str(getattr(feature, "dtype", None)).startswith(("int", "uint")):
-            raise ValueError(f"label_column={config.label_column!r} holds {feature}; expected ClassLabel or integers")
+        # The names of a stream's texts would be known only at its end.
+        dtypes = ("int", "uint") if config.is_streamed else ("int", "uint", "string", "large_string")
+        if not isinstance(feature, ClassLabel) and not str(getattr(feature, "dtype", None)).startswith(dtypes):
+            expected = "ClassLabel or integers" if config.is_streamed else "ClassLabel, integers or texts"
+            raise ValueError(f"label_column={config.label_column!r} holds {feature}; expected {expected}")
 
 
 def classes_of(labels: list[np.ndarray], column: str) -> list[str]:
@@ -238,3 +243,16 @@ def _read_labels(rows, column: str) -> np.ndarray:
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
     # An unsigned label beyond int64 would come out negative: it is refused as one.
     return pc.fill_null(pc.cast(values, pa.int64(), safe=False), -1).to_numpy().astype(np.int64)
+
+
+def _text_labels(rows, splits: Mapping, column: str) -> tuple[np.ndarray, list[str]]:
+    """Number the texts of a column in their order, alike in every split; return labels (N,) and names."""
+    names = set()
+    for part in splits.values():
+        if column in part.features:
+            names |= set(part.select_columns([column]).with_format("arrow")[:].column(column).unique().to_pylist())
+    names = sorted(names - {None})
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = np.array([numbers.get(text, -1) for text in rows.select_columns([column])[column]], np.int64)
+    check_labels(labels, names, column)
+    return labels, names

@@ -4,7 +4,7 @@ accelerate launch -m nextblock tokenize --config tokenizer/tokenize-digits --tok
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from nextblock.training.processes import connect_processes
 from .command_line import parse_run_config
 from .cpu import fixed_threads, keep_freed_memory
 from .progress import Progress
+from .run_data import data_of_run
 from .stoppable import Job, stoppable_job
 
 
@@ -38,9 +39,10 @@ class TokenizeConfig:
     output_dir: str
     """Folder of the shards and their manifest; an unfinished one is finished, one of another job refused."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    """Where images come from; the held-out split is encoded too."""
+    """Where images come from; the held-out split is encoded too. Not given: what the tokenizer was trained on."""
     transform: TransformConfig = field(default_factory=TransformConfig)
-    """How the augmented views of training images are made; the original is always a plain center crop."""
+    """How the augmented views of training images are made; the original is always a plain center crop. Where neither
+    data nor transform are given: as in the tokenizer's training."""
     num_augmented_views: int = 0
     """Augmented copies of each training image, besides the original."""
     has_flipped_view: bool = False
@@ -85,7 +87,8 @@ class TokenizeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
         if self.data.on_error != "stop":
             raise ValueError(f"data.on_error is {self.data.on_error!r}; expected on_error, which is what a job has")
-        if self.num_augmented_views and not self.transform.is_random:
+        # Where data is not given, the transform may be the tokenizer's training's too.
+        if self.data.source is not None and self.num_augmented_views and not self.transform.is_random:
             raise ValueError(
                 f"num_augmented_views is {self.num_augmented_views} but transform changes nothing at random; "
                 "expected 0 views, or a transform"
@@ -108,6 +111,7 @@ def tokenize(config: TokenizeConfig) -> bool:
         ValueError: if the output folder holds another job, the configuration or data does not fit, or an image cannot
             be used while `on_error` is "stop".
     """
+    config = _with_data(config)
     state = connect_processes(config.cpu)
     with stoppable_job(state) as stoppable:
         _tokenize(config, state, stoppable)
@@ -143,7 +147,18 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
         if state.is_main_process:
             totals = check_finished(folder) if is_finished else finish(folder, job, plans)
             rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
+            rows += f" of {config.data.path or config.data.source}"
             print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+
+
+def _with_data(config: TokenizeConfig) -> TokenizeConfig:
+    """Take the images of the tokenizer's training where none are given, and with them how views are made."""
+    if config.data.source is not None:
+        return config
+    data, transform = data_of_run(config.tokenizer)
+    if not config.num_augmented_views or config.transform != TransformConfig():
+        transform = config.transform
+    return replace(config, data=data, transform=transform)
 
 
 def _plan(config: TokenizeConfig, model: VQVAE) -> dict[str, tuple[RowDataset, list[Shard]]]:
@@ -179,8 +194,11 @@ def _describe(
     config: TokenizeConfig, model: VQVAE, plans: dict[str, tuple[RowDataset, list[Shard]]], state: PartialState
 ) -> TokenManifest:
     """All that the bytes of the result depend on, without what differs from place to place."""
-    # However a dataset is read, its rows are the same.
-    data = {name: value for name, value in asdict(config.data).items() if name not in ("is_streamed", "on_error")}
+    # However a dataset is read, its rows are the same. Newer options leave no trace where they are not used, so that
+    # older jobs can go on.
+    later = {name for name in ("eval_fraction", "class_names", "first_label") if getattr(config.data, name) is None}
+    left_out = {"is_streamed", "on_error", *later}
+    data = {name: value for name, value in asdict(config.data).items() if name not in left_out}
     if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
         data["path"] = None
     return TokenManifest(

@@ -29,6 +29,7 @@ def train(config: TokenizerTrainConfig) -> None:
         ValueError: if the configuration or the data does not fit, the perceptual term's weights are out of reach, or
             the launch shards models (FSDP).
     """
+    config.data.check_given()
     config, output_dir = with_initial_tokenizer(config), Path(config.output_dir)
     seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
     # First of all: its weights may be out of reach here.

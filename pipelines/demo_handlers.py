@@ -4,7 +4,7 @@ Legend: H×W pixels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from nextblock.data.reading import read_picture
 from nextblock.data.unreadable import UnreadableImageError
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import image_grid
-from nextblock.prior.sampling import SamplingOptions
 
 Captioned = tuple[Image.Image, str]
 # More pictures of blocks than this say no more.
@@ -78,16 +77,16 @@ def block_pictures(pipe, frames: Sequence[Sequence[Image.Image]], num_columns: i
     ]
 
 
-def call_text(class_labels: list[int] | None, num_images_per_label: int, seed: int, options: Mapping) -> str:
+def call_text(pipe, class_labels: list[int] | None, num_images_per_label: int, seed: int, options: Mapping) -> str:
     """Write down the call that gives the images of `sample`.
 
     Args:
-        class_labels, num_images_per_label, seed, options: those of `sample`.
+        pipe, class_labels, num_images_per_label, seed, options: those of `sample`.
 
     Returns:
-        Python, for a pipeline called `pipe`; options at their defaults are left out.
+        Python, for a pipeline called `pipe`; options that are the pipeline's own are left out.
     """
-    defaults = {field.name: field.default for field in fields(SamplingOptions)}
+    defaults = asdict(pipe.sampling)
     arguments = {"class_labels": class_labels, "num_images_per_label": num_images_per_label}
     arguments |= {name: value for name, value in options.items() if value != defaults[name]}
     lines = [f"    {name}={value!r},\n" for name, value in arguments.items()]

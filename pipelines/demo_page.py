@@ -60,7 +60,7 @@ def _sample_tab(pipe) -> None:
         drawn, frames = handlers.sample(pipe, labels, count, seed, given, is_progressive)
         num_columns = _num_columns(pipe, len(drawn), count)
         blocks = handlers.block_pictures(pipe, frames, num_columns) if is_progressive else []
-        return drawn, num_columns, blocks, handlers.call_text(labels, count, seed, given)
+        return drawn, num_columns, blocks, handlers.call_text(pipe, labels, count, seed, given)
 
     def show(*values):
         drawn, num_columns, blocks, text = draw(*values)
@@ -156,13 +156,14 @@ def _interpolate_tab(pipe) -> None:
 
 
 def _sampling_fields(pipe) -> tuple[gr.Number, list]:
-    """Fields for the seed and, in the order of OPTION_NAMES, the sampling options."""
+    """Fields for the seed and, in the order of OPTION_NAMES, the sampling options, which begin as the pipeline's."""
+    sampling = pipe.sampling
     is_conditional, layout = pipe.prior.conditions.num_classes > 0, pipe.tokenizer.layout
     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
     scale = gr.Slider(
         0,
-        10,
-        1.25 if is_conditional else 1,
+        max(10, sampling.guidance_scale),
+        sampling.guidance_scale,
         step=0.05,
         label="Guidance scale",
         info="1 is none",
@@ -170,21 +171,31 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
     )
     schedule = gr.Radio(
         list(GUIDANCE_SCHEDULES),
-        value="linear" if layout.is_scales else "constant",
+        value=sampling.guidance_schedule,
         label="Guidance over the blocks",
         visible=is_conditional,
     )
-    power = gr.Slider(0.1, 5, 1, step=0.1, label="Power of power-cosine", visible=False)
+    power = gr.Slider(
+        min(0.1, sampling.guidance_power),
+        max(5, sampling.guidance_power),
+        sampling.guidance_power,
+        step=0.1,
+        label="Power of power-cosine",
+        visible=is_conditional and sampling.guidance_schedule == "power-cosine",
+    )
     schedule.change(lambda name: gr.Slider(visible=name == "power-cosine"), schedule, power)
     with gr.Accordion("Truncation", open=False):
-        temperature = gr.Slider(0.05, 2, 1, step=0.05, label="Temperature")
+        heat = sampling.temperature
+        temperature = gr.Slider(min(0.05, heat), max(2, heat), heat, step=0.05, label="Temperature")
         top_k = gr.Number(
-            0, precision=0, minimum=0, maximum=pipe.prior.vocab_size, label="Top k", info="0 is off"
+            sampling.top_k, precision=0, minimum=0, maximum=pipe.prior.vocab_size, label="Top k", info="0 is off"
         )
-        top_p = gr.Slider(0.05, 1, 1, step=0.01, label="Top p", info="1 is off")
-        min_p = gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0 is off")
+        top_p = gr.Slider(min(0.05, sampling.top_p), 1, sampling.top_p, step=0.01, label="Top p", info="1 is off")
+        min_p = gr.Slider(0, 1, sampling.min_p, step=0.01, label="Min p", info="0 is off")
         smooth = gr.Checkbox(
-            label="Smooth: mixtures of codes, for looking at and not for measuring", visible=layout.is_scales
+            sampling.is_smooth,
+            label="Smooth: mixtures of codes, for looking at and not for measuring",
+            visible=layout.is_scales,
         )
     by_name = {
         "guidance_scale": scale,

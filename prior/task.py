@@ -72,6 +72,8 @@ class PriorTrainConfig:
     """Folder of the run."""
     pipeline_dir: str
     """Folder that the trained pipeline is saved in."""
+    license: str | None = None
+    """Licence of the trained weights for the model card, such as apache-2.0; null states none."""
     model: BlockPriorOptions = field(default_factory=BlockPriorOptions)
     """The prior's architecture."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -91,7 +93,7 @@ class PriorTrainConfig:
     num_pictures_per_class: int = 4
     """Samples drawn of each class at an evaluation, of at most ten classes."""
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(guidance_scale=1.25))
-    """How those samples are drawn."""
+    """How those samples are drawn, and the pipeline's where a call does not say; without classes unguided."""
 
     def __post_init__(self):
         if (self.tokens is None) == (self.data is None):
@@ -120,7 +122,7 @@ class PriorTask:
         model: the prior to train, of any family.
         tokenizer: frozen, in float32; encodes images, turns indices into the prior's input and samples into pictures.
         data: rows to train on and rows held out.
-        export: called with the prior, the tokenizer, the recipe (name → value), the last metrics and sample images.
+        export: called with the prior, the tokenizer, sampling options, recipe, metrics and sample images.
 
     Raises:
         ValueError: if the prior cannot draw samples as the run asks, or compute its loss in chunks.
@@ -263,13 +265,13 @@ class PriorTask:
 
     def export(self, model: Prior, metrics: dict[str, float]) -> None:
         """Hand over prior and tokenizer, how the prior was trained, what it reached and samples of it."""
-        config, sampling = self.config, self.config.sampling
+        config, sampling = self.config, self.sampling
         recipe = {"steps": config.loop.num_steps, "batch size": config.loop.batch_size, "seed": config.loop.seed}
         recipe |= {"learning rate": config.optimizer.learning_rate, "class dropout": config.class_dropout}
         recipe |= {"guidance of the samples": f"{sampling.guidance_scale} ({sampling.guidance_schedule})"}
         with torch.no_grad():
             images = [Image.fromarray(image) for image in self._sample(model)[0]]
-        self._export(model, self.tokenizer, recipe, metrics, images)
+        self._export(model, self.tokenizer, sampling, recipe, metrics, images)
 
 
 def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nextblock import __main__ as cli
-from nextblock import conversion, report
+from nextblock import conversion, init_configs, report
 from nextblock.command_line import parse_run_config
 from nextblock.commands import COMMANDS
 
@@ -73,13 +73,14 @@ def test_examples_are_true(name, monkeypatch):
     module = import_module(f"nextblock.{COMMANDS[name].module}")
     monkeypatch.setattr(conversion, "parse_run_config", parse)
     monkeypatch.setattr(report, "write_report", write_report)
+    monkeypatch.setattr(init_configs, "look_at", lambda images: write_report(images, None))
     if hasattr(module, "parse_run_config"):
         monkeypatch.setattr(module, "parse_run_config", parse)
     words = shlex.split(COMMANDS[name].example)
     with pytest.raises(StoppedError) as caught:
         cli.main([*name.split(), *words])
     (config,) = caught.value.args
-    given = dict(zip(words[::2], words[1::2], strict=True)) if name not in ("report", "convert prior") else {}
+    given = dict(zip(words[::2], words[1::2], strict=True)) if name not in ("report", "init", "convert prior") else {}
     for option, value in given.items():
         if option not in ("--config", "--scales"):
             assert getattr(config, option.removeprefix("--")) == value

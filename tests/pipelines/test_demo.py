@@ -10,7 +10,7 @@ from PIL import Image
 from nextblock import demo
 from nextblock.command_line import parse_run_config
 from nextblock.data.reading import read_picture
-from nextblock.pipelines import demo_handlers
+from nextblock.pipelines import ClassToImagePipeline, demo_handlers
 
 OPTIONS = {"guidance_scale": 1.5, "guidance_schedule": "linear", "guidance_power": 1.0, "temperature": 1.0}
 OPTIONS |= {"top_k": 6, "top_p": 1.0, "min_p": 0.0, "is_smooth": False}
@@ -18,7 +18,11 @@ OPTIONS |= {"top_k": 6, "top_p": 1.0, "min_p": 0.0, "is_smooth": False}
 
 @pytest.fixture(scope="module")
 def pipe(build_pipeline):
-    return build_pipeline()
+    pipe = build_pipeline()
+    stored = {"guidance_scale": 1.25, "guidance_schedule": "linear", "top_p": 0.9}
+    pipe = ClassToImagePipeline(tokenizer=pipe.tokenizer, prior=pipe.prior, sampling=stored)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +79,7 @@ def component(page, kind: str, label: str | None = None):
 def test_the_page_opens_with_samples(page, pipe):
     gallery = component(page, "Gallery")
     pictures = np.stack([np.asarray(Image.open(entry["image"]["path"])) for entry in gallery.value])
-    options = {"guidance_scale": 1.25, "guidance_schedule": "linear"}
-    expected = pipe([0, 1, 2], num_images_per_label=4, generator=generator(0), **options).images
+    expected = pipe([0, 1, 2], num_images_per_label=4, generator=generator(0)).images
     assert np.array_equal(pictures, stacked(expected))
     assert [entry["caption"] for entry in gallery.value[::4]] == ["blue tit", "great tit", "wren"]
     assert component(page, "Dropdown", "Class").choices == [("blue tit", 0), ("great tit", 1), ("wren", 2)]
@@ -88,7 +91,7 @@ def test_sampling_on_the_page(client, pipe):
     assert np.array_equal(read(gallery["value"]), stacked(expected))
     assert gallery["columns"] == 6
     assert [block["caption"] for block in blocks["value"]][-1] == "block 3 of 3: 4×4 tokens"
-    assert text == demo_handlers.call_text([2, 1], 3, 9, OPTIONS)
+    assert text == demo_handlers.call_text(pipe, [2, 1], 3, 9, OPTIONS)
     _, blocks, _ = client.predict([2, 1], 3, False, 9, *OPTIONS.values(), api_name="/sample")
     assert blocks["value"] == [] and blocks["visible"] is False
 

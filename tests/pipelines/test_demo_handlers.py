@@ -82,7 +82,7 @@ def test_a_model_without_classes_samples_a_number(build_pipeline):
 
 def test_the_written_call_gives_the_same_images(build_pipeline):
     pipe = build_pipeline()
-    text = handlers.call_text([1, 2], 2, 11, OPTIONS)
+    text = handlers.call_text(pipe, [1, 2], 2, 11, OPTIONS)
     assert "top_k=6" in text and "is_smooth" not in text and "guidance_power" not in text
     names = {"pipe": pipe, "torch": torch}
     exec(text, names)
