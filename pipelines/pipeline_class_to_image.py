@@ -21,7 +21,6 @@ from nextblock.prior.family import check_quantizer
 from nextblock.prior.sampling import SamplingOptions
 
 from . import editing, storage
-from .call_state import CallState, HasCallState
 from .compiling import compile_pipeline
 from .editing import Labels, Output
 from .given_images import ImageInput
@@ -30,7 +29,7 @@ from .sampling_loop import make_request, run, run_progressively
 from .sampling_request import check_counts
 
 
-class ClassToImagePipeline(HasCallState, DiffusionPipeline):
+class ClassToImagePipeline(DiffusionPipeline):
     """Sample images of given classes, and edit images that are given.
 
     Args:
@@ -62,7 +61,7 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             options.check_for(prior)
         self.register_modules(tokenizer=tokenizer, prior=prior)
         self.register_to_config(sampling=asdict(options), card=card)
-        self._last_call = CallState()
+        self._guidance_scale, self._interrupt = options.guidance_scale, False
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -79,6 +78,16 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
         """Label → class name, or the number where classes have no names; empty for an unconditional model."""
         names = self.class_names or map(str, range(self.prior.conditions.num_classes))
         return dict(enumerate(names))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of the batch at hand; a callback that sets `_guidance_scale` changes that batch's later blocks."""
+        return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after the block at hand; a callback that sets `_interrupt` stops its call."""
+        return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
