@@ -18,6 +18,8 @@ from .state_dicts import read_state_dict
 # More names than this of a kind say nothing new.
 MAX_LISTED = 20
 ADAPTER_NAME = "adapter_config.json"
+# What `torch.compile` of a part adds to the names in it.
+COMPILED_PART = "_orig_mod."
 
 
 class StoredModel(PreTrainedModel):
@@ -64,16 +66,25 @@ class StoredModel(PreTrainedModel):
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(*args, **options, **kwargs)
         excused = cls.excused_tensors(kwargs)
-        misshapen = [] if ignore_mismatched_sizes else info["mismatched_keys"]
-        problems = {
-            "missing": _others(info["missing_keys"], excused),
-            "unexpected": _others(info["unexpected_keys"], excused),
-            "misshapen": sorted(f"{name} {tuple(got)}, expected {tuple(own)}" for name, got, own in misshapen),
-        }
-        if any(problems.values()):
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-            raise ValueError(f"the weights in {str(source)!r} are not those of a {cls.__name__}:{_listed(problems)}")
+        # Of a folder with an adapter, the report returned tells of the adapter alone.
+        for report in (vars(model).pop("_own_loading_info", info), info):
+            misshapen = [] if ignore_mismatched_sizes else report["mismatched_keys"]
+            problems = {
+                "missing": _others(report["missing_keys"], excused),
+                "unexpected": _others(report["unexpected_keys"], excused),
+                "misshapen": sorted(f"{name} {tuple(got)}, expected {tuple(own)}" for name, got, own in misshapen),
+            }
+            if any(problems.values()):
+                source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+                raise ValueError(f"the weights in {source!r} are not those of a {cls.__name__}:{_listed(problems)}")
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        """Keep transformers' report on the model itself."""
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        model._own_loading_info = loading_info.to_dict()
+        return loading_info
 
     # diffusers reads from the signature what it may pass.
     @wraps(PreTrainedModel.save_pretrained, assigned=())
@@ -98,6 +109,10 @@ class StoredModel(PreTrainedModel):
         if kwargs.get("distributed_checkpoint"):  # All processes write into one folder, other files than these.
             super().save_pretrained(folder, *args, push_to_hub=push_to_hub, variant=variant, **kwargs)
             return
+        if len(args) < 2 and kwargs.get("state_dict") is None:
+            state = self.state_dict()
+            if any(COMPILED_PART in name for name in state):
+                kwargs["state_dict"] = {name.replace(COMPILED_PART, ""): tensor for name, tensor in state.items()}
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
             super().save_pretrained(aside, *args, variant=variant, **kwargs)

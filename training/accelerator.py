@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.logging import get_logger
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, set_seed
 
 from .launch_environment import check_training_variables
 from .loop_config import LoopConfig
 from .processes import connect_processes
+
+logger = get_logger(__name__)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -57,6 +60,8 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
     )
     set_seed(config.seed)
     _show_log()
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and not config.cpu:
+        logger.info("ACCELERATE_USE_CPU is set: training on the CPU, as with loop.cpu true")
     return accelerator
 
 

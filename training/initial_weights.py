@@ -14,6 +14,7 @@ from nextblock.files.state_dicts import check_state_dict
 from nextblock.files.stored_model import read_stored_weights
 
 from .run_config import given_options
+from .sharding import load_tensors
 
 OptionsT = TypeVar("OptionsT")
 
@@ -107,7 +108,7 @@ def load_initial_weights(model: nn.Module, folder: str | Path, fresh: Sequence[s
     new = [key for key in own if key in unfit or _is_within(key, fresh)]
     given = {key: tensor for key, tensor in given.items() if key not in unfit and not _is_within(key, fresh)}
     check_state_dict(given, {key: tuple(tensor.shape) for key, tensor in own.items() if key not in new}, {})
-    model.load_state_dict(given | {key: own[key] for key in new})
+    load_tensors(model, given)
     if unfit:
         model.start_unfit(unfit)
     return new

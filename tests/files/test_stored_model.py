@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -110,6 +111,24 @@ def test_a_pipeline_refuses_components_without_their_weights(pipeline_class, com
         pipeline_class.from_pretrained(tmp_path)
 
 
+def test_a_model_below_an_adapter_is_checked_too(tmp_path):
+    model = make_prior()
+    model.save_pretrained(tmp_path)
+    model.add_adapter(LoraConfig(target_modules=["mat_qkv"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert same(BlockPrior.from_pretrained(tmp_path), model)
+    rewrite(tmp_path / "model.safetensors", lambda name, tensor: (f"_orig_mod.{name}", tensor))
+    with pytest.raises(ValueError, match="(?s)missing: blocks.0.*unexpected: _orig_mod"):
+        BlockPrior.from_pretrained(tmp_path)
+    make_prior().save_pretrained(tmp_path / "other")
+    for path in tmp_path.glob("adapter*"):
+        path.rename(tmp_path / "other" / path.name)
+    adapter = tmp_path / "other/adapter_model.safetensors"
+    rewrite(adapter, lambda name, tensor: (name.replace("blocks.0", "blocks.7"), tensor))
+    with pytest.raises(ValueError, match="(?s)missing: blocks.0.*lora_A"):
+        BlockPrior.from_pretrained(tmp_path / "other")
+
+
 def test_what_a_load_asks_for_by_name_is_granted(tmp_path):
     make_prior().save_pretrained(tmp_path / "prior")
     config = make_prior(num_classes=5).config
@@ -195,6 +214,14 @@ def test_a_model_may_be_saved_over_the_files_it_was_loaded_from(tmp_path):
     loaded = BlockPrior.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)
     assert same(loaded, model) and same(BlockPrior.from_pretrained(tmp_path), model)
+
+
+def test_a_model_of_compiled_parts_is_saved_under_its_own_names(tmp_path):
+    model, plain = make_prior(), make_prior()
+    model.blocks[0] = torch.compile(model.blocks[0])
+    model.head = torch.compile(model.head)
+    model.save_pretrained(tmp_path)
+    assert same(BlockPrior.from_pretrained(tmp_path), plain)
 
 
 def test_folders_that_cannot_hold_the_model_are_refused(tmp_path):

@@ -77,6 +77,13 @@ def test_a_device_against_the_option_is_refused(monkeypatch, tmp_path, fresh_acc
     assert build_accelerator(LoopConfig(cpu=True, tracker=None), tmp_path).device.type == "cpu"
 
 
+def test_a_variable_that_does_what_an_option_does_is_named(monkeypatch, tmp_path, fresh_accelerate, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with caplog.at_level("INFO"):
+        assert build_accelerator(LoopConfig(tracker=None), tmp_path).device.type == "cpu"
+    assert "ACCELERATE_USE_CPU is set: training on the CPU" in caplog.text
+
+
 def test_accumulation_divides_the_loss_once(tokenizer_dir, tokenizer_arguments, run_here, monkeypatch, tmp_path):
     options = [*tokenizer_arguments, "--loop.num_steps", "2", "--loop.tracker", "null"]
     options += ["--loop.gradient_accumulation_steps", "2", "--output_dir"]
