@@ -16,6 +16,7 @@ from PIL import Image
 
 from .class_numbers import numbered_classes
 from .reading import read_picture
+from .tar_members import check_plain
 from .unreadable import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -211,10 +212,21 @@ def _load_splits(path: str) -> dict:
     """All splits of a dataset: what save_to_disk wrote, a folder of data files, or a name on the hub."""
     import datasets
 
+    check_tar_files(path)
     load = datasets.load_from_disk if is_saved_to_disk(path) else datasets.load_dataset
     with named_failures(path):
         loaded = load(path)
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def check_tar_files(path: str) -> None:
+    """Refuse a folder with tar files that the library would read a part of only, without a word.
+
+    Raises:
+        ValueError: naming the tar file.
+    """
+    for file in sorted(Path(path).rglob("*.tar")) if Path(path).is_dir() else ():
+        check_plain(file)
 
 
 @contextmanager

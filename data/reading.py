@@ -6,6 +6,7 @@ A file is a picture by the end of its name; where the name says nothing, by its 
 import io
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,8 +37,10 @@ _FIRST_BYTES = re.compile(
 )
 NUM_FIRST_BYTES = 16
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Pixels, and how they are turned; everything else is text, times and colour profiles.
-_PNG_PARTS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT")
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+# All application segments but the kind of JPEG, the tags and the colour transform, and comments.
+_JPEG_METADATA = re.compile(rb"\xff[\xe2-\xed\xef\xfe]")
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT")
 _PNG_TAGS = re.compile(rb"eXIf|(iTXt|zTXt|tEXt)(XML:com\.adobe\.xmp|Raw profile type exif)\0")
 _MAX_TAG_SIZE = 1 << 16
 
@@ -77,34 +80,66 @@ def read_picture(file: str | Path | BinaryIO) -> Image.Image:
     try:
         with Image.open(file) as image:
             return to_rgb(image)
-    except (MemoryError, Image.DecompressionBombError):
+    except (MemoryError, FileNotFoundError, Image.DecompressionBombError):
         raise
     except Exception:
-        # PIL refuses a good PNG for its texts: megabytes of them, or a damaged one.
-        pixels_alone = None if isinstance(file, str | Path) and not Path(file).is_file() else _png_pixels(file)
+        # PIL refuses good pictures for what lies beside the pixels: megabytes of text, a damaged colour profile.
+        pixels_alone = _without_metadata(_content(file))
         if pixels_alone is None:
             raise
-        with Image.open(pixels_alone) as image:
+        with Image.open(io.BytesIO(pixels_alone)) as image:
             return to_rgb(image)
 
 
-def _png_pixels(file: str | Path | BinaryIO) -> BinaryIO | None:
-    """Copy of a PNG what its pixels need; None where it has nothing else, or is no PNG."""
+def _content(file: str | Path | BinaryIO) -> bytes:
+    """All bytes of a file."""
     if isinstance(file, str | Path):
-        content = Path(file).read_bytes()
+        return Path(file).read_bytes()
+    file.seek(0)
+    return file.read()
+
+
+def _without_metadata(content: bytes) -> bytes | None:
+    """Copy of a PNG or JPEG what its pixels and its orientation need; None where it has nothing else, or is neither."""
+    if content.startswith(_PNG_SIGNATURE):
+        parts, is_needed = _png_parts(content), _is_needed_in_png
+    elif content.startswith(_JPEG_SIGNATURE):
+        parts, is_needed = _jpeg_parts(content), _is_needed_in_jpeg
     else:
-        file.seek(0)
-        content = file.read()
-    if not content.startswith(_PNG_SIGNATURE):
         return None
-    kept, position, has_others = [_PNG_SIGNATURE], len(_PNG_SIGNATURE), False
+    kept = b"".join(part for part in parts if is_needed(part))
+    return kept if len(kept) < len(content) else None
+
+
+def _png_parts(content: bytes) -> Iterator[bytes]:
+    """Yield the signature and the chunks."""
+    position = len(_PNG_SIGNATURE)
+    yield content[:position]
     while position + 8 <= len(content):
         end = position + 12 + int.from_bytes(content[position : position + 4], "big")
-        part = content[position:end]
-        is_tag = _PNG_TAGS.match(part, 4) and len(part) < _MAX_TAG_SIZE
-        if part[4:8] in _PNG_PARTS or (is_tag and zlib.crc32(part[4:-4]).to_bytes(4, "big") == part[-4:]):
-            kept.append(part)
-        else:
-            has_others = True
+        yield content[position:end]
         position = end
-    return io.BytesIO(b"".join(kept)) if has_others else None
+
+
+def _is_needed_in_png(part: bytes) -> bool:
+    """Whether a chunk is of the pixels, or a whole one that may hold the orientation."""
+    if part == _PNG_SIGNATURE or part[4:8] in _PNG_PIXELS:
+        return True
+    is_tag = _PNG_TAGS.match(part, 4) and len(part) < _MAX_TAG_SIZE
+    return bool(is_tag) and zlib.crc32(part[4:-4]).to_bytes(4, "big") == part[-4:]
+
+
+def _jpeg_parts(content: bytes) -> Iterator[bytes]:
+    """Yield the first marker, the segments before the pixels, and all the rest."""
+    position = 2
+    yield content[:position]
+    while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2] not in (b"\xda", b""):
+        end = position + 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+        yield content[position:end]
+        position = end
+    yield content[position:]
+
+
+def _is_needed_in_jpeg(part: bytes) -> bool:
+    """Whether a segment is anything but a colour profile, a preview, a comment or the like."""
+    return _JPEG_METADATA.match(part) is None

@@ -16,6 +16,7 @@ from PIL import Image
 from .datasets_source import (
     check_columns,
     check_labels,
+    check_tar_files,
     classes_of,
     decode_stored,
     is_saved_to_disk,
@@ -163,6 +164,7 @@ def _load_streams(path: str, columns: list[str] | None = None) -> dict[str, Iter
         raise ValueError(
             f"path={path!r} was written by save_to_disk, which needs no copy to be read; expected is_streamed=False"
         )
+    check_tar_files(path)
     with named_failures(path):
         options = {}
         if columns is not None and hasattr(datasets.load_dataset_builder(path).config, "columns"):

@@ -7,6 +7,7 @@ archives joined. Here archives joined are read one after the other, and everythi
 import os
 import posixpath
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -35,7 +36,32 @@ def scan_members(file: Path) -> list[Member]:
     Raises:
         ValueError: naming the file and the place where it is damaged, cut off or no tar file.
     """
-    members, start = [], 0
+    return [member for entries in _archives(file) for member in _resolved(entries, file)]
+
+
+def check_plain(file: Path) -> None:
+    """Refuse a tar file of which a reader that knows neither links nor joined archives would pass over a part.
+
+    Raises:
+        ValueError: naming the file and what is in it.
+    """
+    archives = list(_archives(file))
+    if len(archives) > 1:
+        raise ValueError(
+            f"{file} holds {len(archives)} archives joined, of which `datasets` reads the first alone; expected one a "
+            "file, or data.source 'webdataset', which reads them all"
+        )
+    links = [entry.name for entry in archives[0] if not (entry.isreg() or entry.isdir())]
+    if links:
+        raise ValueError(
+            f"{file} holds {len(links)} links such as {links[0]}, which `datasets` passes over; expected files, or "
+            "data.source 'webdataset', which follows them"
+        )
+
+
+def _archives(file: Path) -> Iterator[list[tarfile.TarInfo]]:
+    """Yield the entries of each of the archives in a tar file."""
+    start = 0
     try:
         with open(file, "rb") as stream:
             length = stream.seek(0, os.SEEK_END)
@@ -47,12 +73,11 @@ def scan_members(file: Path) -> list[Member]:
                     entries = archive.getmembers()
                     # Where the reader stopped, for whatever reason.
                     end = archive.offset
-                members += _resolved(entries, file)
+                yield entries
                 _check_end(stream, start, end, length, entries, file)
                 start = _next_header(stream, end)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{file} is no tar file that can be read: {error}") from error
-    return members
 
 
 def _check_end(

@@ -167,6 +167,19 @@ def test_texts_of_a_png_never_matter(at_end, tmp_path):
         read_picture(io.BytesIO(with_chunks(png, texts["long"])[:-100]))
 
 
+def test_damaged_segments_of_a_jpeg_never_matter():
+    jpeg, exif = saved(Image.fromarray(COLOURS), "JPEG"), b"Exif\0\0" + turned(6).tobytes()[6:]
+    expected = np.asarray(Image.open(io.BytesIO(jpeg)))
+    damaged = [(0xE2, b"ICC_PROFILE\0"), (0xE2, b"MPF\0II*\0"), (0xED, b"Photoshop 3.0\08BIM"), (0xFE, b"\xff")]
+    for marker, content in damaged:
+        segment = bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+        tags = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+        assert np.array_equal(read_picture(io.BytesIO(jpeg[:2] + segment + jpeg[2:])), expected)
+        assert np.array_equal(read_picture(io.BytesIO(jpeg[:2] + segment + tags + jpeg[2:])), np.rot90(expected, -1))
+    with pytest.raises(OSError, match="truncated"):
+        read_picture(io.BytesIO(jpeg[:-100]))
+
+
 def test_pictures_are_told_by_name_and_else_by_their_first_bytes():
     assert [is_picture_name(name) for name in ("a.PNG", "x/b.heic", "c.txt", "d.dat", "e")] == [1, 1, 0, None, None]
     for content in kinds().values():

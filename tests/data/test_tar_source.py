@@ -152,6 +152,32 @@ def test_a_tar_that_holds_less_than_it_should_is_refused(tmp_path):
     assert levels(read(tmp_path)) == list(range(8))
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_tars_of_which_a_dataset_would_lose_a_part_are_refused(tmp_path, is_streamed, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options = {"path": str(tmp_path / "rows"), "image_column": "png", "label_column": None, "is_streamed": is_streamed}
+    config = ImageDataConfig(source="datasets", **options)
+    file = tmp_path / "rows" / "train.tar"
+    write_tar(file, eight())
+    whole = file.read_bytes()
+    assert levels(load_source(config, "train", in_order=True)) == list(range(8))
+    for message, content in {
+        "holds 2 archives joined": whole * 2,
+        "is cut off": whole[: 4 * 1024],
+        "is damaged": whole[: 4 * 1024] + b"x" + whole[4 * 1024 + 1 :],
+    }.items():
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_source(config, "train", in_order=True)
+    file.write_bytes(whole)
+    with tarfile.open(file, "a") as archive:
+        add_link(archive, "link.png", tarfile.LNKTYPE, "0.png")
+    with pytest.raises(ValueError, match="holds 1 links such as link.png"):
+        load_source(config, "train", in_order=True)
+
+
 def add_link(archive: tarfile.TarFile, name: str, kind: bytes, target: str) -> None:
     entry = tarfile.TarInfo(name)
     entry.type, entry.linkname = kind, target
