@@ -137,3 +137,11 @@ def test_the_command_line_starts_from_any_folder(start, folder):
 
 def test_version(capsys):
     assert re.fullmatch(r"nextblock \d+\.\d+\.\d+\S*\n", output_of(capsys, "--version"))
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(capsys, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "main", interrupt)
+    assert output_of(capsys, "report", "run", status=130) == "nextblock report: interrupted\n"
