@@ -81,11 +81,6 @@ class TokenizerTrainConfig:
         for name in ("eval_batch_size", "num_pictures", "num_init_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.perceptual.weight > 0 and self.model.num_channels != 3:
-            raise ValueError(
-                f"perceptual.weight is {self.perceptual.weight}; expected 0 with model.num_channels "
-                f"{self.model.num_channels}: backbones take three channels"
-            )
         has_blocks = self.model.autoencoder != "simple" or self.model.num_res_blocks > 0
         for name in ("gradient_checkpointing", "torch_compile"):
             if getattr(self, name) and not has_blocks:
@@ -171,7 +166,7 @@ class TokenizerTask:
         reconstructions, counts = [], 0
         for i, batch in enumerate(micro_batches):
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
-                output = self.model(batch["pixel_values"])
+                output = self.model(batch["pixel_values"], return_loss=False)
                 losses = self._losses(output, batch["pixel_values"], step)
                 accelerator.backward(losses["loss"] / n)
             reconstructions.append(output.reconstruction.detach())
