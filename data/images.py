@@ -5,7 +5,7 @@ Legend: B batch, HxW pixels, N images; pixel_values (3, H, W) in [-1, 1].
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,17 +20,21 @@ from .datasets_source import open_dataset
 from .digits import DigitsSource, load_digits_split
 from .image_folder import scan_image_folder
 from .pixels import to_pixel_values
+from .selection import numbered_from, share_of, with_class_names
 from .streamed_source import open_stream
 from .tar_source import TarSource, scan_tars
+from .unreadable import UnreadableImageError
+
+SOURCES = ("digits", "folder", "datasets", "webdataset")
 
 
 @dataclass(kw_only=True)
 class ImageDataConfig:
     """Where images come from."""
 
-    source: Literal["digits", "folder", "datasets", "webdataset"] = "digits"
+    source: Literal["digits", "folder", "datasets", "webdataset"] | None = None
     """"digits" (scikit-learn's, 32x32), "folder" (image files), "datasets" (a dataset of that library) or
-    "webdataset" (tar files of images with .cls labels)."""
+    "webdataset" (tar files of images with .cls labels); null where no images are given."""
     path: str | None = None
     """The image folder; a dataset's name on the hub, its folder, or what save_to_disk wrote; a folder of tar files."""
     split: str = "train"
@@ -38,27 +42,76 @@ class ImageDataConfig:
     also a slice such as "train[:90%]"; for "webdataset" split/*.tar or split*.tar in path."""
     eval_split: str | None = "test"
     """The split to evaluate on; none with null."""
+    eval_fraction: float | None = None
+    """Hold this share of `split` out under the name of `eval_split`, chosen by the images' names: for data without a
+    split of its own."""
+    class_names: list[str] | str | None = None
+    """Names of the classes by label, or a file with one a line; null takes the data's own, or numbers."""
+    first_label: int | None = None
+    """Number of the first class where labels are bare numbers; null is 0, refused where labels look counted from 1."""
     image_column: str = "image"
     """The column of images ("datasets" only)."""
     label_column: str | None = "label"
-    """The column of integer labels ("datasets" only); null for unconditional data."""
+    """The column of labels, numbers or texts ("datasets" only); null for unconditional data."""
     is_streamed: bool = False
     """Read a dataset as a stream, without a copy of it on the disk ("datasets" only). Streams can be tokenized, not
     trained on; each process first counts the rows in a pass over them, over the labels alone if files have columns."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At an image that cannot be read: "stop" there, or "skip" all such images, which are found by reading every image
+    once beforehand; a training lists them in unreadable.json. (`tokenize` has an on_error of its own.)"""
 
     def __post_init__(self):
-        sources = ("digits", "folder", "datasets", "webdataset")
-        if self.source not in sources:
-            raise ValueError(f"source={self.source!r}: expected one of {list(sources)}")
+        if self.source not in (None, *SOURCES):
+            raise ValueError(f"source={self.source!r}: expected one of {list(SOURCES)}")
+        if self.source is None:
+            given = [option.name for option in fields(self) if getattr(self, option.name) != option.default]
+            if given:
+                raise ValueError(f"data.source is missing; expected one of {list(SOURCES)} with data.{given[0]}")
+            return
         if self.source == "digits" and self.path is not None:
             raise ValueError(f"path={self.path!r}: source='digits' comes with scikit-learn and takes no path")
         if self.source != "digits" and not self.path:
             raise ValueError(f"path={self.path!r}: source={self.source!r} needs a path")
         if self.is_streamed and self.source != "datasets":
             raise ValueError(f"is_streamed=True: source={self.source!r} is no stream; expected source='datasets'")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error={self.on_error!r}: expected one of ['stop', 'skip']")
         for name in ("split", "eval_split"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}='': expected the name of a split")
+        self._check_fraction()
+        if self.first_label is not None and self.first_label < 0:
+            raise ValueError(f"first_label={self.first_label}: expected 0 or more, or null")
+
+    def _check_fraction(self) -> None:
+        """Refuse a share to hold out that is none, or that there is no way or name to hold out."""
+        fraction = self.eval_fraction
+        if fraction is None:
+            return
+        if not 0 < fraction < 1:
+            raise ValueError(f"eval_fraction={fraction}: expected a number between 0 and 1, or null")
+        if self.eval_split in (None, self.split):
+            raise ValueError(
+                f"eval_split={self.eval_split!r} with eval_fraction={fraction}: expected a name for the images held "
+                f"out, other than split={self.split!r}"
+            )
+        if self.is_streamed:
+            raise ValueError(f"eval_fraction={fraction}: a stream cannot be divided; expected is_streamed=False")
+
+    def check_given(self, hint: str = "") -> None:
+        """Refuse a configuration that names no images.
+
+        Args:
+            hint: what else was looked for, for the message.
+
+        Raises:
+            ValueError: naming the options to give.
+        """
+        if self.source is None:
+            raise ValueError(
+                f"no images are given: data.source is missing{hint}; expected --data.source folder --data.path "
+                f"my_images, or another of {list(SOURCES)}"
+            )
 
 
 class ImageSource(Protocol):
@@ -93,11 +146,30 @@ def load_source(config: ImageDataConfig, split: str, *, in_order: bool = False) 
         ValueError: naming the path, split, column or class that is missing or unusable, or refusing a stream that
             would be read in any other order.
     """
+    config.check_given()
     if config.is_streamed and not in_order:
         raise ValueError(
             f"is_streamed=True: a stream of path={config.path!r} gives images in one order only, and here they are "
             "needed in any; expected is_streamed=False, or tokens that `nextblock tokenize` makes of the stream"
         )
+    is_training = split == config.split
+    if config.eval_fraction is None:
+        source = numbered_from(_open(config, split), config.first_label, is_training=is_training)
+    else:
+        if split not in (config.split, config.eval_split):
+            raise ValueError(f"split={split!r}: with eval_fraction there are {[config.split, config.eval_split]}")
+        if config.source == "folder" and Path(config.path, config.eval_split).is_dir():
+            raise ValueError(
+                f"eval_fraction={config.eval_fraction}: path={config.path!r} has a sub-folder {config.eval_split!r}; "
+                "expected null, or another eval_split"
+            )
+        source = numbered_from(_open(config, config.split), config.first_label, is_training=True)
+        source = share_of(source, config.eval_fraction, wants_held_out=not is_training)
+    return with_class_names(source, config.class_names, is_exact=config.source in ("digits", "folder"))
+
+
+def _open(config: ImageDataConfig, split: str) -> ImageSource:
+    """One split as the data has it."""
     if config.source == "digits":
         return DigitsSource(*load_digits_split(split))
     if config.source == "datasets":
@@ -200,7 +272,12 @@ class ImageDataset(Dataset):
 
     def _transformed(self, epoch: int, index: int) -> np.ndarray:
         """The image at its final size, uint8 (H, W, 3)."""
-        image = self.source.image(index)
+        try:
+            image = self.source.image(index)
+        except UnreadableImageError as error:
+            hint = f" ({error.reason}; data.on_error=skip leaves such images out)" if error.reason else ""
+            error.args = (f"{error}{hint}",)
+            raise
         return apply_transform(image, self.image_size, self.transform, self.seed, epoch, index)
 
 

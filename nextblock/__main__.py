@@ -5,6 +5,7 @@ imported, so that the list of commands takes no seconds.
 """
 
 import difflib
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_words in (1, 2):
         name = " ".join(arguments[:num_words])
         if name in COMMANDS:
-            import_module(f"nextblock.{COMMANDS[name].module}").main(arguments[num_words:])
+            _run(name, arguments[num_words:])
             return
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help_text(list(COMMANDS)))
@@ -41,6 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     (nearest,) = difflib.get_close_matches(wanted, COMMANDS, n=1, cutoff=0.0)
     print(f"{_USAGE}\nnextblock: error: {wanted!r} is no command; did you mean {nearest!r}?", file=sys.stderr)
     sys.exit(2)
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    """Run a command; Ctrl-C before or beside its work, which knows itself how to stop, is no error to be traced."""
+    try:
+        import_module(f"nextblock.{COMMANDS[name].module}").main(arguments)
+    except KeyboardInterrupt:
+        print(f"nextblock {name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _help_text(names: list[str]) -> str:

@@ -22,6 +22,11 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        "init_configs",
+        "write configs for a folder of your own pictures",
+        "my_images --output_dir my-configs",
+    ),
     "train-tokenizer": Command(
         "train_tokenizer",
         "train a tokenizer on images",

@@ -17,7 +17,13 @@ from nextblock.files.state_dicts import infer_size, read_state_dict, write_state
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior
 from nextblock.prior.class_names import imagenet_class_names
-from nextblock.prior.var_checkpoint import VAR_ATTENTION_SCALE, prior_from_var, prior_to_var, var_arguments
+from nextblock.prior.var_checkpoint import (
+    VAR_ATTENTION_SCALE,
+    prior_from_var,
+    prior_to_var,
+    var_arguments,
+    var_sampling,
+)
 from nextblock.tokenizer import VQVAE
 
 from .conversion import ConversionConfig, parse_conversion
@@ -93,7 +99,8 @@ def main(argv: Sequence[str]) -> None:
     kind = "prior"
     if config.to_pipeline:
         tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
-        ClassToImagePipeline(tokenizer=tokenizer, prior=prior).save_pretrained(config.output_dir)
+        pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=var_sampling(prior.config))
+        pipe.save_pretrained(config.output_dir)
         kind = "pipeline with a prior"
     else:
         prior.save_pretrained(config.output_dir)

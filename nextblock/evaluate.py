@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ import yaml
 from torch.utils.data import DataLoader
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.images import ImageDataConfig, ImageDataset, collate
 from nextblock.data.pixels import to_uint8
+from nextblock.data.usable import open_usable
 from nextblock.evaluation.codebook import codebook_summary
 from nextblock.evaluation.digits_judge import DigitSet, digit_figures
 from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves
@@ -32,6 +33,7 @@ from nextblock.pipelines import ClassToImagePipeline
 from nextblock.pipelines.sample_files import IMAGES_KEY, LABELS_KEY, NPZ_NAME
 
 from .command_line import parse_run_config
+from .run_data import data_of_run
 
 _PICTURE_COLUMNS = 10
 _LAYOUT_NAMES = ("scales", "raster", "rows", "quadrants", "tiles")
@@ -59,7 +61,8 @@ class EvaluateConfig:
     output_dir: str
     """Folder that the report and the pictures go to."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    """Images: `split` is what was trained on, `eval_split` what was held out."""
+    """Images: `split` is what was trained on, `eval_split` what was held out. Not given: those of the tokenizer's
+    training, the first of run_dirs."""
     run_dirs: list[str] = field(default_factory=list)
     """Output folders of the two trainings, the tokenizer's and then the prior's, for curves, held-out loss
     and time; empty leaves these out."""
@@ -119,6 +122,8 @@ def main(argv: Sequence[str]) -> None:
     config = parse_run_config(EvaluateConfig, command="evaluate", argv=argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
+    if config.data.source is None:
+        config = replace(config, data=data_of_run(config.run_dirs[0] if config.run_dirs else None)[0])
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     logs = _read_logs(config)
     images, class_labels, sampling = _read_samples(Path(config.samples))
@@ -181,7 +186,7 @@ def _check_samples(images, image_size: Sequence[int]) -> None:
 
 def _open_split(tokenizer, config: EvaluateConfig, split: str):
     """Load one split's images at the tokenizer's size, unaugmented, in batches."""
-    source = load_source(config.data, split)
+    source = open_usable(config.data, split, print)
     dataset = ImageDataset(source, tuple(tokenizer.config.image_size), TransformConfig(), seed=0)
     return DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.images import ImageDataConfig, ImageDataset, collate
+from nextblock.data.usable import open_usable
 from nextblock.evaluation.codebook import codebook_summary
 from nextblock.evaluation.pictures import comparison_grid
 from nextblock.evaluation.reconstruction import reconstruct
@@ -22,6 +23,7 @@ from nextblock.evaluation.report import Row, environment, format_table, write_js
 from nextblock.tokenizer import VQVAE
 
 from .command_line import parse_run_config
+from .run_data import data_of_run
 
 
 @dataclass(kw_only=True)
@@ -33,7 +35,7 @@ class EvaluateTokenizerConfig:
     output_dir: str
     """Folder that the report and the picture go to."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    """Images to measure on."""
+    """Images to measure on. Not given: what the tokenizer was trained on, and held out."""
     split: str | None = None
     """Split of the data; by default the one that the data configuration holds out (`data.eval_split`)."""
     batch_size: int = 100
@@ -57,9 +59,11 @@ def main(argv: Sequence[str]) -> None:
     config = parse_run_config(EvaluateTokenizerConfig, command="evaluate-tokenizer", argv=argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
+    if config.data.source is None:
+        config = replace(config, data=data_of_run(config.tokenizer)[0])
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     split = config.split or config.data.eval_split
-    source = load_source(config.data, split)
+    source = open_usable(config.data, split, print)
     tokenizer = VQVAE.from_pretrained(config.tokenizer).to(device).eval()
     dataset = ImageDataset(source, tokenizer.config.image_size, TransformConfig(), seed=0)
     loader = DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)

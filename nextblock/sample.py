@@ -12,7 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,13 +28,14 @@ from nextblock.files.part_jobs import claimed_folder
 from nextblock.pipelines.pipeline_class_to_image import ClassToImagePipeline
 from nextblock.pipelines.sample_files import LOSSY_FORMATS, NpzFile, PictureFolder
 from nextblock.pipelines.sampling_loop import make_request, run
-from nextblock.prior.sampling import SamplingOptions
+from nextblock.prior.sampling import GivenSamplingOptions, SamplingOptions
 from nextblock.training.processes import connect_processes
 from nextblock.training.run_config import save_run_config
 
 from .command_line import parse_run_config
 from .cpu import fixed_threads, keep_freed_memory
 from .progress import Progress
+from .stoppable import Job, stoppable_job
 
 _PICTURE_NAME = "samples.png"
 _PICTURE_COLUMNS, _PICTURE_ROWS = 10, 10
@@ -62,8 +63,8 @@ class SampleConfig:
     """Classes to draw, by number or by name; null draws every class, or an unconditional model's images."""
     num_images_per_label: int = 10
     """Images of each class."""
-    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(guidance_scale=1.25))
-    """How tokens are drawn."""
+    sampling: GivenSamplingOptions = field(default_factory=GivenSamplingOptions)
+    """How tokens are drawn; null takes what the pipeline was saved with."""
     seed: int = 0
     """Key of all random numbers."""
     batch_size: int = 100
@@ -101,29 +102,45 @@ def image_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def sample(config: SampleConfig) -> None:
+def sample(config: SampleConfig) -> bool:
     """Draw images, each process its own batches, and put them together once all are there.
 
     Batches that are there already stay, whatever number of processes drew them; the result is the same to the byte.
+    SIGTERM or SIGINT at any process stops all of them at once.
 
     Args:
         config: the job.
+
+    Returns:
+        Whether the job was not stopped.
 
     Raises:
         ValueError: if the output folder holds another job, the configuration does not fit the pipeline, or the folder
             does not hold exactly the images of the job at the end.
     """
     state = connect_processes(config.cpu)
+    with stoppable_job(state) as stoppable:
+        _sample(config, state, stoppable)
+        return True
+    return False
+
+
+def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
+    """Do the job."""
     folder = Path(config.output_dir)
     pipe = ClassToImagePipeline.from_pretrained(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    labels = _check_against(pipe, config)
+    sampling = pipe.sampling.changed(**asdict(config.sampling))
+    labels = _check_against(pipe, config, sampling)
+    # What is written down beside the images says how they were drawn, whoever chose it.
+    config = replace(config, sampling=GivenSamplingOptions(**asdict(sampling)))
     job = _describe(config, pipe, labels, state)
     class_labels = np.repeat(np.asarray(labels, np.int64), config.num_images_per_label)
     files = _open_files(config, pipe, class_labels)
     N = len(class_labels)
     batches = [range(start, min(start + config.batch_size, N)) for start in range(0, N, config.batch_size)]
     with claimed_folder(folder, job, state):
+        stoppable.done = lambda: f"{sum(len(b) for b in batches if files.has(b))} of {N} images are in {folder}"
         missing = [batch for batch in batches if not files.has(batch)]
         is_finished = not missing and (folder / _PICTURE_NAME).is_file()
         # Nobody writes before everybody has looked.
@@ -135,7 +152,8 @@ def sample(config: SampleConfig) -> None:
                 keep_freed_memory()
             pipe.to(state.device, getattr(torch, config.dtype))
             with fixed_threads(config.num_threads):
-                _draw_missing(partial(_draw, pipe, config, class_labels), missing, N, files, state)
+                draw = partial(_draw, pipe, config, sampling, class_labels)
+                _draw_missing(draw, missing, N, files, state)
         if state.is_main_process:
             if not is_finished:
                 files.assemble(batches)
@@ -147,9 +165,9 @@ def sample(config: SampleConfig) -> None:
             print(f"{files.path}: {N} images, {'all there already' if is_finished else drawn}")
 
 
-def _check_against(pipe: ClassToImagePipeline, config: SampleConfig) -> list[int]:
+def _check_against(pipe: ClassToImagePipeline, config: SampleConfig, sampling: SamplingOptions) -> list[int]:
     """Return the labels wanted, once the pipeline is known to serve the configuration."""
-    config.sampling.check_for(pipe.prior)
+    sampling.check_for(pipe.prior)
     wanted, num_classes = config.class_labels, pipe.prior.conditions.num_classes
     if wanted is None and num_classes:
         wanted = range(num_classes)
@@ -204,13 +222,15 @@ def _draw_missing(
     progress.close()
 
 
-def _draw(pipe: ClassToImagePipeline, config: SampleConfig, class_labels: np.ndarray, batch: range) -> np.ndarray:
+def _draw(
+    pipe: ClassToImagePipeline, config: SampleConfig, sampling: SamplingOptions, class_labels: np.ndarray, batch: range
+) -> np.ndarray:
     """Draw one batch, (n, H, W, 3) uint8."""
     is_conditional = pipe.prior.conditions.num_classes > 0
     request = make_request(
         pipe,
         class_labels[batch.start : batch.stop] if is_conditional else len(batch),
-        options=config.sampling,
+        options=sampling,
         generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in batch],
         batch_size=config.batch_size,
     )

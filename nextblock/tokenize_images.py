@@ -4,7 +4,7 @@ accelerate launch -m nextblock tokenize --config tokenizer/tokenize-digits --tok
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,8 @@ from nextblock.training.processes import connect_processes
 from .command_line import parse_run_config
 from .cpu import fixed_threads, keep_freed_memory
 from .progress import Progress
+from .run_data import data_of_run
+from .stoppable import Job, stoppable_job
 
 
 @dataclass(kw_only=True)
@@ -37,9 +39,10 @@ class TokenizeConfig:
     output_dir: str
     """Folder of the shards and their manifest; an unfinished one is finished, one of another job refused."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    """Where images come from; the held-out split is encoded too."""
+    """Where images come from; the held-out split is encoded too. Not given: what the tokenizer was trained on."""
     transform: TransformConfig = field(default_factory=TransformConfig)
-    """How the augmented views of training images are made; the original is always a plain center crop."""
+    """How the augmented views of training images are made; the original is always a plain center crop. Where neither
+    data nor transform are given: as in the tokenizer's training."""
     num_augmented_views: int = 0
     """Augmented copies of each training image, besides the original."""
     has_flipped_view: bool = False
@@ -82,26 +85,42 @@ class TokenizeConfig:
         for name, values in (("on_error", ("stop", "skip")), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
-        if self.num_augmented_views and not self.transform.is_random:
+        if self.data.on_error != "stop":
+            raise ValueError(f"data.on_error is {self.data.on_error!r}; expected on_error, which is what a job has")
+        # Where data is not given, the transform may be the tokenizer's training's too.
+        if self.data.source is not None and self.num_augmented_views and not self.transform.is_random:
             raise ValueError(
                 f"num_augmented_views is {self.num_augmented_views} but transform changes nothing at random; "
                 "expected 0 views, or a transform"
             )
 
 
-def tokenize(config: TokenizeConfig) -> None:
+def tokenize(config: TokenizeConfig) -> bool:
     """Encode a data set, each process its own shards, and write the manifest once all are there.
 
     Shards that are there already stay, whatever number of processes wrote them; the result is the same to the byte.
+    SIGTERM or SIGINT at any process stops all of them at once.
 
     Args:
         config: the job.
+
+    Returns:
+        Whether the job was not stopped.
 
     Raises:
         ValueError: if the output folder holds another job, the configuration or data does not fit, or an image cannot
             be used while `on_error` is "stop".
     """
+    config = _with_data(config)
     state = connect_processes(config.cpu)
+    with stoppable_job(state) as stoppable:
+        _tokenize(config, state, stoppable)
+        return True
+    return False
+
+
+def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> None:
+    """Do the job."""
     folder = Path(config.output_dir)
     model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
     if config.rows_per_shard * model.layout.num_tokens >= 1 << 31:
@@ -113,6 +132,8 @@ def tokenize(config: TokenizeConfig) -> None:
     job = _describe(config, model, plans, state)
     with claimed_folder(folder, asdict(job), state):
         (folder / "data").mkdir(exist_ok=True)
+        paths = [folder / "data" / shard.name for _, shards in plans.values() for shard in shards]
+        stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
         missing = {
             split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
             for split, (_, shards) in plans.items()
@@ -126,7 +147,18 @@ def tokenize(config: TokenizeConfig) -> None:
         if state.is_main_process:
             totals = check_finished(folder) if is_finished else finish(folder, job, plans)
             rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
+            rows += f" of {config.data.path or config.data.source}"
             print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+
+
+def _with_data(config: TokenizeConfig) -> TokenizeConfig:
+    """Take the images of the tokenizer's training where none are given, and with them how views are made."""
+    if config.data.source is not None:
+        return config
+    data, transform = data_of_run(config.tokenizer)
+    if not config.num_augmented_views or config.transform != TransformConfig():
+        transform = config.transform
+    return replace(config, data=data, transform=transform)
 
 
 def _plan(config: TokenizeConfig, model: VQVAE) -> dict[str, tuple[RowDataset, list[Shard]]]:
@@ -162,8 +194,11 @@ def _describe(
     config: TokenizeConfig, model: VQVAE, plans: dict[str, tuple[RowDataset, list[Shard]]], state: PartialState
 ) -> TokenManifest:
     """All that the bytes of the result depend on, without what differs from place to place."""
-    # However a dataset is read, its rows are the same.
-    data = {name: value for name, value in asdict(config.data).items() if name != "is_streamed"}
+    # However a dataset is read, its rows are the same. Newer options leave no trace where they are not used, so that
+    # older jobs can go on.
+    later = {name for name in ("eval_fraction", "class_names", "first_label") if getattr(config.data, name) is None}
+    left_out = {"is_streamed", "on_error", *later}
+    data = {name: value for name, value in asdict(config.data).items() if name not in left_out}
     if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
         data["path"] = None
     return TokenManifest(

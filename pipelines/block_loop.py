@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nextblock.prior.generation import BlockStep
 
-from .call_state import CallState
 from .sampling_request import SamplingRequest
 
 
@@ -19,21 +18,18 @@ class BlockLoop:
     """Receives one batch's blocks.
 
     Args:
-        pipe: the pipeline.
+        pipe: the call's own copy of the pipeline, whose `guidance_scale` and `interrupt` a callback may set.
         request: what was asked for.
         num_images: n.
         bar: progress bar that counts blocks.
-        state: of the call, which a callback may change.
         keeps_maps: whether to keep the map after every block.
     """
 
-    def __init__(
-        self, pipe, request: SamplingRequest, num_images: int, bar, state: CallState, keeps_maps: bool
-    ):
+    def __init__(self, pipe, request: SamplingRequest, num_images: int, bar, keeps_maps: bool):
         self.maps: list[Tensor] = []
         self.canvas = pipe.tokenizer.quantizer.start(request.batch.num_rows)
         self._pipe, self._request, self._num_images, self._bar = pipe, request, num_images, bar
-        self._state, self._keeps_maps = state, keeps_maps
+        self._keeps_maps = keeps_maps
         self._options = request.options
 
     def __call__(self, step: BlockStep) -> None:
@@ -45,7 +41,7 @@ class BlockLoop:
         self.canvas = step.canvas
         if self._keeps_maps:
             self.maps.append(self.canvas[: self._num_images].clone())
-        step.is_last = self._state.is_interrupted
+        step.is_last = self._pipe.interrupt
         self._bar.update()
 
     def _call_back(self, step: BlockStep) -> None:
@@ -70,9 +66,9 @@ class BlockLoop:
 
     def _follow_guidance(self, step: BlockStep) -> None:
         """Spread a guidance scale that the callback has set over the blocks to come."""
-        if self._state.guidance_scale == self._options.guidance_scale:
+        if self._pipe.guidance_scale == self._options.guidance_scale:
             return
-        options = replace(self._options, guidance_scale=self._state.guidance_scale)
+        options = replace(self._options, guidance_scale=self._pipe.guidance_scale)
         options.check_for(self._pipe.prior)
         self._options = options
         step.scales[step.block + 1 :] = options.scales(len(step.scales))[step.block + 1 :]

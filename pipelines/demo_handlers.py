@@ -4,16 +4,17 @@ Legend: H×W pixels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from PIL import Image
 
 from nextblock.data.pixels import fit_image, to_rgb
+from nextblock.data.reading import read_picture
+from nextblock.data.unreadable import UnreadableImageError
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import image_grid
-from nextblock.prior.sampling import SamplingOptions
 
 Captioned = tuple[Image.Image, str]
 # More pictures of blocks than this say no more.
@@ -76,28 +77,28 @@ def block_pictures(pipe, frames: Sequence[Sequence[Image.Image]], num_columns: i
     ]
 
 
-def call_text(class_labels: list[int] | None, num_images_per_label: int, seed: int, options: Mapping) -> str:
+def call_text(pipe, class_labels: list[int] | None, num_images_per_label: int, seed: int, options: Mapping) -> str:
     """Write down the call that gives the images of `sample`.
 
     Args:
-        class_labels, num_images_per_label, seed, options: those of `sample`.
+        pipe, class_labels, num_images_per_label, seed, options: those of `sample`.
 
     Returns:
-        Python, for a pipeline called `pipe`; options at their defaults are left out.
+        Python, for a pipeline called `pipe`; options that are the pipeline's own are left out.
     """
-    defaults = {field.name: field.default for field in fields(SamplingOptions)}
+    defaults = asdict(pipe.sampling)
     arguments = {"class_labels": class_labels, "num_images_per_label": num_images_per_label}
     arguments |= {name: value for name, value in options.items() if value != defaults[name]}
     lines = [f"    {name}={value!r},\n" for name, value in arguments.items()]
     return f"images = pipe(\n{''.join(lines)}    generator=torch.Generator().manual_seed({seed}),\n).images"
 
 
-def reconstruct(pipe, image: Image.Image | None) -> list[Captioned]:
+def reconstruct(pipe, image: Image.Image | str | None) -> list[Captioned]:
     """Show an image beside what the tokenizer keeps of it.
 
     Args:
         pipe: a `ClassToImagePipeline`.
-        image: any size; its center is cut out, as for images that are held out of training.
+        image: any size, or its file; its center is cut out, as for images that are held out of training.
 
     Returns:
         The image at the tokenizer's size, and its reconstruction with its PSNR.
@@ -143,12 +144,14 @@ def inpaint(
     return pipe.inpaint(image, mask, class_label, num_images_per_label, generator=generator, **options).images
 
 
-def interpolate(pipe, image_a: Image.Image | None, image_b: Image.Image | None, num_steps: int) -> list[Image.Image]:
+def interpolate(
+    pipe, image_a: Image.Image | str | None, image_b: Image.Image | str | None, num_steps: int
+) -> list[Image.Image]:
     """Go from one image to another in code space.
 
     Args:
         pipe: a `ClassToImagePipeline`.
-        image_a: the first image, of any size.
+        image_a: the first image, of any size, or its file.
         image_b: the last image.
         num_steps: images, the reconstructions of both among them.
 
@@ -184,11 +187,17 @@ def _repeated(image: Image.Image, factor: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _opened(pipe, image: Image.Image | None, name: str) -> Image.Image:
-    """Open a picture as for training; one that `enlarged` made becomes what it was."""
+def _opened(pipe, image: Image.Image | str | None, name: str) -> Image.Image:
+    """Open a picture or its file as for training; one that `enlarged` made becomes what it was."""
     if image is None:
         raise ValueError(f"the {name} is missing; expected a picture")
-    image, (H, W) = to_rgb(image), pipe.tokenizer.config.image_size
+    try:
+        image = to_rgb(image) if isinstance(image, Image.Image) else read_picture(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
+        raise UnreadableImageError(f"the {name}", str(image), error) from error
+    H, W = pipe.tokenizer.config.image_size
     factor = image.width // W
     if factor > 1 and image.size == (W * factor, H * factor):
         reduced = image.reduce(factor)

@@ -3,6 +3,7 @@
 Legend: H×W pixels.
 """
 
+import html
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
@@ -59,7 +60,7 @@ def _sample_tab(pipe) -> None:
         drawn, frames = handlers.sample(pipe, labels, count, seed, given, is_progressive)
         num_columns = _num_columns(pipe, len(drawn), count)
         blocks = handlers.block_pictures(pipe, frames, num_columns) if is_progressive else []
-        return drawn, num_columns, blocks, handlers.call_text(labels, count, seed, given)
+        return drawn, num_columns, blocks, handlers.call_text(pipe, labels, count, seed, given)
 
     def show(*values):
         drawn, num_columns, blocks, text = draw(*values)
@@ -89,10 +90,15 @@ def _sample_tab(pipe) -> None:
     next_button.click(lambda seed: (seed or 0) + 1, seed, seed).then(_reported(show), inputs, shown, **QUEUE)
 
 
+def _picture_field(label: str, height: int | None = None) -> gr.Image:
+    """A field for one picture, handed on as its file: Gradio would clip 16 bits and blacken what is clear."""
+    return gr.Image(type="filepath", image_mode=None, label=label, sources=["upload", "clipboard"], height=height)
+
+
 def _reconstruct_tab(pipe) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            image = gr.Image(type="pil", label="Image", sources=["upload", "clipboard"])
+            image = _picture_field("Image")
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=5):
             pictures = _gallery(pipe, num_columns=2)
@@ -106,6 +112,7 @@ def _inpaint_tab(pipe) -> None:
             editor = gr.ImageEditor(
                 label="Brush over what is to be painted anew",
                 type="pil",
+                image_mode=None,
                 format="png",
                 sources=["upload", "clipboard"],
                 transforms=[],
@@ -137,7 +144,7 @@ def _interpolate_tab(pipe) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             ends = [
-                gr.Image(type="pil", label=name, sources=["upload", "clipboard"], height=240)
+                _picture_field(name, height=240)
                 for name in ("First image", "Last image")
             ]
             num_steps = gr.Slider(2, 16, 8, step=1, label="Images")
@@ -149,13 +156,14 @@ def _interpolate_tab(pipe) -> None:
 
 
 def _sampling_fields(pipe) -> tuple[gr.Number, list]:
-    """Fields for the seed and, in the order of OPTION_NAMES, the sampling options."""
+    """Fields for the seed and, in the order of OPTION_NAMES, the sampling options, which begin as the pipeline's."""
+    sampling = pipe.sampling
     is_conditional, layout = pipe.prior.conditions.num_classes > 0, pipe.tokenizer.layout
     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
     scale = gr.Slider(
         0,
-        10,
-        1.25 if is_conditional else 1,
+        max(10, sampling.guidance_scale),
+        sampling.guidance_scale,
         step=0.05,
         label="Guidance scale",
         info="1 is none",
@@ -163,21 +171,31 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
     )
     schedule = gr.Radio(
         list(GUIDANCE_SCHEDULES),
-        value="linear" if layout.is_scales else "constant",
+        value=sampling.guidance_schedule,
         label="Guidance over the blocks",
         visible=is_conditional,
     )
-    power = gr.Slider(0.1, 5, 1, step=0.1, label="Power of power-cosine", visible=False)
+    power = gr.Slider(
+        min(0.1, sampling.guidance_power),
+        max(5, sampling.guidance_power),
+        sampling.guidance_power,
+        step=0.1,
+        label="Power of power-cosine",
+        visible=is_conditional and sampling.guidance_schedule == "power-cosine",
+    )
     schedule.change(lambda name: gr.Slider(visible=name == "power-cosine"), schedule, power)
     with gr.Accordion("Truncation", open=False):
-        temperature = gr.Slider(0.05, 2, 1, step=0.05, label="Temperature")
+        heat = sampling.temperature
+        temperature = gr.Slider(min(0.05, heat), max(2, heat), heat, step=0.05, label="Temperature")
         top_k = gr.Number(
-            0, precision=0, minimum=0, maximum=pipe.prior.vocab_size, label="Top k", info="0 is off"
+            sampling.top_k, precision=0, minimum=0, maximum=pipe.prior.vocab_size, label="Top k", info="0 is off"
         )
-        top_p = gr.Slider(0.05, 1, 1, step=0.01, label="Top p", info="1 is off")
-        min_p = gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0 is off")
+        top_p = gr.Slider(min(0.05, sampling.top_p), 1, sampling.top_p, step=0.01, label="Top p", info="1 is off")
+        min_p = gr.Slider(0, 1, sampling.min_p, step=0.01, label="Min p", info="0 is off")
         smooth = gr.Checkbox(
-            label="Smooth: mixtures of codes, for looking at and not for measuring", visible=layout.is_scales
+            sampling.is_smooth,
+            label="Smooth: mixtures of codes, for looking at and not for measuring",
+            visible=layout.is_scales,
         )
     by_name = {
         "guidance_scale": scale,
@@ -248,6 +266,7 @@ def _reported(handler: Callable) -> Callable:
         try:
             return handler(*values)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            # Gradio takes a message for HTML, and names of files and classes are anybody's.
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
     return show

@@ -3,9 +3,26 @@
 Legend: K blocks, L_k tokens of block k, V codes, C code channels.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import fields
+
+from nextblock.files.quoting import markdown_text
+from nextblock.prior.sampling import SamplingOptions
 
 GRID_NAME = "samples.png"
+LOADER_NAME = "pipeline.py"
+# It brings no code of its own: what runs is the installed library, or diffusers says that it is missing.
+LOADER_TEXT = '''"""Lets diffusers find the pipeline of this folder: custom_pipeline=FOLDER, trust_remote_code=True.
+
+Needs nextblock: pip install nextblock
+"""
+
+from nextblock.pipelines import ClassToImagePipeline
+
+__all__ = ["ClassToImagePipeline"]
+'''
+_INSTALL = "pip install nextblock"
 # What a prior's configuration may say of its size.
 _SIZES = {
     "model_type": "{}",
@@ -17,14 +34,23 @@ _SIZES = {
 }
 
 
-def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | None, has_grid: bool) -> str:
+def pipeline_card(
+    pipe,
+    recipe: Mapping | None,
+    metrics: Mapping[str, float] | None,
+    license: str | None,
+    has_grid: bool,
+    repo_id: str,
+) -> str:
     """Write the card of a pipeline.
 
     Args:
         pipe: a `ClassToImagePipeline`.
         recipe: how it was trained, name → value; None leaves the section out.
         metrics: what was measured, name → number; None leaves the section out.
+        license: of the weights; None where nobody has stated one.
         has_grid: whether a picture of samples lies beside the card.
+        repo_id: where the pipeline is published; only a name with an owner is one that others can load.
 
     Returns:
         Markdown with the header that the hub reads.
@@ -33,23 +59,17 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
     layout, num_classes = prior.layout, prior.conditions.num_classes
     height, width = tokenizer.config.image_size
     kind = "class-conditional" if num_classes else "unconditional"
-    label = (prior.conditions.class_names or [0])[0]
-    call = f"pipe({label!r}, num_images_per_label=4)" if num_classes else "pipe(4)"
     shapes = ", ".join(f"{h}×{w}" for h, w in _shortened(layout.shapes))
-    lines = ["---", "library_name: diffusers", "tags:", "- nextblock", "- image-generation", "---"]
+    # The hub knows no task of class-conditional generation; this is where such models are filed.
+    lines = ["---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
+    lines += [f"license: {json.dumps(license or 'unknown')}", "tags:", "- nextblock", "- image-generation", "---"]
     lines += [f"# Next-block {kind} image generation", ""]
     if has_grid:
         lines += [f"![samples]({GRID_NAME})", ""]
     lines += [
         f"Samples {height}×{width} images block by block: {layout.num_blocks} {layout.kind} of {shapes} tokens.",
         "",
-        "```python",
-        "from nextblock.pipelines import ClassToImagePipeline",
-        "",
-        'pipe = ClassToImagePipeline.from_pretrained("path/or/repository")',
-        f"images = {call}.images",
-        "```",
-        "",
+        *_usage(pipe, repo_id if "/" in repo_id else "path/or/repository"),
         "## Model",
         "",
         "| | |",
@@ -64,7 +84,40 @@ def pipeline_card(pipe, recipe: Mapping | None, metrics: Mapping[str, float] | N
         "",
     ]
     lines += _table("Recipe", recipe) + _table("Metrics", metrics)
+    stated = f"The weights are licensed under {license}." if license else "Nobody has stated a licence of the weights."
+    lines += ["## Licence", "", f"{stated} The library nextblock is under Apache-2.0.", ""]
     return "\n".join(lines)
+
+
+def _usage(pipe, address: str) -> list[str]:
+    """Say what to install and how to sample."""
+    return [
+        "## Use",
+        "",
+        f"```bash\n{_INSTALL}\n```",
+        "",
+        "```python",
+        "from nextblock.pipelines import ClassToImagePipeline",
+        "",
+        f'pipe = ClassToImagePipeline.from_pretrained("{address}")',
+        f"images = {_call_text(pipe)}.images",
+        "```",
+        "",
+        "Guidance and truncation are stored with the pipeline and count where a call does not give them.",
+        "Where nextblock is installed, diffusers loads the same by",
+        "`DiffusionPipeline.from_pretrained(path, custom_pipeline=path, trust_remote_code=True)`.",
+        "",
+    ]
+
+
+def _call_text(pipe) -> str:
+    """Write the call that samples as the pipeline does by itself, with every option that is set."""
+    options = {f.name: getattr(pipe.sampling, f.name) for f in fields(SamplingOptions)}
+    options = {name: value for name, value in options.items() if value != getattr(SamplingOptions(), name)}
+    arguments = ["4"]
+    if pipe.prior.conditions.num_classes:
+        arguments = [repr((pipe.class_names or [0])[0]), "num_images_per_label=4"]
+    return f"pipe({', '.join([*arguments, *(f'{name}={value!r}' for name, value in options.items())])})"
 
 
 def _shortened(shapes) -> list:
@@ -87,10 +140,10 @@ def _table(title: str, rows: Mapping | None) -> list[str]:
     """Lay out a section of names and values."""
     if not rows:
         return []
-    cells = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    cells = [f"| {markdown_text(name)} | {_cell(value)} |" for name, value in rows.items()]
     return [f"## {title}", "", "| | |", "|---|---|", *cells, ""]
 
 
 def _cell(value) -> str:
-    """Write a value so that it stays in its cell."""
-    return (f"{value:.6g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+    """Write a value so that it stays text in its cell."""
+    return f"{value:.6g}" if isinstance(value, float) else markdown_text(str(value))

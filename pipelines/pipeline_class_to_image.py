@@ -5,6 +5,7 @@ Legend: B images, n of a batch, K blocks, L_k tokens of block k, V codes, H×W p
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 import diffusers
 import torch
@@ -16,11 +17,11 @@ from transformers import PreTrainedModel
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
-from nextblock.prior.family import check_quantizer, compile_layers
+from nextblock.prior.family import check_quantizer
 from nextblock.prior.sampling import SamplingOptions
 
 from . import editing, storage
-from .call_state import CallState, HasCallState
+from .compiling import compile_pipeline
 from .editing import Labels, Output
 from .given_images import ImageInput
 from .labels import resolve_labels
@@ -28,23 +29,65 @@ from .sampling_loop import make_request, run, run_progressively
 from .sampling_request import check_counts
 
 
-class ClassToImagePipeline(HasCallState, DiffusionPipeline):
+class ClassToImagePipeline(DiffusionPipeline):
     """Sample images of given classes, and edit images that are given.
 
     Args:
         tokenizer: a `VQVAE`.
         prior: over that tokenizer's indices; a `BlockPrior`, or of any family that takes class labels.
+        sampling: how tokens are drawn where a call does not say: a `SamplingOptions`, or a dict of its fields as it is
+            saved with the pipeline; None for its defaults.
+        card: what the model card says of the training: dicts `recipe` and `metrics`, and `license`; saved with the
+            pipeline, and filled by `save_pretrained`.
+
+    Raises:
+        ValueError: if prior and tokenizer do not fit each other, or the prior cannot be sampled so.
     """
 
     model_cpu_offload_seq = "prior->tokenizer"
     _callback_tensor_inputs = ["idx", "logits"]
 
-    def __init__(self, tokenizer: PreTrainedModel, prior: PreTrainedModel):
+    def __init__(
+        self,
+        tokenizer: PreTrainedModel,
+        prior: PreTrainedModel,
+        sampling: SamplingOptions | dict | None = None,
+        card: dict | None = None,
+    ):
         super().__init__()
+        options = SamplingOptions.stored(sampling)
         if tokenizer is not None and prior is not None:
             check_quantizer(prior, tokenizer.quantizer)
+            options.check_for(prior)
         self.register_modules(tokenizer=tokenizer, prior=prior)
-        self._last_call = CallState()
+        self.register_to_config(sampling=asdict(options), card=card)
+        self._guidance_scale, self._interrupt = options.guidance_scale, False
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How tokens are drawn where a call does not say; saved with the pipeline."""
+        return SamplingOptions.stored(self.config.sampling)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes by label; None where they have no names, or there are none."""
+        return self.prior.conditions.class_names
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Label → class name, or the number where classes have no names; empty for an unconditional model."""
+        names = self.class_names or map(str, range(self.prior.conditions.num_classes))
+        return dict(enumerate(names))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of the batch at hand; a callback that sets `_guidance_scale` changes that batch's later blocks."""
+        return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after the block at hand; a callback that sets `_interrupt` stops its call."""
+        return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
@@ -63,7 +106,12 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             ValueError: if `use_safetensors` is False or `dtype` is none.
         """
         storage.check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"use_safetensors": True})
+        is_folder = os.path.isdir(pretrained_model_name_or_path)
+        folder = pretrained_model_name_or_path if is_folder else cls.download(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(folder, **kwargs | {"use_safetensors": True})
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        storage.keep_grid(pipe, folder)
+        return pipe
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
@@ -83,12 +131,12 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
         self,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_images_per_label: int = 1,
-        guidance_scale: float = 1.0,
-        guidance_schedule: str = "constant",
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         generator: Generator | list[Generator] | None = None,
         idx_Bl: list[Tensor] | None = None,
         output_type: str = "pil",
@@ -97,8 +145,8 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("idx",),
         decode_batch_size: int | None = None,
         batch_size: int | None = None,
-        guidance_power: float = 1.0,
-        is_smooth: bool = False,
+        guidance_power: float | None = None,
+        is_smooth: bool | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
@@ -106,7 +154,7 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             class_labels: classes by number or name; None, or a number of images, for an unconditional model.
             num_images_per_label: images of each label, or of an unconditional model.
             guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p, guidance_power, is_smooth: see
-                `prior.sampling.SamplingOptions`.
+                `prior.sampling.SamplingOptions`; None takes what the pipeline was saved with, `pipe.sampling`.
             generator: one that seeds one for each image, or a list of those; an image depends on its own alone.
             idx_Bl: known tokens, K tensors (B, L_k) int64, −1 for those to sample.
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent": K tensors (B, L_k).
@@ -124,17 +172,13 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             ValueError: if an argument is outside its range or a class name is unknown.
         """
         check_counts(output_type, decode_batch_size=decode_batch_size)
-        guidance = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule}
-        truncation = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        asked = self, class_labels, num_images_per_label
+        given = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule}
+        given |= {"guidance_power": guidance_power, "is_smooth": is_smooth}
+        given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        asked = {"generator": generator, "idx_Bl": idx_Bl, "batch_size": batch_size}
+        asked |= {"callback": callback_on_step_end, "callback_tensor_inputs": callback_on_step_end_tensor_inputs}
         request = make_request(
-            *asked,
-            options=SamplingOptions(**guidance, guidance_power=guidance_power, **truncation, is_smooth=is_smooth),
-            generator=generator,
-            idx_Bl=idx_Bl,
-            batch_size=batch_size,
-            callback=callback_on_step_end,
-            callback_tensor_inputs=callback_on_step_end_tensor_inputs,
+            self, class_labels, num_images_per_label, options=self.sampling.changed(**given), **asked
         )
         images = run(self, request, output_type, decode_batch_size)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -158,7 +202,7 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             num_images_per_label: images of each label.
             generator, idx_Bl, decode_batch_size, batch_size: see `__call__`.
             output_type: "pil", "np" or "pt".
-            options: fields of `prior.sampling.SamplingOptions`.
+            options: fields of `prior.sampling.SamplingOptions`, else as in `__call__`.
 
         Returns:
             K entries, each what `__call__` has as `images`; the last equals `__call__`'s.
@@ -167,27 +211,16 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             ValueError: if an argument is outside its range or a class name is unknown.
         """
         check_counts(output_type, editing.PICTURE_TYPES, decode_batch_size=decode_batch_size)
+        asked = {"generator": generator, "idx_Bl": idx_Bl, "batch_size": batch_size}
         request = make_request(
-            self,
-            class_labels,
-            num_images_per_label,
-            options=SamplingOptions(**options),
-            generator=generator,
-            idx_Bl=idx_Bl,
-            batch_size=batch_size,
+            self, class_labels, num_images_per_label, options=self.sampling.changed(**options), **asked
         )
         return run_progressively(self, request, output_type, decode_batch_size)
 
     @torch.no_grad()
     def inpaint(
-        self,
-        image: ImageInput,
-        mask_image: ImageInput,
-        class_labels: Labels = None,
-        num_images_per_label: int = 1,
-        *,
-        fit: str = "crop",
-        **options,
+        self, image: ImageInput, mask_image: ImageInput, class_labels: Labels = None,
+        num_images_per_label: int = 1, *, fit: str = "crop", **options,
     ) -> Output:
         """Paint part of an image anew: in-painting and class-conditional editing by a token mask.
 
@@ -215,14 +248,8 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
 
     @torch.no_grad()
     def outpaint(
-        self,
-        image: ImageInput,
-        box: tuple[int, int, int, int],
-        class_labels: Labels = None,
-        num_images_per_label: int = 1,
-        *,
-        fit: str = "crop",
-        **options,
+        self, image: ImageInput, box: tuple[int, int, int, int], class_labels: Labels = None,
+        num_images_per_label: int = 1, *, fit: str = "crop", **options,
     ) -> Output:
         """Paint what lies around an image: the image goes into a box of the picture, the rest is sampled.
 
@@ -242,13 +269,8 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
 
     @torch.no_grad()
     def reconstruct(
-        self,
-        image: ImageInput,
-        decode_batch_size: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        *,
-        fit: str = "crop",
+        self, image: ImageInput, decode_batch_size: int | None = None, output_type: str = "pil",
+        return_dict: bool = True, *, fit: str = "crop",
     ) -> Output:
         """Encode images to indices and decode them: the best that the tokenizer allows.
 
@@ -267,15 +289,8 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
 
     @torch.no_grad()
     def interpolate(
-        self,
-        image_a: ImageInput,
-        image_b: ImageInput,
-        num_steps: int = 8,
-        decode_batch_size: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        *,
-        fit: str = "crop",
+        self, image_a: ImageInput, image_b: ImageInput, num_steps: int = 8, decode_batch_size: int | None = None,
+        output_type: str = "pil", return_dict: bool = True, *, fit: str = "crop",
     ) -> Output:
         """Go from one image to another along the straight line between their quantized maps.
 
@@ -306,6 +321,7 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
         recipe: Mapping | None = None,
         metrics: Mapping[str, float] | None = None,
         sample_images: Sequence[Image.Image] | None = None,
+        license: str | None = None,
         **hub_options,
     ) -> None:
         """Save configuration, safetensors and a model card.
@@ -316,16 +332,18 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             variant: such as "bf16", a part of the weights' file names.
             max_shard_size: largest file of weights.
             push_to_hub: whether to publish the folder, under its name unless there is a `repo_id`.
-            recipe: how the pipeline was trained, name → value, for the card.
+            recipe: how the pipeline was trained, name → value, for the card; None keeps what it was loaded with, as for
+                the next three.
             metrics: what was measured, name → number, for the card.
             sample_images: pictures for the card's grid.
+            license: of the weights, such as "apache-2.0"; the card says so where nobody has stated one.
             hub_options: see `push_to_hub`, and `repo_id`.
 
         Raises:
             ValueError: if `safe_serialization` is False, or options for the hub come without `push_to_hub`.
         """
         files = save_directory, safe_serialization, variant, max_shard_size, push_to_hub
-        card = {"recipe": recipe, "metrics": metrics, "sample_images": sample_images}
+        card = {"recipe": recipe, "metrics": metrics, "sample_images": sample_images, "license": license}
         storage.save_pipeline(self, *files, **card, **hub_options)
 
     def push_to_hub(
@@ -345,7 +363,7 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
             commit_message, create_pr: of the commit, which may be a pull request.
             private: whether a new repository is private; None leaves it to the hub.
             token: None takes the stored one.
-            saving: `variant`, `max_shard_size`, `recipe`, `metrics` and `sample_images` of `save_pretrained`.
+            saving: those of `save_pretrained`: `variant`, `recipe`, `metrics`, `sample_images`, `license`, ….
 
         Returns:
             The commit's address.
@@ -362,14 +380,7 @@ class ClassToImagePipeline(HasCallState, DiffusionPipeline):
         Raises:
             ValueError: if `torch.compile` does not take the options; the pipeline then stays as it was.
         """
-        if options.get("fullgraph"):
-            raise ValueError(f"options are {options}; expected no fullgraph: attention stays out of the graphs")
-        try:
-            torch.compile(torch.nn.Identity(), **options)
-        except (AssertionError, RuntimeError, TypeError) as error:
-            raise ValueError(f"options are {options}; expected those of torch.compile: {error}") from error
-        compile_layers(self.prior, **options)
-        self.tokenizer.decoder.compile(**options)
+        compile_pipeline(self, options)
 
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""

@@ -3,12 +3,14 @@
 Legend: B images, n images of a batch, K blocks, L_k tokens of block k, C code channels, h×w latent cells.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
 
+from nextblock.data.finite import check_finite
 from nextblock.data.pixels import to_output
 from nextblock.prior.family import check_given
 from nextblock.prior.generation import generate
@@ -16,7 +18,6 @@ from nextblock.prior.sampling import SamplingOptions, image_generators
 from nextblock.training.offload import run_offload_hook
 
 from .block_loop import BlockLoop
-from .call_state import CallState
 from .labels import resolve_labels
 from .sampling_request import BatchShape, SamplingRequest, check_callback, check_counts
 
@@ -101,14 +102,13 @@ def run_progressively(pipe, request: SamplingRequest, output_type: str, decode_b
 
 
 def decode(pipe, features: Tensor, num_images: int | None, output_type: str):
-    """Decode maps (B, C, h, w) in batches of one shape."""
+    """Decode maps (B, C, h, w) in batches of one shape; refuse those, and images, that are NaN or infinite."""
     run_offload_hook(pipe.tokenizer)
     batch = BatchShape.choose(len(features), num_images, pipe.tokenizer, pipe._execution_device)
-    images = [
-        pipe.tokenizer.decode(batch.pad(part))[: len(part)].clamp(-1, 1).float()
-        for part in features.split(batch.num_images)
-    ]
-    return to_output(torch.cat(images), output_type)
+    parts = features.split(batch.num_images)
+    images = torch.cat([pipe.tokenizer.decode(batch.pad(part))[: len(part)] for part in parts])
+    check_finite("decoding", {"the quantized map": features, "the image": images})
+    return to_output(images.clamp(-1, 1).float(), output_type)
 
 
 @contextmanager
@@ -129,24 +129,27 @@ def _sample(pipe, request: SamplingRequest, keeps_maps: bool = False) -> tuple[l
     # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
     pipe.tokenizer.quantizer.to(pipe._execution_device)
     starts, batches, maps = range(0, len(request.condition), request.batch.num_images), [], []
-    with pipe.new_call() as state, pipe.progress_bar(total=len(starts) * pipe.num_timesteps) as bar:
+    # What a callback sets on the pipeline is the call's own: threads that sample at once do not meet.
+    call = copy.copy(pipe)
+    call._interrupt = False
+    with pipe.progress_bar(total=len(starts) * pipe.num_timesteps) as bar:
         for start in starts:
-            idx_Bl, batch_maps = _sample_batch(pipe, request, start, bar, state, keeps_maps)
+            idx_Bl, batch_maps = _sample_batch(call, request, start, bar, keeps_maps)
             batches.append(idx_Bl)
             maps.append(batch_maps)
     idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]
     return idx_Bl, [torch.cat(features) for features in zip(*maps, strict=True)]
 
 
-def _sample_batch(pipe, request: SamplingRequest, start: int, bar, state: CallState, keeps_maps: bool):
+def _sample_batch(pipe, request: SamplingRequest, start: int, bar, keeps_maps: bool):
     """Sample one batch; padded rows are computed and dropped."""
     batch, rows = request.batch, slice(start, start + request.batch.num_images)
     own, given = request.generators[rows], request.given_idx_BL
     n = len(own)
     # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
-    state.guidance_scale = request.options.guidance_scale
-    loop, idx_Bl = BlockLoop(pipe, request, n, bar, state, keeps_maps), []
-    if not state.is_interrupted:
+    pipe._guidance_scale = request.options.guidance_scale
+    loop, idx_Bl = BlockLoop(pipe, request, n, bar, keeps_maps), []
+    if not pipe.interrupt:
         idx_Bl = generate(
             pipe.prior,
             request.condition[rows].padded(batch.num_rows),

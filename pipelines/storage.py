@@ -1,5 +1,7 @@
 """Loading and saving of a pipeline: folders and hub repositories of configuration, safetensors and a model card."""
 
+import io
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,9 @@ from PIL import Image
 
 from nextblock.evaluation.pictures import image_grid
 
-from .model_card import GRID_NAME, pipeline_card
+from .model_card import GRID_NAME, LOADER_NAME, LOADER_TEXT, pipeline_card
+
+_CARD_FACTS = ("recipe", "metrics", "license")
 
 
 def check_loading(use_safetensors: bool | None, dtype) -> None:
@@ -34,7 +38,7 @@ def download_pipeline(pretrained_model_name: str, options: Mapping) -> str:
     names = ("cache_dir", "revision", "token", "force_download", "local_files_only")
     return snapshot_download(
         pretrained_model_name,
-        allow_patterns=["*.json", "*.safetensors", "README.md"],
+        allow_patterns=["*.json", "*.safetensors", "README.md", GRID_NAME],
         **{name: options[name] for name in names if options.get(name) is not None},
     )
 
@@ -50,6 +54,7 @@ def save_pipeline(
     recipe: Mapping | None = None,
     metrics: Mapping[str, float] | None = None,
     sample_images: Sequence[Image.Image] | None = None,
+    license: str | None = None,
     **hub_options,
 ) -> None:
     """Save configuration, safetensors and a model card; see `ClassToImagePipeline.save_pretrained`."""
@@ -58,21 +63,72 @@ def save_pipeline(
     if hub_options and not push_to_hub:
         raise ValueError(f"push_to_hub is False; expected True with {sorted(hub_options)}")
     folder = Path(save_directory)
-    DiffusionPipeline.save_pretrained(pipe, folder, variant=variant, max_shard_size=max_shard_size)
-    if sample_images is not None:
-        pictures = np.stack([np.asarray(image.convert("RGB")) for image in sample_images])
-        image_grid(pictures, min(8, len(pictures))).save(folder / GRID_NAME)
-    card = pipeline_card(pipe, recipe, metrics, has_grid=sample_images is not None)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    repo_id = hub_options.pop("repo_id", folder.resolve().name)
+    _write_folder(pipe, folder, repo_id, variant, max_shard_size, sample_images, (recipe, metrics, license))
     if push_to_hub:
-        upload_folder(folder, hub_options.pop("repo_id", folder.resolve().name), **hub_options)
+        upload_folder(folder, repo_id, **hub_options)
+
+
+def _write_folder(
+    pipe: DiffusionPipeline,
+    folder: Path,
+    repo_id: str,
+    variant: str | None,
+    max_shard_size: int | str | None,
+    sample_images: Sequence[Image.Image] | None,
+    facts: tuple,
+) -> None:
+    """Write weights and configuration, the card and its picture, and what diffusers loads by `custom_pipeline`."""
+    given = {name: fact for name, fact in zip(_CARD_FACTS, facts, strict=True) if fact is not None}
+    # Through JSON, so that what is saved now is what will be loaded.
+    card = json.loads(json.dumps({**(pipe.config.card or {}), **given}, default=str))
+    pipe.register_to_config(card=card or None)
+    if sample_images is not None:
+        pictures, content = np.stack([np.asarray(image.convert("RGB")) for image in sample_images]), io.BytesIO()
+        image_grid(pictures, min(8, len(pictures))).save(content, format="PNG")
+        pipe._grid = content.getvalue()
+    grid = _kept_grid(pipe)
+    DiffusionPipeline.save_pretrained(pipe, folder, variant=variant, max_shard_size=max_shard_size)
+    if grid is None:
+        # Of another pipeline that was saved here before.
+        (folder / GRID_NAME).unlink(missing_ok=True)
+    else:
+        (folder / GRID_NAME).write_bytes(grid)
+    facts = {name: card.get(name) for name in _CARD_FACTS}
+    text = pipeline_card(pipe, **facts, has_grid=grid is not None, repo_id=repo_id)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / LOADER_NAME).write_text(LOADER_TEXT, encoding="utf-8")
+
+
+def keep_grid(pipe: DiffusionPipeline, folder: str | os.PathLike | None) -> None:
+    """Keep the picture of a card with the pipeline, for the folders that it will be saved in."""
+    path = None if folder is None else Path(folder, GRID_NAME)
+    pipe._grid = path.read_bytes() if path is not None and path.is_file() else None
+
+
+def _kept_grid(pipe: DiffusionPipeline) -> bytes | None:
+    """Return the picture of a card; diffusers' own class tells only where the pipeline was loaded from."""
+    if not hasattr(pipe, "_grid"):
+        keep_grid(pipe, getattr(pipe.config, "_name_or_path", None) or None)
+    return pipe._grid
 
 
 def publish_pipeline(pipe: DiffusionPipeline, repo_id: str, saving: Mapping, **hub_options) -> str:
     """Publish a pipeline with its model card; see `ClassToImagePipeline.push_to_hub`."""
     with tempfile.TemporaryDirectory() as folder:
-        pipe.save_pretrained(folder, **saving)
+        _check_saving(saving)
+        names = ("variant", "max_shard_size", "sample_images", "recipe", "metrics", "license")
+        options = [saving.get(name) for name in names]
+        _write_folder(pipe, Path(folder), repo_id, *options[:3], tuple(options[3:]))
         return upload_folder(folder, repo_id, **hub_options)
+
+
+def _check_saving(saving: Mapping) -> None:
+    """Refuse what is no option of saving for the hub."""
+    expected = {"safe_serialization", "variant", "max_shard_size", "recipe", "metrics", "sample_images", "license"}
+    unknown = sorted(set(saving) - expected)
+    if unknown or saving.get("safe_serialization", True) is not True:
+        raise ValueError(f"saving options are {dict(saving)}; expected some of {sorted(expected)}, safetensors only")
 
 
 def upload_folder(

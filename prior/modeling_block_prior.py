@@ -148,7 +148,7 @@ class BlockPrior(StoredModel):
             var_input: (B, L − L_1, C) from `idxBl_to_var_input`, or (B, L − L_1) int64 where `input_embedding` is
                 "tokens".
             class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class. Or a condition of such labels.
-            labels: (B, L) int64 indices to predict, in block order; gives the loss.
+            labels: (B, L) int64 indices to predict, in block order, −100 for those to ignore; gives the loss.
             return_dict: False returns a tuple of what is not None.
             loss_chunk_size: compute the loss this many tokens at a time and return no logits: those of all B·L tokens,
                 and their gradient, then never exist together. Needs labels; None computes all at once.

@@ -4,10 +4,12 @@ Legend: B batch, K blocks, l tokens of the block at hand, V codes, C code channe
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, make_dataclass, replace
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
+import docstring_parser
 import torch
 from torch import Generator, Tensor
 
@@ -56,6 +58,33 @@ class SamplingOptions:
         if not isinstance(self.is_smooth, bool):
             raise ValueError(f"is_smooth is {self.is_smooth!r}; expected True or False")
 
+    @classmethod
+    def stored(cls, values: "SamplingOptions | Mapping | None") -> "SamplingOptions":
+        """Read options that were written down.
+
+        Args:
+            values: name → value; or options, which are returned; or None for the defaults.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: naming an option that there is not, or a value outside its range.
+        """
+        if isinstance(values, cls):
+            return values
+        if values is not None and not isinstance(values, Mapping):
+            raise ValueError(f"sampling is {values!r}; expected SamplingOptions, a dict of its fields, or None")
+        names = [option.name for option in fields(cls)]
+        unknown = sorted(set(values or {}) - set(names))
+        if unknown:
+            raise ValueError(f"sampling holds {unknown}; expected some of {names}")
+        return cls(**(values or {}))
+
+    def changed(self, **given) -> "SamplingOptions":
+        """Return these options with others in their place; None stands for an option that is not given."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
     def check_for(self, prior: Prior) -> None:
         """Refuse what a prior cannot serve.
 
@@ -82,6 +111,27 @@ class SamplingOptions:
         if self.guidance_schedule == "power-cosine":
             shares = [(1 - math.cos(math.pi * share**self.guidance_power)) / 2 for share in shares]
         return [1 + (self.guidance_scale - 1) * share for share in shares]
+
+
+def _given_options() -> type:
+    """Make the dataclass of the options that a command was given, each null where it was not."""
+    described = {p.arg_name: p.description for p in docstring_parser.parse_from_object(SamplingOptions).params}
+    lines = [f"    {option.name}: {' '.join(described[option.name].split())}" for option in fields(SamplingOptions)]
+    hints = get_type_hints(SamplingOptions)
+    options = make_dataclass(
+        "GivenSamplingOptions",
+        [(option.name, hints[option.name] | None, None) for option in fields(SamplingOptions)],
+        kw_only=True,
+        frozen=True,
+    )
+    options.__module__ = __name__
+    options.__doc__ = "\n".join(
+        ["How tokens are drawn; null takes what the pipeline was saved with.", "", "Args:", *lines]
+    )
+    return options
+
+
+GivenSamplingOptions = _given_options()
 
 
 def _check_number(name: str, value: float, expected: str, is_allowed) -> None:
@@ -164,7 +214,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, options: SamplingOptions) ->
     cumulative = truncate_logits(logits, options).double().softmax(dim=-1).cumsum(dim=-1)
     # Scaling by the last entry keeps a uniform number near 1 inside the distribution despite rounding.
     targets = uniforms[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    idx = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    # Logits that are NaN lead past the last code, where a GPU would stop for good before anybody has seen them.
+    return idx.clamp_max_(logits.shape[-1] - 1)
 
 
 def smooth_temperature(progress: float) -> float:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid
@@ -71,6 +72,8 @@ class PriorTrainConfig:
     """Folder of the run."""
     pipeline_dir: str
     """Folder that the trained pipeline is saved in."""
+    license: str | None = None
+    """Licence of the trained weights for the model card, such as apache-2.0; null states none."""
     model: BlockPriorOptions = field(default_factory=BlockPriorOptions)
     """The prior's architecture."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -90,7 +93,7 @@ class PriorTrainConfig:
     num_pictures_per_class: int = 4
     """Samples drawn of each class at an evaluation, of at most ten classes."""
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(guidance_scale=1.25))
-    """How those samples are drawn."""
+    """How those samples are drawn, and the pipeline's where a call does not say; without classes unguided."""
 
     def __post_init__(self):
         if (self.tokens is None) == (self.data is None):
@@ -119,7 +122,7 @@ class PriorTask:
         model: the prior to train, of any family.
         tokenizer: frozen, in float32; encodes images, turns indices into the prior's input and samples into pictures.
         data: rows to train on and rows held out.
-        export: called with the prior, the tokenizer, the recipe (name → value), the last metrics and sample images.
+        export: called with the prior, the tokenizer, sampling options, recipe, metrics and sample images.
 
     Raises:
         ValueError: if the prior cannot draw samples as the run asks, or compute its loss in chunks.
@@ -172,9 +175,10 @@ class PriorTask:
         for i, batch in enumerate(micro_batches):
             condition = self.conditions.from_batch(batch)
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
-            idx_BL = self._indices(batch)
+            idx_BL, poison = self._training_indices(batch)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 output = self._predict(self.model, idx_BL, condition)
+                output.loss = output.loss * poison
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
         metrics = dict(zip(self.metric_names, (sums / n).unbind(), strict=True))
@@ -191,6 +195,20 @@ class PriorTask:
         # The tokenizer computes in a precision of its own, not in the prior's.
         with torch.autocast(self.accelerator.device.type, enabled=False):
             return self.encoder.img_to_idx(batch["pixel_values"])
+
+    @torch.no_grad()
+    def _training_indices(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+        """Return a batch's indices (B, L), and 1, or NaN where features of its images are NaN or infinite.
+
+        The guard of the training then skips the step, without waiting for the device.
+        """
+        if "labels" in batch:
+            return batch["labels"], 1.0
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            features = self.encoder.encode(batch["pixel_values"])
+            idx_BL = self.encoder.quantizer.indices(features, is_checked=False)
+        poison = torch.where(extremes(features).isfinite().all(), 1.0, torch.nan)
+        return idx_BL, poison
 
     def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition) -> PriorOutput:
         """Run the prior under teacher forcing."""
@@ -247,13 +265,13 @@ class PriorTask:
 
     def export(self, model: Prior, metrics: dict[str, float]) -> None:
         """Hand over prior and tokenizer, how the prior was trained, what it reached and samples of it."""
-        config, sampling = self.config, self.config.sampling
+        config, sampling = self.config, self.sampling
         recipe = {"steps": config.loop.num_steps, "batch size": config.loop.batch_size, "seed": config.loop.seed}
         recipe |= {"learning rate": config.optimizer.learning_rate, "class dropout": config.class_dropout}
         recipe |= {"guidance of the samples": f"{sampling.guidance_scale} ({sampling.guidance_schedule})"}
         with torch.no_grad():
             images = [Image.fromarray(image) for image in self._sample(model)[0]]
-        self._export(model, self.tokenizer, recipe, metrics, images)
+        self._export(model, self.tokenizer, sampling, recipe, metrics, images)
 
 
 def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:

@@ -18,9 +18,12 @@ from nextblock.files.state_dicts import (
     infer_size,
     take_over,
 )
-from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior import BlockPrior, BlockPriorConfig, SamplingOptions
 
 _VAR_HEAD_WIDTH = 64
+# The published sampling: cfg 1.5 in VAR's words.
+_VAR_SAMPLING = {"guidance_schedule": "linear", "top_k": 900, "top_p": 0.96}
+_VAR_GUIDANCE_SCALE = 2.5
 VAR_ATTENTION_SCALE = 0.25
 _VAR_DROP_PATH_PER_LAYER = 0.1 / 24
 
@@ -168,3 +171,17 @@ def _check_expressible(config: BlockPriorConfig) -> None:
             f"attention_scale is {config.attention_scale}; expected {VAR_ATTENTION_SCALE} in VAR's format "
             "without normalised attention"
         )
+
+
+def var_sampling(config: BlockPriorConfig) -> SamplingOptions:
+    """Return how VAR draws its published samples, as far as a prior can be sampled so.
+
+    Args:
+        config: of a prior that took over VAR's weights.
+
+    Returns:
+        The published guidance, where there are classes to guide by, and truncation.
+    """
+    scale = _VAR_GUIDANCE_SCALE if config.num_classes else 1.0
+    truncation = _VAR_SAMPLING | {"top_k": min(_VAR_SAMPLING["top_k"], config.vocab_size)}
+    return SamplingOptions(guidance_scale=scale, **truncation)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel  # noqa: F401  diffusers asks a compone
 from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.finite import check_finite
 from nextblock.evaluation.codebook import check_codes, code_counts, codebook_statistics
 from nextblock.files.stored_model import StoredModel
 from nextblock.training.offload import run_offload_hook
@@ -135,8 +136,14 @@ class VQVAE(StoredModel):
 
     @classmethod
     def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
-        """Load a tokenizer as `StoredModel.from_pretrained` does, those of version 0.1.0 among them."""
-        return super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
+        """Load a tokenizer as `StoredModel.from_pretrained` does, those of version 0.1.0 among them.
+
+        Raises:
+            ValueError: if codes or the codec's weights are NaN or infinite.
+        """
+        loaded = super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).quantizer.check_finite()
+        return loaded
 
     @wraps(StoredModel.save_pretrained, assigned=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
@@ -159,7 +166,8 @@ class VQVAE(StoredModel):
             A `VQVAEOutput`.
 
         Raises:
-            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range; or in evaluation mode
+                if what is quantized is NaN or infinite.
         """
         features = self.encode(pixel_values)
         quantized, vq_loss, idx_BL = self.quantizer(features)
@@ -188,7 +196,8 @@ class VQVAE(StoredModel):
             (B, L) int64.
 
         Raises:
-            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range, or if what is
+                quantized is NaN or infinite.
         """
         run_offload_hook(self)
         return self.quantizer.indices(self.encode(pixel_values))
@@ -227,11 +236,15 @@ class VQVAE(StoredModel):
             (B, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: if the indices do not fit the layout or one on the CPU is not a code.
+            ValueError: if the indices do not fit the layout or one on the CPU is not a code, or if what is decoded, or
+                the image, is NaN or infinite.
         """
         run_offload_hook(self)
         self._check_indices(idx_BL)
-        return self.decode(self.quantizer.idx_to_features(idx_BL)).clamp(-1, 1)
+        quantized = self.quantizer.idx_to_features(idx_BL)
+        image = self.decode(quantized)
+        check_finite("decoding", {"the quantized map": quantized, "the image": image})
+        return image.clamp(-1, 1)
 
     def img_to_idxBl(self, pixel_values: Tensor) -> list[Tensor]:
         """Turn images into K blocks of codebook indices (B, L_k); see `img_to_idx`."""
@@ -305,15 +318,9 @@ class VQVAE(StoredModel):
 
 def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
     """Return the encoder and the decoder."""
+    depth = config.num_res_blocks, config.latent_channels, config.dropout, config.min_group_channels
     if config.autoencoder == "simple":
-        sizes = (config.num_channels, config.hidden_dim, config.num_res_blocks, config.latent_channels, config.dropout)
+        sizes = config.num_channels, config.hidden_dim, *depth
         return SimpleEncoder(*sizes), SimpleDecoder(*sizes)
-    sizes = (
-        config.num_channels,
-        config.hidden_dim,
-        config.width_multipliers,
-        config.num_res_blocks,
-        config.latent_channels,
-        config.dropout,
-    )
+    sizes = config.num_channels, config.hidden_dim, config.width_multipliers, *depth
     return VQGANEncoder(*sizes), VQGANDecoder(*sizes)

@@ -17,6 +17,7 @@ logger = get_logger(__name__)
 BOOKKEEPING = {
     "output_dir",
     "pipeline_dir",
+    "license",
     "eval_batch_size",
     "gradient_checkpointing",
     "num_pictures",

@@ -117,7 +117,7 @@ def test_streams_that_do_not_fit_are_refused(tmp_path, hub):
     hub.Dataset.from_dict({"label": [0]}).save_to_disk(tmp_path / "saved")
     refused("was written by save_to_disk", path=tmp_path / "saved")
     with pytest.raises(ValueError, match="is_streamed=True: source='digits' is no stream"):
-        ImageDataConfig(is_streamed=True)
+        ImageDataConfig(source="digits", is_streamed=True)
     config = ImageDataConfig(source="datasets", path=str(tmp_path / "rows"), is_streamed=True)
     with pytest.raises(ValueError, match="expected is_streamed=False, or tokens that `nextblock tokenize` makes"):
         load_source(config, "train")

@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
 
 def _arguments(folder, output_dir):
     return [
+        *("--data.source", "digits"),
         *("--pipeline", str(folder / "pipeline")),
         *("--samples", str(folder / "samples")),
         *("--output_dir", str(output_dir)),
@@ -106,7 +107,7 @@ def test_judged_digits_are_the_real_ones(folder, tmp_path):
     from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
     from nextblock.data.pixels import to_uint8
 
-    dataset = ImageDataset(load_source(ImageDataConfig(), "train"), (32, 32), TransformConfig(), seed=0)
+    dataset = ImageDataset(load_source(ImageDataConfig(source="digits"), "train"), (32, 32), TransformConfig(), seed=0)
     batch = collate([dataset[index] for index in range(len(dataset))])
     images, class_labels = to_uint8(batch["pixel_values"]), batch["class_labels"].numpy()
     (tmp_path / "samples").mkdir()

@@ -28,7 +28,7 @@ def test_report_equals_the_figures_computed_by_hand(tokenizer_dir, tmp_path, cap
     report = json.loads((output_dir / "report.json").read_text())
 
     tokenizer = VQVAE.from_pretrained(tokenizer_dir)
-    dataset = ImageDataset(load_source(ImageDataConfig(), "test"), (32, 32), TransformConfig(), seed=0)
+    dataset = ImageDataset(load_source(ImageDataConfig(source="digits"), "test"), (32, 32), TransformConfig(), seed=0)
     pixel_values = collate([dataset[index] for index in range(len(dataset))])["pixel_values"]
     idx_BL = tokenizer.img_to_idx(pixel_values)
     counts = code_counts(idx_BL, tokenizer.layout.block_lengths, tokenizer.config.vocab_size)
@@ -47,7 +47,7 @@ def test_report_equals_the_figures_computed_by_hand(tokenizer_dir, tmp_path, cap
 
 
 def test_options_are_checked(tokenizer_dir, tmp_path, capsys):
-    arguments = ["--tokenizer", str(tokenizer_dir), "--output_dir", str(tmp_path)]
+    arguments = ["--tokenizer", str(tokenizer_dir), "--output_dir", str(tmp_path), "--data.source", "digits"]
     for wrong, message in (
         (["--data.eval_split", "null"], "split and data.eval_split are both null"),
         (["--batch_size", "0"], "batch_size is 0"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nextblock import __main__ as cli
-from nextblock import conversion, report
+from nextblock import conversion, init_configs, report
 from nextblock.command_line import parse_run_config
 from nextblock.commands import COMMANDS
 
@@ -73,13 +73,14 @@ def test_examples_are_true(name, monkeypatch):
     module = import_module(f"nextblock.{COMMANDS[name].module}")
     monkeypatch.setattr(conversion, "parse_run_config", parse)
     monkeypatch.setattr(report, "write_report", write_report)
+    monkeypatch.setattr(init_configs, "look_at", lambda images: write_report(images, None))
     if hasattr(module, "parse_run_config"):
         monkeypatch.setattr(module, "parse_run_config", parse)
     words = shlex.split(COMMANDS[name].example)
     with pytest.raises(StoppedError) as caught:
         cli.main([*name.split(), *words])
     (config,) = caught.value.args
-    given = dict(zip(words[::2], words[1::2], strict=True)) if name not in ("report", "convert prior") else {}
+    given = dict(zip(words[::2], words[1::2], strict=True)) if name not in ("report", "init", "convert prior") else {}
     for option, value in given.items():
         if option not in ("--config", "--scales"):
             assert getattr(config, option.removeprefix("--")) == value
@@ -136,3 +137,11 @@ def test_the_command_line_starts_from_any_folder(start, folder):
 
 def test_version(capsys):
     assert re.fullmatch(r"nextblock \d+\.\d+\.\d+\S*\n", output_of(capsys, "--version"))
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(capsys, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "main", interrupt)
+    assert output_of(capsys, "report", "run", status=130) == "nextblock report: interrupted\n"

@@ -45,7 +45,7 @@ def test_images_are_those_of_the_pipeline_with_their_own_generators(ten_class_pi
     pipe = ClassToImagePipeline.from_pretrained(ten_class_pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
     generator = [torch.Generator().manual_seed(image_seed(5, 17))]
-    options = {"guidance_scale": 1.25, "generator": generator, "output_type": "np"}
+    options = {"generator": generator, "output_type": "np"}
     alone = pipe(class_labels=[int(class_labels[17])], **options).images
     np.testing.assert_array_equal(np.round(alone[0] * 255), images[17])
 
@@ -76,7 +76,7 @@ def test_unconditional_pipelines_are_drawn_without_classes(tmp_path):
     layout = {"layout": tokenizer.layout.to_dict(), "embedding_dim": 4}
     prior = BlockPrior(BlockPriorConfig(**layout, hidden_size=16, num_layers=1, num_heads=2))
     ClassToImagePipeline(tokenizer=tokenizer, prior=prior).save_pretrained(tmp_path / "pipeline")
-    options = ["--sampling.guidance_scale", "1", "--num_images_per_label", "5", "--batch_size", "3"]
+    options = ["--num_images_per_label", "5", "--batch_size", "3"]
     images, class_labels = _sample(tmp_path / "pipeline", tmp_path / "out", *options)
     assert images.shape == (5, 16, 16, 3)
     assert class_labels.tolist() == [0] * 5
@@ -86,8 +86,27 @@ def test_unconditional_pipelines_are_drawn_without_classes(tmp_path):
     assert source.class_names == [] and [source.identifier(index) for index in (0, 4)] == ["0.png", "4.png"]
     np.testing.assert_array_equal([np.asarray(source.image(index)) for index in range(5)], images)
     with pytest.raises(ValueError, match="guidance_scale is 1.25; expected 1 for a model without classes"):
-        _sample(tmp_path / "pipeline", tmp_path / "guided")
+        _sample(tmp_path / "pipeline", tmp_path / "guided", "--sampling.guidance_scale", "1.25")
     assert not (tmp_path / "guided").exists()
+
+
+def test_the_pipelines_own_sampling_counts_where_none_is_given(ten_class_pipeline_dir, drawn, tmp_path):
+    pipe = ClassToImagePipeline.from_pretrained(ten_class_pipeline_dir)
+    stored = {"guidance_scale": 3.0, "guidance_schedule": "linear", "top_k": 4}
+    pipe = ClassToImagePipeline(tokenizer=pipe.tokenizer, prior=pipe.prior, sampling=stored)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    images = {}
+    spelled = [f"--sampling.{key}={value}" for key, value in (stored | {"top_k": 2}).items()]
+    for name, folder, options in (
+        ("stored", tmp_path / "pipeline", ["--sampling.top_k", "2"]),
+        ("given", ten_class_pipeline_dir, spelled),
+    ):
+        options += ["--num_images_per_label", "3", "--seed", "5", "--batch_size", "7"]
+        images[name], _ = _sample(folder, tmp_path / name, *options)
+        written = yaml.safe_load((tmp_path / name / "config.yaml").read_text())["sampling"]
+        assert written | stored | {"top_k": 2} == written and written["temperature"] == 1.0
+    np.testing.assert_array_equal(images["stored"], images["given"])
+    assert (images["stored"] != drawn[1]).any()
 
 
 def test_half_precision_draws_other_roundings_of_the_same_models(ten_class_pipeline_dir, drawn, tmp_path):

@@ -119,7 +119,7 @@ def test_one_view_of_every_image_makes_an_epoch_where_views_are_sampled(train_he
     assert torch.equal(seen[0], rows.__getitems__(next(iter(first)))["labels"])
     with pytest.raises(ValueError, match="samples_views is true; expected false without tokens"):
         PriorTrainConfig(
-            data=ImageDataConfig(), samples_views=True, tokenizer="t", output_dir="o", pipeline_dir="p"
+            data=ImageDataConfig(source="digits"), samples_views=True, tokenizer="t", output_dir="o", pipeline_dir="p"
         )
 
 
@@ -172,7 +172,8 @@ def test_the_exported_prior_is_the_weight_average(alone, tokens_dir, read_metric
     exported = pipe.prior.state_dict()
     assert all(torch.equal(tensor, state["module"][name]) for name, tensor in exported.items())
     assert not torch.equal(raw["head.weight"], exported["head.weight"])
-    assert pipe.prior.config.class_names == ["blue tit", "great tit", "wren"]
+    assert pipe.class_names == ["blue tit", "great tit", "wren"]
+    assert pipe.sampling == SamplingOptions(guidance_scale=1.25)
     loss = held_out_loss(pipe.prior, pipe.tokenizer, tokens_dir)
     assert read_metrics(alone)[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)
 
@@ -312,7 +313,7 @@ def test_images_without_classes_from_end_to_end(run_here, plain_image_folder, to
     pipe = ClassToImagePipeline.from_pretrained(tmp_path / "prior" / "pipeline")
     assert (pipe.prior.config.num_classes, pipe.prior.config.input_embedding) == (0, "tokens")
     pipe.set_progress_bar_config(disable=True)
-    assert len(pipe(num_images_per_label=3).images) == 3
+    assert len(pipe(num_images_per_label=3).images) == 3 and pipe.sampling == SamplingOptions()
     with pytest.raises(ValueError, match="guidance_scale is 2.0; expected 1 for a model without classes"):
         pipe(guidance_scale=2.0)
     with pytest.raises(ValueError, match="class_labels is 0; expected None for an unconditional model"):

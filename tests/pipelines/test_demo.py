@@ -9,7 +9,8 @@ from PIL import Image
 
 from nextblock import demo
 from nextblock.command_line import parse_run_config
-from nextblock.pipelines import demo_handlers
+from nextblock.data.reading import read_picture
+from nextblock.pipelines import ClassToImagePipeline, demo_handlers
 
 OPTIONS = {"guidance_scale": 1.5, "guidance_schedule": "linear", "guidance_power": 1.0, "temperature": 1.0}
 OPTIONS |= {"top_k": 6, "top_p": 1.0, "min_p": 0.0, "is_smooth": False}
@@ -17,7 +18,11 @@ OPTIONS |= {"top_k": 6, "top_p": 1.0, "min_p": 0.0, "is_smooth": False}
 
 @pytest.fixture(scope="module")
 def pipe(build_pipeline):
-    return build_pipeline()
+    pipe = build_pipeline()
+    stored = {"guidance_scale": 1.25, "guidance_schedule": "linear", "top_p": 0.9}
+    pipe = ClassToImagePipeline(tokenizer=pipe.tokenizer, prior=pipe.prior, sampling=stored)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +79,7 @@ def component(page, kind: str, label: str | None = None):
 def test_the_page_opens_with_samples(page, pipe):
     gallery = component(page, "Gallery")
     pictures = np.stack([np.asarray(Image.open(entry["image"]["path"])) for entry in gallery.value])
-    options = {"guidance_scale": 1.25, "guidance_schedule": "linear"}
-    expected = pipe([0, 1, 2], num_images_per_label=4, generator=generator(0), **options).images
+    expected = pipe([0, 1, 2], num_images_per_label=4, generator=generator(0)).images
     assert np.array_equal(pictures, stacked(expected))
     assert [entry["caption"] for entry in gallery.value[::4]] == ["blue tit", "great tit", "wren"]
     assert component(page, "Dropdown", "Class").choices == [("blue tit", 0), ("great tit", 1), ("wren", 2)]
@@ -87,7 +91,7 @@ def test_sampling_on_the_page(client, pipe):
     assert np.array_equal(read(gallery["value"]), stacked(expected))
     assert gallery["columns"] == 6
     assert [block["caption"] for block in blocks["value"]][-1] == "block 3 of 3: 4×4 tokens"
-    assert text == demo_handlers.call_text([2, 1], 3, 9, OPTIONS)
+    assert text == demo_handlers.call_text(pipe, [2, 1], 3, 9, OPTIONS)
     _, blocks, _ = client.predict([2, 1], 3, False, 9, *OPTIONS.values(), api_name="/sample")
     assert blocks["value"] == [] and blocks["visible"] is False
 
@@ -98,6 +102,38 @@ def test_pictures_on_the_page(client, pipe, files):
     assert np.array_equal(read(gallery), stacked([first, *pipe.reconstruct(first).images]))
     gallery = client.predict(*handles, 5, api_name="/interpolate")
     assert np.array_equal(read(gallery), stacked(pipe.interpolate(first, last, 5).images))
+
+
+def odd_pictures() -> list[Image.Image]:
+    """16 bits, and pixels that are clear over a colour."""
+    levels = np.random.default_rng(3).integers(0, 65536, (16, 16), dtype=np.uint16)
+    clear = Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+    clear.putalpha(Image.fromarray((levels & 255).astype(np.uint8)))
+    return [Image.fromarray(levels), clear]
+
+
+@pytest.mark.parametrize("picture", odd_pictures(), ids=["16 bits", "transparent"])
+def test_a_file_on_the_page_is_read_as_for_training(client, pipe, picture, tmp_path):
+    from gradio_client import handle_file
+
+    exif = Image.Exif()
+    # Gradio's editor lays what is clear over white before anybody can turn it; a browser's canvas has no such tag.
+    exif[0x0112] = 6 if picture.mode == "I;16" else 1
+    picture.save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        expected = pipe.reconstruct(opened).images
+    handle = handle_file(str(tmp_path / "x.png"))
+    gallery = client.predict(handle, api_name="/reconstruct")
+    assert np.array_equal(read(gallery), stacked([read_picture(tmp_path / "x.png"), *expected]))
+    mask = Image.new("RGBA", (16, 16))
+    mask.paste((255, 112, 67, 255), (8, 0, 16, 16))
+    mask.save(tmp_path / "strokes.png")
+    drawing = {"background": handle, "layers": [handle_file(str(tmp_path / "strokes.png"))], "composite": None}
+    gallery = client.predict(drawing, 1, 1, 4, *OPTIONS.values(), api_name="/inpaint")
+    with Image.open(tmp_path / "x.png") as opened:
+        strokes = mask.getchannel("A")
+        expected = pipe.inpaint(opened, strokes, 1, 1, generator=generator(4), **OPTIONS).images
+    assert np.array_equal(read(gallery), stacked(expected))
 
 
 def test_in_painting_on_the_page(client, pipe, files, tmp_path):

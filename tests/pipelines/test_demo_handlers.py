@@ -9,7 +9,6 @@ from nextblock.data.pixels import fit_image
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import image_grid
 from nextblock.pipelines import demo_handlers as handlers
-from nextblock.prior.conditioning import ClassConditions
 
 OPTIONS = {
     "guidance_scale": 1.5,
@@ -83,7 +82,7 @@ def test_a_model_without_classes_samples_a_number(build_pipeline):
 
 def test_the_written_call_gives_the_same_images(build_pipeline):
     pipe = build_pipeline()
-    text = handlers.call_text([1, 2], 2, 11, OPTIONS)
+    text = handlers.call_text(pipe, [1, 2], 2, 11, OPTIONS)
     assert "top_k=6" in text and "is_smooth" not in text and "guidance_power" not in text
     names = {"pipe": pipe, "torch": torch}
     exec(text, names)
@@ -173,5 +172,5 @@ def test_wrong_fields_are_refused(build_pipeline):
 
 def test_classes_without_names_go_by_number(build_pipeline):
     pipe = build_pipeline()
-    pipe.prior.conditions = ClassConditions(3)
+    pipe.prior.config.class_names = None
     assert handlers.sample(pipe, [2], 1, 0, {})[0][0][1] == "class 2"

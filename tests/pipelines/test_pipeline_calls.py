@@ -25,7 +25,6 @@ WRONG_CALLS = [
     ({"guidance_scale": -0.5}, "guidance_scale is -0.5; expected a finite number of at least 0"),
     ({"guidance_scale": float("inf")}, "guidance_scale is inf; expected a finite number"),
     ({"guidance_scale": "3"}, "guidance_scale is '3'; expected a finite number"),
-    ({"guidance_scale": None}, "guidance_scale is None; expected a finite number"),
     ({"guidance_schedule": "cosine"}, "guidance_schedule is 'cosine'; expected one of .*'power-cosine'"),
     ({"guidance_power": 0}, "guidance_power is 0; expected a finite number above 0"),
     ({"temperature": 0}, "temperature is 0; expected a finite number above 0"),

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from nextblock.pipelines import ClassToImagePipeline, storage
+from nextblock.prior import SamplingOptions
 
 FRESH = """
 import sys, torch
@@ -133,7 +135,7 @@ def test_a_hub_repository_is_downloaded_once_and_read_as_a_folder(pipe, tmp_path
     loaded = ClassToImagePipeline.from_pretrained("someone/birds", revision="v1", dtype=torch.float32)
     (repo_id, options), *more = calls
     assert repo_id == "someone/birds" and options["revision"] == "v1" and not more
-    assert options["allow_patterns"] == ["*.json", "*.safetensors", "README.md"]
+    assert options["allow_patterns"] == ["*.json", "*.safetensors", "README.md", "samples.png"]
     images = [p("wren", generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (pipe, loaded)]
     assert torch.equal(*images)
 
@@ -141,7 +143,10 @@ def test_a_hub_repository_is_downloaded_once_and_read_as_a_folder(pipe, tmp_path
 def test_the_model_card_says_what_the_pipeline_is(pipe, build_pipeline, tmp_path):
     pipe.save_pretrained(tmp_path / "plain")
     card = (tmp_path / "plain/README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name: diffusers\ntags:\n- nextblock\n")
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header.pop("tags") == ["nextblock", "image-generation"]
+    tag = "unconditional-image-generation"
+    assert header == {"library_name": "diffusers", "pipeline_tag": tag, "license": "unknown"}
     num_parameters = sum(parameter.numel() for parameter in pipe.prior.parameters())
     for part in (
         "Samples 16×16 images block by block: 3 scales of 1×1, 2×2, 4×4 tokens.",
@@ -154,6 +159,7 @@ def test_the_model_card_says_what_the_pipeline_is(pipe, build_pipeline, tmp_path
     ):
         assert part in card
     assert not any(part in card for part in ("Recipe", "Metrics", "samples.png"))
+    assert "pip install nextblock" in card and "Nobody has stated a licence" in card
     pipe.save_pretrained(
         tmp_path / "full",
         recipe={"learning_rate": 1e-4, "data": "a|b"},
@@ -186,7 +192,7 @@ def test_publishing_uploads_the_folder_with_its_card(pipe, tmp_path, monkeypatch
             return SimpleNamespace(commit_url="https://hub/commit")
 
     monkeypatch.setattr(storage, "HfApi", FakeApi)
-    files = {"README.md", "model_index.json"} | {
+    files = {"README.md", "model_index.json", "pipeline.py"} | {
         f"{name}/{file}" for name in ("prior", "tokenizer") for file in ("config.json", "model.safetensors")
     }
     address = pipe.push_to_hub("birds", commit_message="First", private=True, token="secret", metrics={"fid": 3.0})
@@ -199,3 +205,69 @@ def test_publishing_uploads_the_folder_with_its_card(pipe, tmp_path, monkeypatch
     assert calls == [("token", None), ("create", "finches", None, True), uploaded]
     with pytest.raises(ValueError, match=r"push_to_hub is False; expected True with \['repo_id'\]"):
         pipe.save_pretrained(tmp_path / "finches", repo_id="birds")
+
+
+def test_the_cards_snippet_runs_with_the_stored_settings(pipe, tmp_path):
+    stored = SamplingOptions(guidance_scale=2.0, guidance_schedule="linear", top_k=5)
+    ClassToImagePipeline(tokenizer=pipe.tokenizer, prior=pipe.prior, sampling=stored).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "num_images_per_label=4, guidance_scale=2.0, guidance_schedule='linear', top_k=5)" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("path/or/repository", str(tmp_path))
+    names = {}
+    exec(code, names)
+    assert len(names["images"]) == 4 and names["pipe"].sampling == stored
+
+
+@pytest.mark.parametrize("pipeline_class", [ClassToImagePipeline, DiffusionPipeline])
+def test_the_card_survives_loading_and_saving(pipeline_class, pipe, tmp_path):
+    card = {"recipe": {"steps": 7}, "metrics": {"fid": 3.5}, "license": "cc-by-4.0"}
+    pipe.save_pretrained(tmp_path / "first", **card, sample_images=[Image.new("RGB", (16, 16), "red")])
+    loaded = pipeline_class.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for name in ("README.md", "samples.png", "pipeline.py"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    text = (second / "README.md").read_text(encoding="utf-8")
+    assert "| steps | 7 |" in text and "| fid | 3.5 |" in text and 'license: "cc-by-4.0"' in text
+    assert "licensed under cc-by-4.0" in text and "![samples](samples.png)" in text
+    # What is given counts; saving where another pipeline was leaves none of its picture.
+    loaded.save_pretrained(second, metrics={"fid": 2.5})
+    text = (second / "README.md").read_text(encoding="utf-8")
+    assert "| fid | 2.5 |" in text and "| steps | 7 |" in text
+    ClassToImagePipeline(tokenizer=pipe.tokenizer, prior=pipe.prior).save_pretrained(second)
+    assert not (second / "samples.png").exists()
+
+
+def test_publishing_a_loaded_pipeline_keeps_its_card(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path, metrics={"fid": 3.5}, sample_images=[Image.new("RGB", (16, 16), "red")])
+    uploaded = {}
+
+    def upload(folder, repo_id, **options):
+        uploaded.update({path.name: path.read_bytes() for path in storage.Path(folder).glob("*.*")})
+        return "https://hub/commit"
+
+    monkeypatch.setattr(storage, "upload_folder", upload)
+    ClassToImagePipeline.from_pretrained(tmp_path).push_to_hub("someone/birds")
+    assert uploaded["samples.png"] == (tmp_path / "samples.png").read_bytes()
+    text = uploaded["README.md"].decode()
+    assert "| fid | 3.5 |" in text and 'from_pretrained("someone/birds")' in text
+    with pytest.raises(ValueError, match="saving options are .*'colour'.*; expected some of"):
+        pipe.push_to_hub("someone/birds", colour="red")
+
+
+WITHOUT = """
+import sys
+sys.modules["nextblock"] = None
+from diffusers import DiffusionPipeline
+DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
+"""
+
+
+def test_diffusers_loads_the_folder_or_says_what_to_install(pipe, tmp_path, monkeypatch):
+    folder = tmp_path / "birds"
+    pipe.save_pretrained(folder)
+    loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    assert type(loaded) is ClassToImagePipeline
+    command = [sys.executable, "-c", WITHOUT, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install nextblock" in done.stderr

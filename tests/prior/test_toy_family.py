@@ -76,9 +76,9 @@ def test_a_toy_is_trained_saved_loaded_and_sampled(
     data = PriorData(train=rows, heldout=heldout, collate=collate_tokens, class_names=CLASS_NAMES)
     model, exported = make_toy(), []
 
-    def export(prior, tokenizer, recipe, metrics, images):
+    def export(prior, tokenizer, sampling, recipe, metrics, images):
         assert recipe["steps"] == 8 and metrics["eval/loss"] > 0 and len(images) == 6
-        pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior)
+        pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=sampling)
         pipe.save_pretrained(config.pipeline_dir, recipe=recipe, metrics=metrics, sample_images=images)
         exported.append({name: tensor.clone() for name, tensor in prior.state_dict().items()})
 
@@ -91,7 +91,7 @@ def test_a_toy_is_trained_saved_loaded_and_sampled(
 
     pipe = ClassToImagePipeline.from_pretrained(config.pipeline_dir)
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe.prior).__module__ == "toy_family"
+    assert type(pipe.prior).__module__ == "toy_family" and pipe.sampling == config.sampling
     assert all(torch.equal(tensor, exported[0][name]) for name, tensor in pipe.prior.state_dict().items())
     options = {"guidance_scale": 1.5, "guidance_schedule": "linear", "top_k": 12}
     pictures = pipe(["wren", 0], 2, generator=generators(4), output_type="pt", **options).images

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from nextblock.convert_prior import main
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior import BlockPrior, BlockPriorConfig, SamplingOptions
 from nextblock.prior.class_names import imagenet_class_names
 from nextblock.prior.var_checkpoint import prior_from_var, prior_to_var, var_arguments
 from nextblock.tokenizer.var_checkpoint import vqvae_from_var
@@ -107,6 +107,9 @@ def test_pipeline_computes_what_the_reference_does(converted, pipeline_class, tm
     convert(folder.with_name("var.pth"), tmp_path / "pipeline", case, *options)
     pipe = pipeline_class.from_pretrained(tmp_path / "pipeline")
     assert isinstance(pipe, ClassToImagePipeline)
+    # The published sampling, as far as a small codebook allows.
+    truncation = {"top_k": min(900, pipe.prior.vocab_size), "top_p": 0.96}
+    assert pipe.sampling == SamplingOptions(guidance_scale=2.5, guidance_schedule="linear", **truncation)
     pipe.set_progress_bar_config(disable=True)
     labels, cfg = case.tensors["labels"].tolist(), case.facts["sampling"]["cfg"]
     guidance = {"guidance_scale": 1 + cfg, "guidance_schedule": "linear", "num_images_per_label": 1}

@@ -1,0 +1,40 @@
+"""Which images a command reads where its options do not say: those that the tokenizer was trained on."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from nextblock.data.augment import TransformConfig
+from nextblock.data.images import ImageDataConfig
+
+_CONFIG_NAME = "config.yaml"
+
+
+def data_of_run(folder: str | None) -> tuple[ImageDataConfig, TransformConfig]:
+    """Read the images that a training was given, and how it varied them.
+
+    Args:
+        folder: the training's output folder, such as a tokenizer's; None where there is none to ask.
+
+    Returns:
+        Its data and its transform.
+
+    Raises:
+        ValueError: if no training left its options there, or they name no images or are not understood.
+    """
+    path = None if folder is None else Path(folder, _CONFIG_NAME)
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    data = options.get("data") if isinstance(options, dict) else None
+    if not data or data.get("source") is None:
+        where = "" if path is None else f", and {path} is not there or names no images"
+        # The same words as for a command that has no training to ask.
+        ImageDataConfig().check_given(where)
+    read = []
+    for name, config_class in (("data", ImageDataConfig), ("transform", TransformConfig)):
+        values = options.get(name) or {}
+        unknown = sorted(set(values) - {option.name for option in fields(config_class)})
+        if unknown:
+            raise ValueError(f"{path}: {name} holds {unknown}, which are no options; expected --data.source")
+        read.append(config_class(**values))
+    return tuple(read)
