@@ -1,16 +1,15 @@
 """Models on disk: what is loaded is whole, and what is saved leaves nothing of an older save that a load could take."""
 
 import json
-import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import wraps
 from glob import escape
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .atomic import flush_to_disk
 from .state_dicts import read_state_dict
@@ -38,14 +37,13 @@ class StoredModel(PreTrainedModel):
             names: of tensors among `fitted_to_data`.
         """
 
-    @classmethod
-    def excused_tensors(cls, options: Mapping) -> list[str]:
-        """Return patterns of names that need not be in a file, nor in the model, under these options of a load.
+    def excused_tensors(self, saved: PreTrainedConfig) -> Collection[str]:
+        """Return the tensors that a file need not have, or may have in vain, since it was saved under other options.
 
         Args:
-            options: keyword arguments of `from_pretrained`.
+            saved: the configuration beside the weights.
         """
-        return []
+        return ()
 
     @classmethod
     def from_pretrained(
@@ -65,13 +63,14 @@ class StoredModel(PreTrainedModel):
         # transformers' own refusal of shapes names no tensor.
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(*args, **options, **kwargs)
-        excused = cls.excused_tensors(kwargs)
         # Of a folder with an adapter, the report returned tells of the adapter alone.
         for report in (vars(model).pop("_own_loading_info", info), info):
             misshapen = [] if ignore_mismatched_sizes else report["mismatched_keys"]
+            wrong = {*report["missing_keys"], *report["unexpected_keys"]}
+            excused = _excused(model, args, kwargs) if wrong else ()
             problems = {
-                "missing": _others(report["missing_keys"], excused),
-                "unexpected": _others(report["unexpected_keys"], excused),
+                "missing": sorted(set(report["missing_keys"]).difference(excused)),
+                "unexpected": sorted(set(report["unexpected_keys"]).difference(excused)),
                 "misshapen": sorted(f"{name} {tuple(got)}, expected {tuple(own)}" for name, got, own in misshapen),
             }
             if any(problems.values()):
@@ -168,9 +167,17 @@ def _replace(folder: Path, aside: Path, variant: str | None) -> None:
                     path.unlink()
 
 
-def _others(names: Iterable[str], excused: list[str]) -> list[str]:
-    """Return the names that no pattern excuses, in order."""
-    return sorted(name for name in names if not any(re.fullmatch(pattern, name) for pattern in excused))
+def _excused(model: StoredModel, args: tuple, options: Mapping) -> Collection[str]:
+    """Return what the configuration beside the weights excuses; weights without one are excused nothing."""
+    source = args[0] if args else options.get("pretrained_model_name_or_path")
+    if source is None:
+        return ()
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    options = {name: options[name] for name in names if name in options}
+    saved, _ = model.config_class.get_config_dict(source, **options)
+    if "model_type" not in saved:
+        return ()
+    return model.excused_tensors(model.config_class.from_dict(saved))
 
 
 def _listed(problems: Mapping[str, list[str]]) -> str:

@@ -3,8 +3,7 @@
 Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, H×W pixels, h×w latent cells.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import wraps
 
@@ -129,11 +128,10 @@ class VQVAE(StoredModel):
             return ScaleCodec(self.layout, config.embedding_dim, config.num_phi, config.phi_ratio)
         return TileCodec(self.layout)
 
-    @classmethod
-    def excused_tensors(cls, options: Mapping) -> list[str]:
-        """Excuse a codebook's moving averages where a load asks for another update."""
-        asked = "codebook_update" in options or isinstance(options.get("config"), VQVAEConfig)
-        return [re.escape(name) for name in cls.fitted_to_data] if asked else []
+    def excused_tensors(self, saved: VQVAEConfig) -> Collection[str]:
+        """Excuse a codebook's moving averages where it was trained otherwise: they start from the codes."""
+        was, now = ((config.codebook_update, config.revival_threshold > 0) for config in (saved, self.config))
+        return () if was == now else self.fitted_to_data
 
     def start_unfit(self, names: list[str]) -> None:
         """Let moving averages start from the codes."""

@@ -140,10 +140,20 @@ def test_what_a_load_asks_for_by_name_is_granted(tmp_path):
     assert len(model.class_emb.weight) == 6 and len(info["mismatched_keys"]) == 1
     make_tokenizer(codebook_update="ema").save_pretrained(tmp_path / "ema")
     assert VQVAE.from_pretrained(tmp_path / "ema", codebook_update="gradient").config.codebook_update == "gradient"
+    make_tokenizer().save_pretrained(tmp_path / "gradient")
+    revived = VQVAE.from_pretrained(tmp_path / "gradient", revival_threshold=0.1)
+    assert torch.equal(revived.quantizer.codebook.code_counts, torch.ones(12))
     lost = "quantizer.codebook.code_sums"
     rewrite(tmp_path / "ema/model.safetensors", lambda name, tensor: None if name == lost else (name, tensor))
+    for loader in (VQVAE, AutoModel):
+        with pytest.raises(ValueError, match=f"missing: {lost}$"):
+            loader.from_pretrained(tmp_path / "ema")
+        assert loader.from_pretrained(tmp_path / "ema", codebook_update="gradient")
+    # Weights without their configuration, under one that is given.
+    config = VQVAEConfig.from_pretrained(tmp_path / "ema")
+    (tmp_path / "ema/config.json").unlink()
     with pytest.raises(ValueError, match=f"missing: {lost}$"):
-        VQVAE.from_pretrained(tmp_path / "ema")
+        VQVAE.from_pretrained(tmp_path / "ema", config=config)
 
 
 @any_model
