@@ -3,6 +3,7 @@
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -257,16 +258,19 @@ class TokenizerTask:
         return metrics, {"reconstructions": self._draw(model)}
 
     def _draw(self, model: VQVAE) -> Image.Image:
-        """Draw the first held-out images above their reconstructions."""
+        """Draw held-out images above their reconstructions."""
         num_shown = min(self.config.num_pictures, len(self.eval_data))
-        batch = collate([self.eval_data[index] for index in range(num_shown)])
+        # From all over the data, which often come class by class.
+        shown = [index * len(self.eval_data) // num_shown for index in range(num_shown)]
+        batch = collate([self.eval_data[index] for index in shown])
         pixel_values = batch["pixel_values"].to(self.accelerator.device)
         images = model.idx_to_img(model.img_to_idx(pixel_values))
         return comparison_grid(to_uint8(pixel_values), to_uint8(images), num_columns=10)
 
-    def export(self, model: VQVAE, metrics: dict[str, float]) -> None:
+    def export(self, model: VQVAE, metrics: dict[str, float]) -> Path:
         """Save the tokenizer."""
         model.save_pretrained(self.config.output_dir)
+        return Path(self.config.output_dir)
 
 
 def _add_mean(metrics: dict[str, Tensor], losses: dict[str, Tensor], num_micro_batches: int) -> None:
