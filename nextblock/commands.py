@@ -78,6 +78,11 @@ COMMANDS = {
         "judge a pipeline by its samples and by held-out images",
         "--config pipelines/evaluate-digits --pipeline out/pipeline --samples out/samples --output_dir out/report",
     ),
+    "config": Command(
+        "show_config",
+        "print where a shipped config lies, or list them",
+        "accelerate/multi-gpu",
+    ),
     "demo": Command(
         "demo",
         "try a pipeline on a local web page",
