@@ -82,6 +82,7 @@ def test_a_training_with_workers_ends_at_once(way, arguments, tmp_path):
     check_ends([sys.executable, "-c", PROGRAM, way, *arguments], MESSAGES[way], tmp_path)
 
 
+@pytest.mark.slow
 def test_so_do_two_processes_and_their_launcher(arguments, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
