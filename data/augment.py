@@ -12,6 +12,10 @@ import numpy as np
 from PIL import Image
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# A resized picture of up to so many times the area to be covered is made whole.
+_MAX_COVER = 32
+# Beyond that, so many times the crop's longer side is kept on either side of the crop, for what a shift brings in.
+_SURROUNDINGS = 4
 
 
 @dataclass(kw_only=True)
@@ -126,52 +130,77 @@ def apply_transform(
         uint8 array (H, W, 3), read-only.
     """
     assert image.mode == "RGB", image.mode
-    image = resize_to_cover(image, image_size, config.resize_ratio)
     placement = draw_placement(config, seed, epoch, index)
     if config.has_affine:
-        corner = _crop_corner(image, image_size, placement.crop)
+        image, corner = _resize_around(image, image_size, config.resize_ratio, placement.crop, has_surroundings=True)
         image = warp(image, image_size, corner, placement, config.interpolation)
     else:
-        image = crop(image, image_size, placement.crop)
+        image = cover_and_crop(image, image_size, config.resize_ratio, placement.crop)
     pixels = _pixels(image)
     return pixels[:, ::-1] if placement.is_flipped else pixels
 
 
-def resize_to_cover(image: Image.Image, image_size: tuple[int, int], ratio: float) -> Image.Image:
-    """Resizes (Lanczos), keeping proportions, to the smallest size that covers `ratio` times the target.
+def cover_and_crop(
+    image: Image.Image, image_size: tuple[int, int], ratio: float = 1.0, position: tuple[float, float] | None = None
+) -> Image.Image:
+    """Resizes (Lanczos), keeping proportions, to the smallest size that covers `ratio` times the target, and crops.
 
     Args:
         image: any mode and size.
-        image_size: (H, W) of the target.
-        ratio: 1 or more.
-
-    Returns:
-        The resized image, or `image` itself where its size fits already.
-    """
-    box_height, box_width = (round(ratio * side) for side in image_size)
-    width, height = image.size
-    if width * box_height >= height * box_width:
-        size = (width * box_height // height, box_height)
-    else:
-        size = (box_width, height * box_width // width)
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def crop(
-    image: Image.Image, image_size: tuple[int, int], position: tuple[float, float] | None = None
-) -> Image.Image:
-    """Cuts a crop out.
-
-    Args:
-        image: any mode, at least as large as the crop.
         image_size: (H, W) of the crop.
-        position: (y, x) of the crop in its free space, each in [0, 1); None for the center.
+        ratio: 1 or more.
+        position: (y, x) of the crop in its free space, each in [0, 1]; None for the center.
 
     Returns:
         The crop, or `image` itself where it is all of it.
     """
-    (top, left), (height, width) = _crop_corner(image, image_size, position), image_size
+    image, (top, left) = _resize_around(image, image_size, ratio, position)
+    height, width = image_size
     return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+
+
+def cover_size(size: tuple[int, int], image_size: tuple[int, int], ratio: float) -> tuple[int, int]:
+    """Returns the size (width, height) that a picture of a size (width, height) is resized to."""
+    box_height, box_width = (round(ratio * side) for side in image_size)
+    width, height = size
+    if width * box_height >= height * box_width:
+        return (width * box_height // height, box_height)
+    return (box_width, height * box_width // width)
+
+
+def _resize_around(
+    image: Image.Image,
+    image_size: tuple[int, int],
+    ratio: float,
+    position: tuple[float, float] | None,
+    has_surroundings: bool = False,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Resizes to cover the target; returns the picture and the (top, left) of the crop in it.
+
+    Of a picture that would become very long, only the part around the crop is made: a line of pixels one wide would
+    take gigabytes otherwise. Its pixels may differ from those of the whole by a rounding.
+    """
+    size = cover_size(image.size, image_size, ratio)
+    top, left = _crop_corner(size, image_size, position)
+    if size == image.size:
+        return image, (top, left)
+    if size[0] * size[1] <= _MAX_COVER * round(ratio * image_size[0]) * round(ratio * image_size[1]):
+        return image.resize(size, Image.Resampling.LANCZOS), (top, left)
+    axis = int(size[1] > size[0])
+    corner, length = (left, top)[axis], image_size[1 - axis]
+    margin = _SURROUNDINGS * max(image_size) if has_surroundings else 0
+    start, end = max(0, corner - margin), min(size[axis], corner + length + margin)
+    scale = image.size[axis] / size[axis]
+    # Lanczos looks three pixels far, of whichever grid is the coarser; only so much is handed to it, as it computes
+    # places in float32.
+    reach = math.ceil(3 * max(1.0, scale)) + 1
+    first, last = max(0, int(start * scale) - reach), min(image.size[axis], math.ceil(end * scale) + reach)
+    box, part, result = [0.0, 0.0, *image.size], [0, 0, *image.size], list(size)
+    part[axis], part[axis + 2] = first, last
+    box[axis], box[axis + 2] = start * scale - first, min(end * scale - first, last - first)
+    result[axis] = end - start
+    image = image.crop(tuple(part)).resize(tuple(result), Image.Resampling.LANCZOS, box=tuple(box))
+    return image, ((top, left - start), (top - start, left))[axis]
 
 
 def warp(
@@ -218,14 +247,14 @@ def warp(
 
 
 def _crop_corner(
-    image: Image.Image, image_size: tuple[int, int], position: tuple[float, float] | None
+    size: tuple[int, int], image_size: tuple[int, int], position: tuple[float, float] | None
 ) -> tuple[int, int]:
-    """(top, left) of the crop; a center that falls between two pixels is rounded to the even one."""
-    free = (image.size[1] - image_size[0], image.size[0] - image_size[1])
-    assert min(free) >= 0, (image.size, image_size)
+    """(top, left) of the crop in a size (width, height); a center between two pixels is rounded to the even one."""
+    free = (size[1] - image_size[0], size[0] - image_size[1])
+    assert min(free) >= 0, (size, image_size)
     if position is None:
         return round(free[0] / 2), round(free[1] / 2)
-    return int(position[0] * (free[0] + 1)), int(position[1] * (free[1] + 1))
+    return min(free[0], int(position[0] * (free[0] + 1))), min(free[1], int(position[1] * (free[1] + 1)))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -5,6 +5,7 @@ Legend: N images.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .pixels import to_rgb
+from .class_numbers import numbered_classes
+from .reading import read_picture
+from .tar_members import check_plain
 from .unreadable import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -70,15 +73,24 @@ def decode_stored(stored: dict | None, column: str, identifier: str) -> Image.Im
     Raises:
         UnreadableImageError: where that fails.
     """
-    from datasets import Image as ImageFeature
+    from datasets.utils.file_utils import is_local_path, xopen
 
+    stored = stored or {}
+    content, path = stored.get("bytes"), stored.get("path")
     try:
-        return to_rgb(ImageFeature().decode_example(stored))
+        if content is not None:
+            return read_picture(io.BytesIO(content))
+        if path is None:
+            raise FileNotFoundError("the row holds no image")
+        if is_local_path(path):
+            return read_picture(path)
+        with xopen(path, "rb") as file:
+            return read_picture(io.BytesIO(file.read()))
     except MemoryError:
         raise
     except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
-        file = str((stored or {}).get("path"))
-        raise UnreadableImageError(f"the image {identifier} of column {column!r} (path {file})", file, error) from error
+        where = f"the image {identifier} of column {column!r} (path {path})"
+        raise UnreadableImageError(where, str(path), error) from error
 
 
 def open_dataset(config: ImageDataConfig, split: str) -> DatasetsSource:
@@ -113,7 +125,7 @@ def open_dataset(config: ImageDataConfig, split: str) -> DatasetsSource:
     names = getattr(rows.features[config.label_column], "names", None)
     if names is None:
         labelled = [part for part in splits.values() if config.label_column in part.features and len(part)]
-        names = numbered_classes([_read_labels(part, config.label_column) for part in labelled])
+        names = classes_of([_read_labels(part, config.label_column) for part in labelled], config.label_column)
     check_labels(labels, names, config.label_column)
     return DatasetsSource(images, column, labels, list(names), split)
 
@@ -165,9 +177,10 @@ def check_columns(config: ImageDataConfig, split: str, features) -> None:
             raise ValueError(f"label_column={config.label_column!r} holds {feature}; expected {expected}")
 
 
-def numbered_classes(labels: list[np.ndarray]) -> list[str]:
+def classes_of(labels: list[np.ndarray], column: str) -> list[str]:
     """The numbers up to the largest label of any split, which name the classes where nothing else does."""
-    return [str(label) for label in range(int(max(part.max() for part in labels)) + 1)]
+    largest = int(max(part.max() for part in labels))
+    return numbered_classes(largest + 1, sum(map(len, labels)), f"label_column={column!r}")
 
 
 def check_labels(labels: np.ndarray, class_names: list[str], column: str) -> None:
@@ -181,15 +194,17 @@ def check_labels(labels: np.ndarray, class_names: list[str], column: str) -> Non
     Raises:
         ValueError: naming the column.
     """
-    if labels.min() < 0:
+    missing = np.flatnonzero(labels < 0)
+    if len(missing):
         raise ValueError(
-            f"label_column={column!r} holds missing or negative labels; expected 0 or more in every row, "
-            "or null for label_column where images have no classes"
+            f"label_column={column!r} holds missing or negative labels in {len(missing)} of {len(labels)} rows, such "
+            f"as {missing[:3].tolist()}; expected 0 or more in every row, or null for label_column where images have "
+            "no classes"
         )
     if labels.max() >= len(class_names):
         raise ValueError(
-            f"label_column={column!r} holds the label {labels.max()}; expected one of the "
-            f"{len(class_names)} classes {class_names}"
+            f"label_column={column!r} holds the label {labels.max()} in row {labels.argmax()}; expected one of the "
+            f"{len(class_names)} classes {class_names[:20]}"
         )
 
 
@@ -197,10 +212,21 @@ def _load_splits(path: str) -> dict:
     """All splits of a dataset: what save_to_disk wrote, a folder of data files, or a name on the hub."""
     import datasets
 
+    check_tar_files(path)
     load = datasets.load_from_disk if is_saved_to_disk(path) else datasets.load_dataset
     with named_failures(path):
         loaded = load(path)
     return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def check_tar_files(path: str) -> None:
+    """Refuse a folder with tar files that the library would read a part of only, without a word.
+
+    Raises:
+        ValueError: naming the tar file.
+    """
+    for file in sorted(Path(path).rglob("*.tar")) if Path(path).is_dir() else ():
+        check_plain(file)
 
 
 @contextmanager
@@ -223,8 +249,12 @@ def is_saved_to_disk(path: str) -> bool:
 
 def _read_labels(rows, column: str) -> np.ndarray:
     """A column of integer labels as int64, (N,), −1 where there is none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
-    return np.full(len(rows), -1) if values.null_count else values.to_numpy().astype(np.int64)
+    # An unsigned label beyond int64 would come out negative: it is refused as one.
+    return pc.fill_null(pc.cast(values, pa.int64(), safe=False), -1).to_numpy().astype(np.int64)
 
 
 def _text_labels(rows, splits: Mapping, column: str) -> tuple[np.ndarray, list[str]]:

@@ -1,4 +1,4 @@
-"""Image files: classes from sub-folders, and whatever a file holds turned into upright RGB.
+"""Image files in folders: which there are, and classes from sub-folders.
 
 Legend: N images.
 """
@@ -8,10 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from .pixels import to_rgb
+from nextblock.files.names import escaped_name
+
+from .reading import NUM_FIRST_BYTES, is_picture_name, read_picture, starts_as_picture
 from .unreadable import UnreadableImageError
 
-IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+_SOME_SUFFIXES = ".jpg .png .webp .tif .gif .bmp"
 
 
 class ImageFolderSource:
@@ -37,8 +39,7 @@ class ImageFolderSource:
         """Reads the file; raises a ValueError that names it where that fails."""
         file = self.root / self._files[index]
         try:
-            with Image.open(file) as image:
-                return to_rgb(image)
+            return read_picture(file)
         except MemoryError:
             raise
         except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
@@ -50,7 +51,7 @@ class ImageFolderSource:
 
     def identifier(self, index: int) -> str:
         """The file's path relative to the configured folder."""
-        return self._files[index]
+        return escaped_name(self._files[index])
 
     def relabelled(self, class_names: list[str]) -> "ImageFolderSource":
         """The same files, labelled by their positions in another list of class names."""
@@ -71,15 +72,16 @@ def scan_image_folder(root: Path, split: str) -> ImageFolderSource:
     """Finds the images of one split: `root/split` where that is a folder, else `root`, which is then "train".
 
     Args:
-        root: the folder. A class is a sub-folder, searched to any depth, and classes are sorted by name;
-            images that lie in the folder itself are unconditional. Names with a leading dot are passed over.
+        root: the folder. A class is a sub-folder, searched to any depth, and classes are sorted by name; images that
+            lie in the folder itself are unconditional. Links are followed. Names with a leading dot are passed over.
         split: which split.
 
     Returns:
         The source; identifiers are relative to `root`.
 
     Raises:
-        ValueError: if the folder or the split does not exist, or what is there is not as described.
+        ValueError: if the folder or the split does not exist, or what is there is not as described or cannot be looked
+            into.
     """
     if not root.is_dir():
         raise ValueError(f"path={str(root)!r} is not a folder; expected a folder of images")
@@ -92,12 +94,15 @@ def scan_image_folder(root: Path, split: str) -> ImageFolderSource:
                 "a folder without splits is the split 'train'"
             )
         folder = root
-    visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    loose = [entry for entry in visible if not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES]
-    by_class = {entry.name: _images_below(entry) for entry in visible if entry.is_dir()}
-    expected = f"expected images ({' '.join(IMAGE_SUFFIXES)}), or one sub-folder of them for each class"
+    loose, class_folders = _list(folder)
+    by_class = {entry.name: _images_below(entry, (folder.resolve(),)) for entry in class_folders}
+    expected = f"expected images ({_SOME_SUFFIXES} …), or one sub-folder of them for each class"
     if loose and any(by_class.values()):
-        raise ValueError(f"{folder} holds images both directly and in sub-folders; {expected}")
+        in_class = next(files[0] for files in by_class.values() if files)
+        raise ValueError(
+            f"{folder} holds images both directly and in sub-folders, such as {loose[0].name} "
+            f"and {in_class.relative_to(folder)}; {expected}"
+        )
     if not loose and not by_class:
         raise ValueError(f"{folder} holds no images; {expected}")
     if loose:
@@ -108,17 +113,52 @@ def scan_image_folder(root: Path, split: str) -> ImageFolderSource:
             raise ValueError(f"{folder / name} holds no images; {expected}")
     files = [file.relative_to(root).as_posix() for files in by_class.values() for file in files]
     labels = [label for label, members in enumerate(by_class.values()) for _ in members]
-    return ImageFolderSource(root, files, labels, list(by_class))
+    return ImageFolderSource(root, files, labels, [escaped_name(name) for name in by_class])
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [
-            Path(parent, name)
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
+def _images_below(folder: Path, parents: tuple[Path, ...]) -> list[Path]:
+    """All image files below a folder, sorted; `parents` are the true places of the folders it lies in."""
+    place = folder.resolve()
+    if place in parents:
+        raise ValueError(f"{folder} is a link back to {place}, in which it lies; expected no such circle")
+    files, folders = _list(folder)
+    for entry in folders:
+        files += _images_below(entry, (*parents, place))
     return sorted(files)
+
+
+def _list(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images and the sub-folders of a folder, sorted; whatever may be neither is an error."""
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(Path(entry.path))
+                elif _is_picture(entry):
+                    files.append(Path(entry.path))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be looked into: {error}; expected folders that can be read") from error
+    return sorted(files), sorted(folders)
+
+
+def _is_picture(entry: os.DirEntry) -> bool:
+    """Whether what is no folder is a picture, by its name or else by its first bytes."""
+    if not entry.is_file():
+        if not entry.is_symlink() or os.path.exists(entry.path):
+            # A pipe say, at which reading would wait for ever.
+            if is_picture_name(entry.name):
+                raise ValueError(f"{entry.path} is neither a file nor a folder; expected images in files")
+            return False
+        # A link that leads nowhere is an image that cannot be read, if it is one; without a suffix it may be a folder.
+        says = is_picture_name(entry.name)
+        if says is None:
+            raise ValueError(f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there")
+        return says
+    says = is_picture_name(entry.name)
+    if says is None:
+        with open(entry.path, "rb") as file:
+            return starts_as_picture(file.read(NUM_FIRST_BYTES))
+    return says

@@ -23,6 +23,7 @@ from .pixels import to_pixel_values
 from .selection import numbered_from, share_of, with_class_names
 from .streamed_source import open_stream
 from .tar_source import TarSource, scan_tars
+from .unreadable import UnreadableImageError
 
 SOURCES = ("digits", "folder", "datasets", "webdataset")
 
@@ -55,6 +56,9 @@ class ImageDataConfig:
     is_streamed: bool = False
     """Read a dataset as a stream, without a copy of it on the disk ("datasets" only). Streams can be tokenized, not
     trained on; each process first counts the rows in a pass over them, over the labels alone if files have columns."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At an image that cannot be read: "stop" there, or "skip" all such images, which are found by reading every image
+    once beforehand; a training lists them in unreadable.json. (`tokenize` has an on_error of its own.)"""
 
     def __post_init__(self):
         if self.source not in (None, *SOURCES):
@@ -70,6 +74,8 @@ class ImageDataConfig:
             raise ValueError(f"path={self.path!r}: source={self.source!r} needs a path")
         if self.is_streamed and self.source != "datasets":
             raise ValueError(f"is_streamed=True: source={self.source!r} is no stream; expected source='datasets'")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error={self.on_error!r}: expected one of ['stop', 'skip']")
         for name in ("split", "eval_split"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}='': expected the name of a split")
@@ -266,7 +272,12 @@ class ImageDataset(Dataset):
 
     def _transformed(self, epoch: int, index: int) -> np.ndarray:
         """The image at its final size, uint8 (H, W, 3)."""
-        image = self.source.image(index)
+        try:
+            image = self.source.image(index)
+        except UnreadableImageError as error:
+            hint = f" ({error.reason}; data.on_error=skip leaves such images out)" if error.reason else ""
+            error.args = (f"{error}{hint}",)
+            raise
         return apply_transform(image, self.image_size, self.transform, self.seed, epoch, index)
 
 

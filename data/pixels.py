@@ -5,17 +5,27 @@ Legend: N images, H×W pixels; pixel values are float32 (N, 3, H, W) in [-1, 1],
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from .augment import crop, resize_to_cover
+from .augment import cover_and_crop
 from .unreadable import UnreadableModeError
 
 FITS = ("crop", "stretch", "pad")
+# What brings a picture with each orientation tag upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Turns an image upright as its EXIF orientation says and converts it to RGB.
+    """Turns an image upright as its orientation tag says and converts it to RGB.
 
     Args:
         image: grey, palette, CMYK and other 8-bit modes; transparent, laid over the background; 16-bit grey, whose
@@ -26,20 +36,55 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
         RGB image.
 
     Raises:
-        UnreadableModeError: for floating-point images and integers beyond 16 bits, whose range is unknown.
+        UnreadableModeError: for floating-point images and integers beyond 16 bits, whose range is unknown, and for
+            colour spaces that are not known here.
     """
-    image = ImageOps.exif_transpose(image)
+    given, image = image, _upright(image)
     if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise UnreadableModeError(f"pixels from {levels.min()} to {levels.max()}; expected 16 bits, 0 to 65535")
-        return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise UnreadableModeError("floating-point pixels (mode 'F'); expected 8 or 16 bits")
+        image = _grey_of_8_bits(image)
+    if image.mode in ("F", "LAB"):
+        kind = "floating-point" if image.mode == "F" else "CIELAB"
+        raise UnreadableModeError(f"{kind} pixels (mode {image.mode!r}); expected 8 or 16 bits, grey, RGB or CMYK")
+    if image.mode in ("La", "RGBa"):  # multiplied by their transparency
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = _with_alpha(image)
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    # Never the one that was given, which is somebody else's, or an open file.
+    return image if image.mode == "RGB" and image is not given else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its orientation tag says, whatever its other tags hold."""
+    image.load()  # PIL turns some kinds itself while it loads them
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # tags that cannot be read say nothing of the orientation, and all viewers show such pictures
+        orientation = None
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _grey_of_8_bits(image: Image.Image) -> Image.Image:
+    """Rounds 16-bit grey to 8 bits; a level that is transparent becomes an alpha channel."""
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise UnreadableModeError(f"pixels from {levels.min()} to {levels.max()}; expected 16 bits, 0 to 65535")
+    grey = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """Converts a transparent image to RGBA."""
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and max(clear) > 255:
+        # Of a colour of 16 bits PIL keeps the upper eight, but not of the one that is transparent.
+        image = image.copy()
+        image.info["transparency"] = tuple(level >> 8 for level in clear)
+    return image.convert("RGBA")
 
 
 def check_fit(fit: str) -> None:
@@ -72,7 +117,7 @@ def fit_image(image: Image.Image, image_size: tuple[int, int], fit: str = "crop"
     if image.size == (width, height):
         return image
     if fit == "crop":
-        return crop(resize_to_cover(image, image_size, 1.0), image_size)
+        return cover_and_crop(image, image_size)
     if fit == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     return _padded(image, height, width)

@@ -16,10 +16,11 @@ from PIL import Image
 from .datasets_source import (
     check_columns,
     check_labels,
+    check_tar_files,
+    classes_of,
     decode_stored,
     is_saved_to_disk,
     named_failures,
-    numbered_classes,
     parts_of_split,
 )
 
@@ -150,7 +151,7 @@ def open_stream(config: ImageDataConfig, split: str) -> StreamedSource:
         return StreamedSource(pieces, column, np.zeros(len(labels), np.int64), [], split)
     names = getattr(features[config.label_column], "names", None)
     if names is None:
-        names = numbered_classes([counts.labels(name) for name in streams if counts[name]])
+        names = classes_of([counts.labels(name) for name in streams if counts[name]], config.label_column)
     check_labels(labels, names, config.label_column)
     return StreamedSource(pieces, column, labels, list(names), split)
 
@@ -163,6 +164,7 @@ def _load_streams(path: str, columns: list[str] | None = None) -> dict[str, Iter
         raise ValueError(
             f"path={path!r} was written by save_to_disk, which needs no copy to be read; expected is_streamed=False"
         )
+    check_tar_files(path)
     with named_failures(path):
         options = {}
         if columns is not None and hasattr(datasets.load_dataset_builder(path).config, "columns"):
@@ -233,5 +235,9 @@ class _Counts(Mapping):
         labels = []
         for batch in piece.select_columns([self._column]).iter(_LABELS_AT_A_TIME):
             values = batch[self._column]
-            labels += [-1 if value is None else value for value in values] if self._has_labels else [-1] * len(values)
+            if self._has_labels:
+                # An unsigned label beyond int64 is refused like one that is missing.
+                labels += [-1 if value is None or value >= 1 << 63 else value for value in values]
+            else:
+                labels += [-1] * len(values)
         return np.array(labels, np.int64)

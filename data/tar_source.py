@@ -4,14 +4,19 @@ The headers are scanned once; an image is then one seek and one read.
 """
 
 import io
-import tarfile
+import os
+import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from .image_folder import IMAGE_SUFFIXES
-from .pixels import to_rgb
+from nextblock.files.names import escaped_name
+
+from .class_numbers import numbered_classes
+from .reading import NUM_FIRST_BYTES, is_picture_name, read_picture, starts_as_picture
+from .tar_members import Member, scan_members
 from .unreadable import UnreadableImageError
 
 
@@ -40,11 +45,12 @@ class TarSource:
         """Reads the member; raises an UnreadableImageError that names it where that fails."""
         file, member, offset, size = self._members[index]
         try:
+            if offset < 0:
+                raise FileNotFoundError("a link to what is not in the archive")
             with open(self.root / file, "rb") as archive:
                 archive.seek(offset)
                 content = archive.read(size)
-            with Image.open(io.BytesIO(content)) as image:
-                return to_rgb(image)
+            return read_picture(io.BytesIO(content))
         except MemoryError:
             raise
         except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
@@ -58,7 +64,7 @@ class TarSource:
     def identifier(self, index: int) -> str:
         """The tar file and the member, as "<file>/<member>"."""
         file, member, _, _ = self._members[index]
-        return f"{file}/{member}"
+        return escaped_name(f"{file}/{member}")
 
 
 def scan_tars(root: Path, split: str) -> TarSource:
@@ -72,51 +78,94 @@ def scan_tars(root: Path, split: str) -> TarSource:
         The source, whose classes are named by number up to the largest; it has none where no sample has a `.cls`.
 
     Raises:
-        ValueError: if there are no tar files, no images in them, or labels for a part of the images only.
+        ValueError: if there are no tar files, they are damaged, there are no images in them, or labels for a part of
+            the images only.
     """
-    files = sorted(root.glob(f"{split}/*.tar")) or sorted(root.glob(f"{split}*.tar"))
-    if not files:
-        raise ValueError(f"split={split!r}: {root} has neither {split}/*.tar nor {split}*.tar; expected tar files")
     members, labels = [], []
+    files = _tar_files(root, split)
     for file in files:
         found, found_labels = _scan_tar(file, file.relative_to(root).as_posix())
         members += found
         labels += found_labels
     if not members:
         raise ValueError(f"split={split!r}: the {len(files)} tar files of {root} hold no images")
-    unlabelled = [member for (_, member, _, _), label in zip(members, labels, strict=True) if label is None]
+    names = [f"{file}/{member}" for file, member, _, _ in members]
+    unlabelled = [name for name, label in zip(names, labels, strict=True) if label is None]
     if unlabelled and len(unlabelled) < len(members):
-        raise ValueError(f"split={split!r}: {unlabelled[0]} and {len(unlabelled) - 1} more have no .cls; expected all")
+        raise ValueError(
+            f"split={split!r}: {len(unlabelled)} of {len(members)} images have no .cls, such as "
+            f"{', '.join(unlabelled[:3])}; expected one for every image, or for none"
+        )
     if unlabelled:
         return TarSource(root, members, np.zeros(len(members), np.int64), [])
-    return TarSource(root, members, np.array(labels), [str(label) for label in range(max(labels) + 1)])
+    return TarSource(root, members, np.array(labels), numbered_classes(max(labels) + 1, len(labels), ".cls"))
+
+
+def _tar_files(root: Path, split: str) -> list[Path]:
+    """The tar files of a split, sorted; archives that are none of them are refused."""
+    in_folder = [(root / split / name) for name in _names_in(root / split)]
+    beside = [root / name for name in _names_in(root) if name.startswith(split)]
+    found = [[path for path in paths if path.name.lower().endswith(".tar")] for paths in (in_folder, beside)]
+    if all(found):
+        raise ValueError(f"split={split!r}: {root} has both {found[0][0]} and {found[1][0]}; expected one layout")
+    packed = [path for path in in_folder + beside if re.search(r"\.(tar\.\w+|t[gbx]z2?|tzst)$", path.name.lower())]
+    if packed:
+        raise ValueError(f"split={split!r}: {packed[0]} is compressed; expected .tar files, in which one can seek")
+    if not any(found):
+        raise ValueError(f"split={split!r}: {root} has neither {split}/*.tar nor {split}*.tar; expected tar files")
+    return found[0] or found[1]
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Sorted names in a folder without those with a leading dot; none where there is no folder."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith(".")) if folder.is_dir() else []
 
 
 def _scan_tar(file: Path, name: str) -> tuple[list[tuple[str, str, int, int]], list[int | None]]:
-    """The images of one tar file in its order, and their labels."""
+    """The images of one tar file in its order, and their labels; names with a leading dot are passed over."""
     images, labels = {}, {}
-    try:
-        with tarfile.open(file, "r:") as archive:
-            for entry in archive:
-                # WebDataset's key ends at the first dot of the file's name.
-                folder, _, base = entry.name.rpartition("/")
-                key = (folder, base.partition(".")[0])
-                if not entry.isfile() or base.startswith("."):
-                    continue
-                if base.lower().endswith(IMAGE_SUFFIXES):
-                    if key in images:
-                        raise ValueError(f"{file}: {entry.name} is a second image of its sample; expected one each")
-                    images[key] = (name, entry.name, entry.offset_data, entry.size)
-                elif base.endswith(".cls"):
-                    labels[key] = _read_label(archive.extractfile(entry).read(), f"{entry.name} of {file}")
-    except tarfile.TarError as error:
-        raise ValueError(f"{file} is no tar file that can be read: {error}") from error
+    members = scan_members(file)
+    with open(file, "rb") as archive:
+        for member in members:
+            # WebDataset's key ends at the first dot of the file's name.
+            folder, _, base = member.name.rpartition("/")
+            key = (folder, base.partition(".")[0])
+            if base.startswith("."):
+                continue
+            if _is_picture(archive, member, base):
+                if key in images:
+                    raise ValueError(f"{file}: {member.name} is a second image of its sample; expected one each")
+                images[key] = (name, member.name, member.offset, member.size)
+            elif base.lower().endswith(".cls"):
+                if key in labels:
+                    raise ValueError(f"{file}: {member.name} is a second label of its sample; expected one each")
+                labels[key] = _read_label(_content(archive, member, 64), f"{member.name} of {file}")
+    lost = ["/".join(filter(None, key)) for key in labels if key not in images]
+    if lost:
+        raise ValueError(
+            f"{file}: {len(lost)} of {len(labels)} .cls are of no image, such as {lost[0]}.cls; expected one of the "
+            "same name, up to its first dot, for each"
+        )
     return list(images.values()), [labels.get(key) for key in images]
+
+
+def _is_picture(archive: BinaryIO, member: Member, base: str) -> bool:
+    """Whether a member is a picture by its name, or where that does not say by its first bytes."""
+    says = is_picture_name(base)
+    return starts_as_picture(_content(archive, member, NUM_FIRST_BYTES)) if says is None else says
+
+
+def _content(archive: BinaryIO, member: Member, max_size: int) -> bytes:
+    """The first bytes of a member; none of a link that leads nowhere."""
+    if member.offset < 0:
+        return b""
+    archive.seek(member.offset)
+    return archive.read(min(member.size, max_size))
 
 
 def _read_label(content: bytes, where: str) -> int:
     """A class number written in decimal digits."""
     text = content.decode("ascii", errors="replace").strip()
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:
         raise ValueError(f"{where} holds {text[:40]!r}; expected a class number, 0 or more")
     return int(text)

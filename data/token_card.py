@@ -1,6 +1,9 @@
 """The dataset card of a folder of tokens, a function of its manifest alone."""
 
+import json
 import re
+
+from nextblock.files.quoting import markdown_text
 
 from .blocks import BlockLayout
 from .token_shards import index_dtype, split_identifier
@@ -20,11 +23,12 @@ def token_card(manifest: TokenManifest) -> str:
     header = ["---", "tags:", "- nextblock", "- image-tokens", "configs:", "- config_name: default", "  data_files:"]
     table = ["| split | images | rejected | views | rows | shards |", "|---|---|---|---|---|---|"]
     for split, entry in manifest.splits.items():
-        header += [f"  - split: {split_identifier(split)}"]
-        header += [f"    path: {re.sub('-[0-9]{5}-of-', '-?????-of-', entry['shards'][0]['file'])}"]
+        # Quoted: "no" and "2024" are no text to YAML.
+        header += [f"  - split: {json.dumps(split_identifier(split))}"]
+        header += [f"    path: {json.dumps(re.sub('-[0-9]{5}-of-', '-?????-of-', entry['shards'][0]['file']))}"]
         num_rows = sum(shard["num_rows"] for shard in entry["shards"])
         counts = [entry["num_images"], entry["num_rejected"], entry["num_views"], num_rows, len(entry["shards"])]
-        table.append(f"| {split} | " + " | ".join(map(str, counts)) + " |")
+        table.append(f"| {markdown_text(split)} | " + " | ".join(map(str, counts)) + " |")
     height, width = manifest.image_size
     views = [f"{number}. {name}" for number, name in enumerate(manifest.views)]
     return "\n".join(

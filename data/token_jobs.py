@@ -6,7 +6,6 @@ Legend: B batch, HxW pixels.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 from .images import ImageSource
 from .token_shards import split_identifier
 from .unreadable import UnreadableImageError
+from .usable import source_fingerprint
 from .views import ViewSet
 
 
@@ -52,10 +52,7 @@ class RowDataset(Dataset):
 
     def fingerprint(self) -> str:
         """Hash the names and labels of all images."""
-        digest = hashlib.sha256()
-        for index in range(len(self.source)):
-            digest.update(f"{self.source.identifier(index)}\t{self.source.label(index)}\n".encode())
-        return digest.hexdigest()
+        return source_fingerprint(self.source)
 
     def __getitems__(self, rows: list[int]) -> dict:
         """Decode a batch.

@@ -42,7 +42,9 @@ def index_dtype(vocab_size: int) -> str:
 
 def split_identifier(split: str) -> str:
     """Return a split's name as file names and the hub take it: letters, digits and underscores."""
-    return re.sub(r"\W", "_", split, flags=re.ASCII)
+    name = re.sub(r"\W", "_", split, flags=re.ASCII)
+    # To `datasets` this one is no split but all of them.
+    return "all_" if name == "all" else name
 
 
 def write_shard(

@@ -5,6 +5,8 @@ import re
 
 from PIL import Image, UnidentifiedImageError
 
+from nextblock.files.names import printable
+
 REASONS = ("corrupt", "truncated", "too small", "unreadable mode", "decompression bomb", "missing")
 _TRUNCATED = re.compile(r"truncated|unexpected end|not enough (image )?data|end of file", re.IGNORECASE)
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
@@ -24,12 +26,12 @@ class UnreadableImageError(ValueError):
     """
 
     def __init__(self, where: str, path: str, error: Exception):
-        super().__init__(f"cannot read {where}: {type(error).__name__}: {error}")
+        super().__init__(printable(f"cannot read {where}: {type(error).__name__}: {error}"))
         self.reason = rejection_reason(error)
         message = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
         if isinstance(error, UnidentifiedImageError):
             message = "cannot identify image file"
-        self.detail = f"{type(error).__name__}: {_ADDRESS.sub('', message.replace(path, '…'))}"
+        self.detail = printable(f"{type(error).__name__}: {_ADDRESS.sub('', message.replace(path, '…'))}")
 
     def __reduce__(self):
         return _restored, (str(self), self.reason, self.detail)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .augment import TransformConfig, apply_transform, crop, resize_to_cover
+from .augment import TransformConfig, apply_transform, cover_and_crop
 
-_CROPS = ("top left", "top right", "bottom left", "bottom right", "center")
+# Where each of the crops lies in its free space, (y, x).
+_CROPS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1), "center": None}
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,6 @@ class ViewSet:
             pixels = apply_transform(image, image_size, TransformConfig(), self.seed, 0, index)
             return pixels[:, ::-1] if view else pixels
         is_mirrored, number = divmod(view - 2, len(_CROPS))
-        pixels = _crop(resize_to_cover(image, image_size, self.ten_crop_ratio), image_size, _CROPS[number])
+        position = list(_CROPS.values())[number]
+        pixels = np.asarray(cover_and_crop(image, image_size, self.ten_crop_ratio, position))
         return pixels[:, ::-1] if is_mirrored else pixels
-
-
-def _crop(image: Image.Image, image_size: tuple[int, int], corner: str) -> np.ndarray:
-    """Cut one of the five crops out of an image that covers them."""
-    height, width = image_size
-    bottom, right = image.height - height, image.width - width
-    if corner == "center":
-        return np.asarray(crop(image, image_size))
-    top, left = bottom * corner.startswith("bottom"), right * corner.endswith("right")
-    return np.asarray(image.crop((left, top, left + width, top + height)))

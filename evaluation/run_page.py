@@ -139,7 +139,7 @@ def html_page(run_dir: Path) -> str:
         for path in paths:
             step = path.stem.rsplit("_", 1)[1].lstrip("0") or "0"
             picture = _embedded(path.read_bytes(), path.name)
-            parts.append(f"<figure>{picture}<figcaption>step {step}</figcaption></figure>")
+            parts.append(f"<figure>{picture}<figcaption>step {html.escape(step)}</figcaption></figure>")
     if (run_dir / "config.yaml").is_file():
         text = html.escape((run_dir / "config.yaml").read_text(encoding="utf-8"))
         parts.append(f"<h2>Configuration</h2><pre>{text}</pre>")

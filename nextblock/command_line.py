@@ -35,14 +35,18 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
     """
     parser = _run_config_parser(config_class, command)
     namespace = parser.parse_args(list(argv))
+    given = parser.parse_args(list(argv), defaults=False)
     namespace.pop("config")
     for name in _misplaced_nulls(config_class, namespace):
         parser.error(f'Parser key "{name}":\n  Expected a value, got null')
     try:
-        values = parser.instantiate(namespace)
-        return config_class(**vars(values))
+        config = config_class(**vars(parser.instantiate(namespace)))
     except ValueError as error:
         parser.error(str(error), error)
+    for name, options in vars(config).items():
+        if hasattr(options, "given"):
+            options.given = frozenset(vars(given.get(name) or Namespace()))
+    return config
 
 
 class _ExampleParser(ArgumentParser):

@@ -20,8 +20,9 @@ import yaml
 from torch.utils.data import DataLoader
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.images import ImageDataConfig, ImageDataset, collate
 from nextblock.data.pixels import to_uint8
+from nextblock.data.usable import open_usable
 from nextblock.evaluation.codebook import codebook_summary
 from nextblock.evaluation.digits_judge import DigitSet, digit_figures
 from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves
@@ -185,7 +186,7 @@ def _check_samples(images, image_size: Sequence[int]) -> None:
 
 def _open_split(tokenizer, config: EvaluateConfig, split: str):
     """Load one split's images at the tokenizer's size, unaugmented, in batches."""
-    source = load_source(config.data, split)
+    source = open_usable(config.data, split, print)
     dataset = ImageDataset(source, tuple(tokenizer.config.image_size), TransformConfig(), seed=0)
     return DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)
 

@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.images import ImageDataConfig, ImageDataset, collate
+from nextblock.data.usable import open_usable
 from nextblock.evaluation.codebook import codebook_summary
 from nextblock.evaluation.pictures import comparison_grid
 from nextblock.evaluation.reconstruction import reconstruct
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         config = replace(config, data=data_of_run(config.tokenizer)[0])
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     split = config.split or config.data.eval_split
-    source = load_source(config.data, split)
+    source = open_usable(config.data, split, print)
     tokenizer = VQVAE.from_pretrained(config.tokenizer).to(device).eval()
     dataset = ImageDataset(source, tokenizer.config.image_size, TransformConfig(), seed=0)
     loader = DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)

@@ -35,6 +35,7 @@ from nextblock.training.run_config import save_run_config
 from .command_line import parse_run_config
 from .cpu import fixed_threads, keep_freed_memory
 from .progress import Progress
+from .stoppable import Job, stoppable_job
 
 _PICTURE_NAME = "samples.png"
 _PICTURE_COLUMNS, _PICTURE_ROWS = 10, 10
@@ -103,19 +104,31 @@ def image_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def sample(config: SampleConfig) -> None:
+def sample(config: SampleConfig) -> bool:
     """Draw images, each process its own batches, and put them together once all are there.
 
     Batches that are there already stay, whatever number of processes drew them; the result is the same to the byte.
+    SIGTERM or SIGINT at any process stops all of them at once.
 
     Args:
         config: the job.
+
+    Returns:
+        Whether the job was not stopped.
 
     Raises:
         ValueError: if the output folder holds another job, the configuration does not fit the pipeline, or the folder
             does not hold exactly the images of the job at the end.
     """
     state = connect_processes(config.cpu)
+    with stoppable_job(state) as stoppable:
+        _sample(config, state, stoppable)
+        return True
+    return False
+
+
+def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
+    """Do the job."""
     folder = Path(config.output_dir)
     pipe = ClassToImagePipeline.from_pretrained(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -129,6 +142,7 @@ def sample(config: SampleConfig) -> None:
     N = len(class_labels)
     batches = [range(start, min(start + config.batch_size, N)) for start in range(0, N, config.batch_size)]
     with claimed_folder(folder, job, state):
+        stoppable.done = lambda: f"{sum(len(b) for b in batches if files.has(b))} of {N} images are in {folder}"
         missing = [batch for batch in batches if not files.has(batch)]
         is_finished = not missing and (folder / _PICTURE_NAME).is_file()
         # Nobody writes before everybody has looked.

@@ -27,6 +27,7 @@ from .command_line import parse_run_config
 from .cpu import fixed_threads, keep_freed_memory
 from .progress import Progress
 from .run_data import data_of_run
+from .stoppable import Job, stoppable_job
 
 
 @dataclass(kw_only=True)
@@ -84,6 +85,8 @@ class TokenizeConfig:
         for name, values in (("on_error", ("stop", "skip")), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
+        if self.data.on_error != "stop":
+            raise ValueError(f"data.on_error is {self.data.on_error!r}; expected on_error, which is what a job has")
         # Where data is not given, the transform may be the tokenizer's training's too.
         if self.data.source is not None and self.num_augmented_views and not self.transform.is_random:
             raise ValueError(
@@ -92,13 +95,17 @@ class TokenizeConfig:
             )
 
 
-def tokenize(config: TokenizeConfig) -> None:
+def tokenize(config: TokenizeConfig) -> bool:
     """Encode a data set, each process its own shards, and write the manifest once all are there.
 
     Shards that are there already stay, whatever number of processes wrote them; the result is the same to the byte.
+    SIGTERM or SIGINT at any process stops all of them at once.
 
     Args:
         config: the job.
+
+    Returns:
+        Whether the job was not stopped.
 
     Raises:
         ValueError: if the output folder holds another job, the configuration or data does not fit, or an image cannot
@@ -106,6 +113,14 @@ def tokenize(config: TokenizeConfig) -> None:
     """
     config = _with_data(config)
     state = connect_processes(config.cpu)
+    with stoppable_job(state) as stoppable:
+        _tokenize(config, state, stoppable)
+        return True
+    return False
+
+
+def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> None:
+    """Do the job."""
     folder = Path(config.output_dir)
     model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
     if config.rows_per_shard * model.layout.num_tokens >= 1 << 31:
@@ -117,6 +132,8 @@ def tokenize(config: TokenizeConfig) -> None:
     job = _describe(config, model, plans, state)
     with claimed_folder(folder, asdict(job), state):
         (folder / "data").mkdir(exist_ok=True)
+        paths = [folder / "data" / shard.name for _, shards in plans.values() for shard in shards]
+        stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
         missing = {
             split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
             for split, (_, shards) in plans.items()
@@ -180,7 +197,8 @@ def _describe(
     # However a dataset is read, its rows are the same. Newer options leave no trace where they are not used, so that
     # older jobs can go on.
     later = {name for name in ("eval_fraction", "class_names", "first_label") if getattr(config.data, name) is None}
-    data = {name: value for name, value in asdict(config.data).items() if name not in {"is_streamed", *later}}
+    left_out = {"is_streamed", "on_error", *later}
+    data = {name: value for name, value in asdict(config.data).items() if name not in left_out}
     if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
         data["path"] = None
     return TokenManifest(

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import DistributedType
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataset, collate, load_source
+from nextblock.data.images import ImageDataset, collate
 from nextblock.tokenizer.configuration_vqvae import VQVAEConfig
 from nextblock.tokenizer.perceptual import load_perceptual_loss
-from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, build_tokenizer
+from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, build_tokenizer, with_initial_tokenizer
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.failed_start import no_stub_left
 from nextblock.training.loop import fit
+from nextblock.training.usable_images import open_training_images
 
 from .command_line import parse_run_config
 
@@ -29,7 +31,7 @@ def train(config: TokenizerTrainConfig) -> None:
             the launch shards models (FSDP).
     """
     config.data.check_given()
-    output_dir = Path(config.output_dir)
+    config, output_dir = with_initial_tokenizer(config), Path(config.output_dir)
     seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
     # First of all: its weights may be out of reach here.
     perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None
@@ -39,10 +41,13 @@ def train(config: TokenizerTrainConfig) -> None:
             "the processes were launched with distributed_type FSDP; expected MULTI_GPU, as in "
             "configs/accelerate/multi-gpu.yaml: a tokenizer is trained whole on every GPU"
         )
-    train_data = ImageDataset(load_source(config.data, config.data.split), image_size, config.transform, seed)
+    open_images = partial(
+        open_training_images, accelerator, config.data, output_dir=output_dir, num_workers=config.loop.num_workers
+    )
+    train_data = ImageDataset(open_images(config.data.split), image_size, config.transform, seed)
     eval_data = None
     if config.data.eval_split is not None:
-        eval_source = load_source(config.data, config.data.eval_split)
+        eval_source = open_images(config.data.eval_split)
         eval_data = ImageDataset(eval_source, image_size, TransformConfig(), seed)
     task = TokenizerTask(accelerator, config, build_tokenizer(config), train_data, eval_data, perceptual)
     with no_stub_left(output_dir, accelerator.is_main_process):

@@ -55,8 +55,9 @@ def damage_of(folder: Path) -> list[str]:
         if len(views) == len(entry["shards"]):
             problems += _count(split, entry, np.bincount(np.concatenate(views), minlength=1), num_rejected)
     try:
-        lines = (folder / REJECTED_NAME).read_text(encoding="utf-8").splitlines()
-        splits = [json.loads(line)["split"] for line in lines]
+        # Names may hold characters at which splitlines would end a line too.
+        lines = (folder / REJECTED_NAME).read_text(encoding="utf-8").split("\n")
+        splits = [json.loads(line)["split"] for line in lines if line]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [*problems, f"{folder / REJECTED_NAME} cannot be read: {error}"]
     for split, entry in manifest.splits.items():

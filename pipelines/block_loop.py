@@ -18,7 +18,7 @@ class BlockLoop:
     """Receives one batch's blocks.
 
     Args:
-        pipe: the pipeline, whose `guidance_scale` and `interrupt` a callback may set.
+        pipe: the call's own copy of the pipeline, whose `guidance_scale` and `interrupt` a callback may set.
         request: what was asked for.
         num_images: n.
         bar: progress bar that counts blocks.

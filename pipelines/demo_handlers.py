@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from nextblock.data.pixels import fit_image, to_rgb
+from nextblock.data.reading import read_picture
+from nextblock.data.unreadable import UnreadableImageError
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import image_grid
 
@@ -91,12 +93,12 @@ def call_text(pipe, class_labels: list[int] | None, num_images_per_label: int, s
     return f"images = pipe(\n{''.join(lines)}    generator=torch.Generator().manual_seed({seed}),\n).images"
 
 
-def reconstruct(pipe, image: Image.Image | None) -> list[Captioned]:
+def reconstruct(pipe, image: Image.Image | str | None) -> list[Captioned]:
     """Show an image beside what the tokenizer keeps of it.
 
     Args:
         pipe: a `ClassToImagePipeline`.
-        image: any size; its center is cut out, as for images that are held out of training.
+        image: any size, or its file; its center is cut out, as for images that are held out of training.
 
     Returns:
         The image at the tokenizer's size, and its reconstruction with its PSNR.
@@ -142,12 +144,14 @@ def inpaint(
     return pipe.inpaint(image, mask, class_label, num_images_per_label, generator=generator, **options).images
 
 
-def interpolate(pipe, image_a: Image.Image | None, image_b: Image.Image | None, num_steps: int) -> list[Image.Image]:
+def interpolate(
+    pipe, image_a: Image.Image | str | None, image_b: Image.Image | str | None, num_steps: int
+) -> list[Image.Image]:
     """Go from one image to another in code space.
 
     Args:
         pipe: a `ClassToImagePipeline`.
-        image_a: the first image, of any size.
+        image_a: the first image, of any size, or its file.
         image_b: the last image.
         num_steps: images, the reconstructions of both among them.
 
@@ -183,11 +187,17 @@ def _repeated(image: Image.Image, factor: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _opened(pipe, image: Image.Image | None, name: str) -> Image.Image:
-    """Open a picture as for training; one that `enlarged` made becomes what it was."""
+def _opened(pipe, image: Image.Image | str | None, name: str) -> Image.Image:
+    """Open a picture or its file as for training; one that `enlarged` made becomes what it was."""
     if image is None:
         raise ValueError(f"the {name} is missing; expected a picture")
-    image, (H, W) = to_rgb(image), pipe.tokenizer.config.image_size
+    try:
+        image = to_rgb(image) if isinstance(image, Image.Image) else read_picture(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
+        raise UnreadableImageError(f"the {name}", str(image), error) from error
+    H, W = pipe.tokenizer.config.image_size
     factor = image.width // W
     if factor > 1 and image.size == (W * factor, H * factor):
         reduced = image.reduce(factor)

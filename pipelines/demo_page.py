@@ -3,6 +3,7 @@
 Legend: H×W pixels.
 """
 
+import html
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
@@ -89,10 +90,15 @@ def _sample_tab(pipe) -> None:
     next_button.click(lambda seed: (seed or 0) + 1, seed, seed).then(_reported(show), inputs, shown, **QUEUE)
 
 
+def _picture_field(label: str, height: int | None = None) -> gr.Image:
+    """A field for one picture, handed on as its file: Gradio would clip 16 bits and blacken what is clear."""
+    return gr.Image(type="filepath", image_mode=None, label=label, sources=["upload", "clipboard"], height=height)
+
+
 def _reconstruct_tab(pipe) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            image = gr.Image(type="pil", label="Image", sources=["upload", "clipboard"])
+            image = _picture_field("Image")
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=5):
             pictures = _gallery(pipe, num_columns=2)
@@ -106,6 +112,7 @@ def _inpaint_tab(pipe) -> None:
             editor = gr.ImageEditor(
                 label="Brush over what is to be painted anew",
                 type="pil",
+                image_mode=None,
                 format="png",
                 sources=["upload", "clipboard"],
                 transforms=[],
@@ -137,7 +144,7 @@ def _interpolate_tab(pipe) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             ends = [
-                gr.Image(type="pil", label=name, sources=["upload", "clipboard"], height=240)
+                _picture_field(name, height=240)
                 for name in ("First image", "Last image")
             ]
             num_steps = gr.Slider(2, 16, 8, step=1, label="Images")
@@ -259,6 +266,7 @@ def _reported(handler: Callable) -> Callable:
         try:
             return handler(*values)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            # Gradio takes a message for HTML, and names of files and classes are anybody's.
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
     return show

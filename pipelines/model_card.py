@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 
+from nextblock.files.quoting import markdown_text
 from nextblock.prior.sampling import SamplingOptions
 
 GRID_NAME = "samples.png"
@@ -139,10 +140,10 @@ def _table(title: str, rows: Mapping | None) -> list[str]:
     """Lay out a section of names and values."""
     if not rows:
         return []
-    cells = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    cells = [f"| {markdown_text(name)} | {_cell(value)} |" for name, value in rows.items()]
     return [f"## {title}", "", "| | |", "|---|---|", *cells, ""]
 
 
 def _cell(value) -> str:
-    """Write a value so that it stays in its cell."""
-    return (f"{value:.6g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+    """Write a value so that it stays text in its cell."""
+    return f"{value:.6g}" if isinstance(value, float) else markdown_text(str(value))

@@ -61,7 +61,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             options.check_for(prior)
         self.register_modules(tokenizer=tokenizer, prior=prior)
         self.register_to_config(sampling=asdict(options), card=card)
-        self._guidance_scale, self._interrupt = 1.0, False
+        self._guidance_scale, self._interrupt = options.guidance_scale, False
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -85,14 +85,14 @@ class ClassToImagePipeline(DiffusionPipeline):
         return self._guidance_scale
 
     @property
+    def interrupt(self) -> bool:
+        """Whether to stop after the block at hand; a callback that sets `_interrupt` stops its call."""
+        return self._interrupt
+
+    @property
     def num_timesteps(self) -> int:
         """K, the blocks of a batch: a callback sees as many steps."""
         return self.prior.layout.num_blocks
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether to stop after the block at hand; set `_interrupt` to ask for it."""
-        return self._interrupt
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "ClassToImagePipeline":

@@ -3,12 +3,14 @@
 Legend: B images, n images of a batch, K blocks, L_k tokens of block k, C code channels, h×w latent cells.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
 
+from nextblock.data.finite import check_finite
 from nextblock.data.pixels import to_output
 from nextblock.prior.family import check_given
 from nextblock.prior.generation import generate
@@ -100,14 +102,13 @@ def run_progressively(pipe, request: SamplingRequest, output_type: str, decode_b
 
 
 def decode(pipe, features: Tensor, num_images: int | None, output_type: str):
-    """Decode maps (B, C, h, w) in batches of one shape."""
+    """Decode maps (B, C, h, w) in batches of one shape; refuse those, and images, that are NaN or infinite."""
     run_offload_hook(pipe.tokenizer)
     batch = BatchShape.choose(len(features), num_images, pipe.tokenizer, pipe._execution_device)
-    images = [
-        pipe.tokenizer.decode(batch.pad(part))[: len(part)].clamp(-1, 1).float()
-        for part in features.split(batch.num_images)
-    ]
-    return to_output(torch.cat(images), output_type)
+    parts = features.split(batch.num_images)
+    images = torch.cat([pipe.tokenizer.decode(batch.pad(part))[: len(part)] for part in parts])
+    check_finite("decoding", {"the quantized map": features, "the image": images})
+    return to_output(images.clamp(-1, 1).float(), output_type)
 
 
 @contextmanager
@@ -128,10 +129,12 @@ def _sample(pipe, request: SamplingRequest, keeps_maps: bool = False) -> tuple[l
     # The prior calls the quantizer while an offloaded tokenizer waits on the CPU.
     pipe.tokenizer.quantizer.to(pipe._execution_device)
     starts, batches, maps = range(0, len(request.condition), request.batch.num_images), [], []
-    pipe._interrupt = False
+    # What a callback sets on the pipeline is the call's own: threads that sample at once do not meet.
+    call = copy.copy(pipe)
+    call._interrupt = False
     with pipe.progress_bar(total=len(starts) * pipe.num_timesteps) as bar:
         for start in starts:
-            idx_Bl, batch_maps = _sample_batch(pipe, request, start, bar, keeps_maps)
+            idx_Bl, batch_maps = _sample_batch(call, request, start, bar, keeps_maps)
             batches.append(idx_Bl)
             maps.append(batch_maps)
     idx_Bl = [torch.cat(blocks) for blocks in zip(*batches, strict=True)]

@@ -6,9 +6,65 @@ arXiv:2410.10989). Legend: B batch, L all tokens, N = B·L, n tokens of a chunk,
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from .losses import IGNORED_LABEL
+
+
+def chunked_head_loss(
+    head: nn.Module, hidden_states: Tensor, labels: Tensor, *, label_smoothing: float, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the cross-entropy of a head, whatever module it is, with the logits of one chunk at a time.
+
+    Args:
+        head: maps (…, D) to (…, V). A plain `nn.Linear` takes the way of `chunked_cross_entropy`; any other, one with
+            an adapter say, is called on every chunk, and once more in the backward pass.
+        hidden_states: (B, L, D), what the head takes.
+        labels: see `chunked_cross_entropy`, as for the arguments after it.
+        label_smoothing: of the loss alone.
+        chunk_size: n.
+
+    Returns:
+        What `chunked_cross_entropy` does.
+
+    Raises:
+        ValueError: if `chunk_size` is below 1.
+    """
+    options = {"label_smoothing": label_smoothing, "chunk_size": chunk_size}
+    if _is_bare_linear(head):
+        return chunked_cross_entropy(hidden_states, head.weight, head.bias, labels, **options)
+    _check_chunk_size(chunk_size)
+    smooth_sum, token_loss, token_correct = 0.0, [], []
+    for x, y in zip(hidden_states.flatten(0, 1).split(chunk_size), labels.flatten().split(chunk_size), strict=True):
+        chunk_sum, *of_tokens = checkpoint(_chunk_loss, head, x, y, label_smoothing, use_reentrant=False)
+        smooth_sum = smooth_sum + chunk_sum
+        for parts, part in zip((token_loss, token_correct), of_tokens, strict=True):
+            parts.append(part)
+    return smooth_sum / labels.numel(), *(torch.cat(parts).view_as(labels) for parts in (token_loss, token_correct))
+
+
+def _is_bare_linear(head: nn.Module) -> bool:
+    """Tell whether a head is its weight and bias, and nothing happens when it is called."""
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is not None and "forward" not in vars(head) and not any(hooks)
+
+
+def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss of a chunk (n, D), and without gradient its tokens' losses and hits (n,)."""
+    logits = head(x)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing)
+    with torch.no_grad():
+        token_loss = F.cross_entropy(logits, y, reduction="none")
+        return loss, token_loss, logits.gather(-1, y[:, None])[:, 0] >= logits.amax(-1)
+
+
+def _check_chunk_size(chunk_size: int) -> None:
+    """Refuse chunks of nothing."""
+    if chunk_size < 1:
+        raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
 
 def chunked_cross_entropy(
     hidden_states: Tensor,
@@ -25,19 +81,19 @@ def chunked_cross_entropy(
         hidden_states: (B, L, D).
         weight: (V, D) of the output projection, in the same dtype.
         bias: (V,) likewise.
-        labels: (B, L) int64 in [0, V).
+        labels: (B, L) int64 in [0, V), or −100 for tokens to ignore.
         label_smoothing: in [0, 1); of the loss alone.
         chunk_size: n, tokens at a time, at least 1.
 
     Returns:
-        The scalar mean loss, from which gradients flow back; each token's loss without label smoothing (B, L), from
-        which none do; and whether no code is likelier than the label (B, L).
+        The scalar mean loss over the tokens that have a label, from which gradients flow back; each token's loss
+        without label smoothing (B, L), from which none do; and whether no code is likelier than the label (B, L). The
+        last two are 0 and false for tokens to ignore.
 
     Raises:
         ValueError: if `chunk_size` is below 1.
     """
-    if chunk_size < 1:
-        raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
+    _check_chunk_size(chunk_size)
     # Without this question a validation would form gradients that nobody wants.
     is_training = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, weight, bias))
     loss, token_loss, token_correct = _HeadLoss.apply(
@@ -60,40 +116,51 @@ class _HeadLoss(torch.autograd.Function):
             d_weight, d_bias = (torch.zeros_like(tensor, dtype=dtype) for tensor in (weight, bias))
         for start in range(0, N, chunk_size):
             chunk = slice(start, min(start + chunk_size, N))
-            x, y = hidden_states[chunk], labels[chunk, None]
+            x, is_labelled = hidden_states[chunk], labels[chunk] != IGNORED_LABEL
+            y = labels[chunk, None].clamp_min(0)
             logits = F.linear(x, weight, bias).to(dtype)
             log_sum = logits.logsumexp(-1, keepdim=True)
             label_logits = logits.gather(-1, y)
-            token_loss[chunk] = (log_sum - label_logits)[:, 0]
-            token_correct[chunk] = (label_logits >= logits.amax(-1, keepdim=True))[:, 0]
+            token_loss[chunk] = (log_sum - label_logits)[:, 0].masked_fill_(~is_labelled, 0)
+            token_correct[chunk] = (label_logits >= logits.amax(-1, keepdim=True))[:, 0] & is_labelled
             if label_smoothing:
                 spread = log_sum[:, 0] - logits.mean(-1)
-                smooth_loss[chunk] = torch.lerp(token_loss[chunk], spread, label_smoothing)
+                smoothed = torch.lerp(token_loss[chunk], spread, label_smoothing)
+                smooth_loss[chunk] = smoothed.masked_fill_(~is_labelled, 0)
             if is_training:
-                d_logits = _logits_gradient(logits, log_sum, y, label_smoothing).to(weight.dtype)
+                d_logits = _logits_gradient(logits, log_sum, y, is_labelled[:, None], label_smoothing).to(weight.dtype)
                 d_hidden_states[chunk] = d_logits @ weight
                 if dtype == weight.dtype:
                     d_weight.addmm_(d_logits.T, x)
                 else:
                     d_weight += d_logits.T @ x
                 d_bias += d_logits.sum(0)
+        # Exactly 1 where all are labelled, without waiting for a GPU to know.
+        share = N / (labels != IGNORED_LABEL).sum().to(dtype)
         if is_training:
-            ctx.save_for_backward(d_hidden_states, d_weight, d_bias)
+            ctx.save_for_backward(d_hidden_states, d_weight, d_bias, share)
             ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(token_loss, token_correct)
-        return smooth_loss.mean(), token_loss, token_correct
+        return smooth_loss.mean() * share, token_loss, token_correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss, *_):
         # The mean's 1/N comes last, after the loss scale: before it, half-precision gradients would vanish.
-        scale = d_loss / len(ctx.saved_tensors[0])
-        return *((gradient * scale).to(ctx.dtype) for gradient in ctx.saved_tensors), None, None, None, None
+        *gradients, share = ctx.saved_tensors
+        scale = d_loss / len(gradients[0]) * share
+        return *((gradient * scale).to(ctx.dtype) for gradient in gradients), None, None, None, None
 
 
-def _logits_gradient(logits: Tensor, log_sum: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
-    """Turn logits (n, V), in place, into the gradient of their summed loss: probabilities less smoothed targets."""
-    probabilities = logits.sub_(log_sum).exp_()
+def _logits_gradient(
+    logits: Tensor, log_sum: Tensor, y: Tensor, is_labelled: Tensor, label_smoothing: float
+) -> Tensor:
+    """Turn logits (n, V), in place, into the gradient of their summed loss: probabilities less smoothed targets.
+
+    Rows without a label become 0.
+    """
+    probabilities = logits.sub_(log_sum.masked_fill(~is_labelled, torch.inf)).exp_()
+    weight = is_labelled.to(logits.dtype)
     if label_smoothing:
-        probabilities -= label_smoothing / logits.shape[-1]
-    return probabilities.scatter_add_(-1, y, torch.full_like(log_sum, label_smoothing - 1))
+        probabilities -= label_smoothing / logits.shape[-1] * weight
+    return probabilities.scatter_add_(-1, y, (label_smoothing - 1) * weight)

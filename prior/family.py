@@ -15,7 +15,7 @@ from .losses import PriorOutput
 
 
 class Prior(Protocol):
-    """A `PreTrainedModel` that predicts an image's tokens block by block.
+    """A `StoredModel` that predicts an image's tokens block by block.
 
     Sampling calls `context` once, then for each block `decode_block` and `logits`; training calls the model.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from nextblock.data.finite import all_finite, extremes
 from nextblock.training.offload import run_offload_hook
 
 from .conditioning import Condition, Context
@@ -130,8 +131,12 @@ def generate(
 
     Returns:
         The blocks sampled, up to K tensors (B, L_k) int64.
+
+    Raises:
+        ValueError: if codes, the codec's weights or logits are NaN or infinite.
     """
     run_offload_hook(prior)
+    quantizer.check_finite()
     return generate_blocks(
         prior,
         condition.to(prior.device),
@@ -176,18 +181,35 @@ def generate_blocks(
 
     Returns:
         The blocks sampled, up to K tensors (B, L_k) int64.
+
+    Raises:
+        ValueError: naming the first block whose logits are NaN or infinite: at once on a CPU; a GPU is not waited for
+            before the last block.
     """
     source = _TokenSource(prior, quantizer, options, uniforms, given_idx_BL, smooth_generators)
-    idx_Bl = []
+    idx_Bl: list[Tensor] = []
+    seen: dict[int, Tensor] = {}
     # A prior that takes indices needs no map; a receiver may look at it.
     keeps_map = on_block_end is not None or not prior.takes_indices
     for step in _block_steps(source, condition, keeps_map, is_guidance_fixed or not condition.has_null):
+        seen[step.block] = extremes(step.logits)
+        if step.logits.device.type == "cpu":
+            _check_logits(seen)
+            seen.clear()
         if on_block_end is not None:
             on_block_end(step)
         idx_Bl.append(step.idx)
         if step.is_last:
             break
+    _check_logits(seen)
     return idx_Bl
+
+
+def _check_logits(extremes_of_blocks: dict[int, Tensor]) -> None:
+    """Refuse logits that are NaN or infinite, told by their extremes; waits for the device."""
+    if not all_finite(extremes_of_blocks.values()):
+        block = next(k for k, pair in extremes_of_blocks.items() if not all_finite([pair]))
+        raise ValueError(f"logits of block {block}: the prior gives NaN or infinite values; expected finite ones")
 
 
 def _block_steps(

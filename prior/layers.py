@@ -85,6 +85,13 @@ class CachedAttention:
         return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)
 
 
+class BiasedLinear(nn.Linear):
+    """Linear map whose bias comes with the call: added within the product, and kept by whoever calls."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+
 class BlockAttention(nn.Module):
     """Multi-head attention with query and value biases and none on keys, as in VAR.
 
@@ -103,7 +110,7 @@ class BlockAttention(nn.Module):
         self.num_heads = num_heads
         self.is_normalized = is_normalized
         self.scale = 1.0 if is_normalized else attention_scale / math.sqrt(hidden_size // num_heads)
-        self.mat_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.mat_qkv = BiasedLinear(hidden_size, 3 * hidden_size, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(hidden_size))
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         if is_normalized:
@@ -114,7 +121,11 @@ class BlockAttention(nn.Module):
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project (B, L, D) to three (B, heads, L, head width)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        if isinstance(self.mat_qkv, BiasedLinear):
+            qkv = self.mat_qkv(x, bias)
+        else:  # What an adapter put there takes a layer's input alone.
+            qkv = self.mat_qkv(x)
+            qkv = qkv + bias.to(qkv.dtype)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         if self.is_normalized:
             temperature = self.scale_mul_1H11.clamp(max=MAX_LOG_ATTENTION_SCALE).exp()

@@ -9,16 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+# Labels of tokens that are not to be learned, as everywhere in transformers.
+IGNORED_LABEL = -100
+
 
 @dataclass
 class PriorOutput(ModelOutput):
     """What a prior's forward pass gives.
 
     Args:
-        loss: scalar mean cross-entropy in nats a token, with label smoothing; with labels only.
+        loss: scalar mean cross-entropy in nats over the tokens that have a label, with label smoothing; with labels
+            only.
         logits: (B, L, V) in float32, or float64 for a float64 model; None where the loss was computed in chunks.
-        token_loss: (B, L) cross-entropy without label smoothing; with labels only; without gradient where in chunks.
-        token_correct: (B, L) whether no code is likelier than the label; with labels only.
+        token_loss: (B, L) cross-entropy without label smoothing, 0 where the label is −100; with labels only; without
+            gradient where in chunks.
+        token_correct: (B, L) whether no code is likelier than the label, false where that is −100; with labels only.
     """
 
     loss: Tensor | None = None
@@ -32,7 +37,7 @@ def prior_output(logits: Tensor, labels: Tensor | None, label_smoothing: float =
 
     Args:
         logits: (B, L, V) in float32 or float64.
-        labels: (B, L) int64 in [0, V); None leaves the logits alone in the output.
+        labels: (B, L) int64 in [0, V), or −100 for tokens to ignore; None leaves the logits alone in the output.
         label_smoothing: in [0, 1); of the loss alone.
 
     Returns:
@@ -42,8 +47,14 @@ def prior_output(logits: Tensor, labels: Tensor | None, label_smoothing: float =
         return PriorOutput(logits=logits)
     # Not transposed to (B, V, L): that would copy all logits.
     flat = logits.flatten(0, 1), labels.flatten()
-    token_loss = F.cross_entropy(*flat, reduction="none").view_as(labels)
-    loss = F.cross_entropy(*flat, label_smoothing=label_smoothing) if label_smoothing else token_loss.mean()
+    token_loss = F.cross_entropy(*flat, reduction="none", ignore_index=IGNORED_LABEL).view_as(labels)
+    is_labelled = labels != IGNORED_LABEL
+    if label_smoothing:
+        loss = F.cross_entropy(*flat, label_smoothing=label_smoothing, ignore_index=IGNORED_LABEL)
+    else:
+        # Exactly the mean where all are labelled, without waiting for a GPU to know.
+        loss = token_loss.mean() * (labels.numel() / is_labelled.sum().to(token_loss.dtype))
     # The largest value is found several times faster than its place.
-    token_correct = logits.gather(-1, labels[..., None])[..., 0] >= logits.amax(-1)
+    label_logits = logits.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    token_correct = (label_logits >= logits.amax(-1)) & is_labelled
     return PriorOutput(loss, logits, token_loss, token_correct)

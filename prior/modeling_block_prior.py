@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from einops import rearrange
 from torch import Generator, Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel  # noqa: F401  diffusers asks a component's module for this name.
 from transformers import initialization as init
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.files.stored_model import StoredModel
 
-from .chunked_loss import chunked_cross_entropy
+from .chunked_loss import chunked_head_loss
 from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_block_prior import BlockPriorConfig
 from .family import check_given, check_quantizer
@@ -25,7 +26,7 @@ from .losses import PriorOutput, prior_output
 from .sampling import SamplingOptions, image_generators
 
 
-class BlockPrior(PreTrainedModel):
+class BlockPrior(StoredModel):
     """Predict every block of indices, all its tokens at once, from a class and the blocks before.
 
     Args:
@@ -41,6 +42,7 @@ class BlockPrior(PreTrainedModel):
     # As in VAR; matrices among them would be decayed otherwise.
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
     can_chunk_loss = True
+    fitted_to_data = ("class_emb",)
 
     def __init__(self, config: BlockPriorConfig):
         super().__init__(config)
@@ -146,7 +148,7 @@ class BlockPrior(PreTrainedModel):
             var_input: (B, L − L_1, C) from `idxBl_to_var_input`, or (B, L − L_1) int64 where `input_embedding` is
                 "tokens".
             class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class. Or a condition of such labels.
-            labels: (B, L) int64 indices to predict, in block order; gives the loss.
+            labels: (B, L) int64 indices to predict, in block order, −100 for those to ignore; gives the loss.
             return_dict: False returns a tuple of what is not None.
             loss_chunk_size: compute the loss this many tokens at a time and return no logits: those of all B·L tokens,
                 and their gradient, then never exist together. Needs labels; None computes all at once.
@@ -166,7 +168,7 @@ class BlockPrior(PreTrainedModel):
         attend = partial(block_causal_attention, layout=self.layout, scale=self.blocks[0].attn.scale)
         hidden_states = torch.cat([self._first_input(vector), self._embed_input(var_input)], dim=1)
         block_ids = self.layout.block_ids(self.pos_1LC.device)
-        positions = self.pos_1LC + self.lvl_embed.weight.index_select(0, block_ids)
+        positions = self.pos_1LC + self.lvl_embed(block_ids)
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         for layer in self.blocks:
             # Its modulation is its own affair: where weights are sharded, they are there in its forward pass alone.
@@ -182,10 +184,9 @@ class BlockPrior(PreTrainedModel):
     def _chunked_loss(self, hidden_states: Tensor, head_modulation, labels: Tensor, chunk_size: int) -> PriorOutput:
         """Compare with labels a chunk of tokens at a time."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            loss, token_loss, token_correct = chunked_cross_entropy(
+            loss, token_loss, token_correct = chunked_head_loss(
+                self.head,
                 self._head_input(hidden_states, head_modulation),
-                self.head.weight,
-                self.head.bias,
                 labels,
                 label_smoothing=self.config.label_smoothing,
                 chunk_size=chunk_size,
@@ -212,7 +213,8 @@ class BlockPrior(PreTrainedModel):
         else:
             # Unconditional rows see the same tokens as the conditional ones.
             block_input = self._embed_input(content).repeat(len(context) // len(content), 1, 1)
-        hidden_states = block_input + (self.pos_1LC[:, start:end] + self.lvl_embed.weight[k])
+        level = self.lvl_embed(self.layout.block_ids(self.pos_1LC.device)[start : start + 1])
+        hidden_states = block_input + (self.pos_1LC[:, start:end] + level)
         for i, (layer, modulation) in enumerate(zip(self.blocks, context.modulations[:-1], strict=True)):
             hidden_states = layer(hidden_states, modulation, CachedAttention(cache, i, start, end, layer.attn.scale))
         return hidden_states

@@ -214,7 +214,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, options: SamplingOptions) ->
     cumulative = truncate_logits(logits, options).double().softmax(dim=-1).cumsum(dim=-1)
     # Scaling by the last entry keeps a uniform number near 1 inside the distribution despite rounding.
     targets = uniforms[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    idx = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    # Logits that are NaN lead past the last code, where a GPU would stop for good before anybody has seen them.
+    return idx.clamp_max_(logits.shape[-1] - 1)
 
 
 def smooth_temperature(progress: float) -> float:

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel
 
 from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid
+from nextblock.training.initial_weights import find_initial_model, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 from nextblock.training.run_config import options_dataclass
@@ -42,6 +44,8 @@ from .training_data import PriorData
 BlockPriorOptions = options_dataclass(
     BlockPriorConfig, exclude=["layout", "vocab_size", "embedding_dim", "num_classes", "class_names"]
 )
+# What a fine-tuning may change of a prior: how it is trained.
+TUNED_OPTIONS = ("dropout", "drop_path", "label_smoothing", "adaln_gamma_init")
 # Past this many blocks, a curve a block is no picture of anything.
 MAX_LOGGED_BLOCKS = 16
 # Training rows decoded to tokens_check.png, in columns of ten.
@@ -171,9 +175,10 @@ class PriorTask:
         for i, batch in enumerate(micro_batches):
             condition = self.conditions.from_batch(batch)
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
-            idx_BL = self._indices(batch)
+            idx_BL, poison = self._training_indices(batch)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 output = self._predict(self.model, idx_BL, condition)
+                output.loss = output.loss * poison
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
         metrics = dict(zip(self.metric_names, (sums / n).unbind(), strict=True))
@@ -190,6 +195,20 @@ class PriorTask:
         # The tokenizer computes in a precision of its own, not in the prior's.
         with torch.autocast(self.accelerator.device.type, enabled=False):
             return self.encoder.img_to_idx(batch["pixel_values"])
+
+    @torch.no_grad()
+    def _training_indices(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+        """Return a batch's indices (B, L), and 1, or NaN where features of its images are NaN or infinite.
+
+        The guard of the training then skips the step, without waiting for the device.
+        """
+        if "labels" in batch:
+            return batch["labels"], 1.0
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            features = self.encoder.encode(batch["pixel_values"])
+            idx_BL = self.encoder.quantizer.indices(features, is_checked=False)
+        poison = torch.where(extremes(features).isfinite().all(), 1.0, torch.nan)
+        return idx_BL, poison
 
     def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition) -> PriorOutput:
         """Run the prior under teacher forcing."""
@@ -263,6 +282,32 @@ def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:
         names += [f"block_{k}/loss", f"block_{k}/accuracy"]
         shares[start:end, k] = 1 / (end - start)
     return names, shares
+
+
+def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> PriorTrainConfig:
+    """Take the architecture of the prior that a run starts from, if it starts from one.
+
+    Args:
+        config: the run.
+        tokenizer: whose tokens it predicts.
+
+    Raises:
+        ValueError: if the given options are not that prior's, or it predicts other tokens.
+    """
+    init_from = config.loop.init_from
+    if init_from is None:
+        return config
+    stored = BlockPriorConfig.from_pretrained(find_initial_model(init_from, BlockPriorConfig.model_type))
+    tokens = {"layout": tokenizer.layout.to_dict(), "vocab_size": tokenizer.config.vocab_size}
+    if stored.input_embedding == "codes":
+        tokens["embedding_dim"] = tokenizer.config.embedding_dim
+    for name, value in tokens.items():
+        if getattr(stored, name) != value:
+            raise ValueError(
+                f"init_from is {init_from!r}, a prior of {name} {getattr(stored, name)}; expected {value}, as the "
+                f"tokenizer in {config.tokenizer!r} has it"
+            )
+    return replace(config, model=with_initial_architecture(config.model, BlockPriorConfig, init_from, TUNED_OPTIONS))
 
 
 def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_names: list[str]) -> BlockPrior:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
+from nextblock.data.images import ImageDataConfig, ImageDataset, ImageSource, collate
 from nextblock.data.tokens import TokenDataset, TokenManifest, collate_tokens
 
 
@@ -56,7 +56,11 @@ def token_data(folder: str, tokenizer: PreTrainedModel, samples_views: bool = Fa
 
 
 def image_data(
-    config: ImageDataConfig, transform: TransformConfig, seed: int, image_size: tuple[int, int]
+    config: ImageDataConfig,
+    transform: TransformConfig,
+    seed: int,
+    image_size: tuple[int, int],
+    open_images: Callable[[str], ImageSource],
 ) -> PriorData:
     """Open images.
 
@@ -65,13 +69,14 @@ def image_data(
         transform: how training images are varied, anew in every epoch; held-out images are not.
         seed: key of the augmentation.
         image_size: (H, W) of the tokenizer.
+        open_images: opens a split, see `nextblock.training.usable_images.open_training_images`.
 
     Raises:
         ValueError: if the images are missing or unusable.
     """
-    source, heldout = load_source(config, config.split), None
+    source, heldout = open_images(config.split), None
     if config.eval_split is not None:
-        heldout = ImageDataset(load_source(config, config.eval_split), image_size, TransformConfig(), seed)
+        heldout = ImageDataset(open_images(config.eval_split), image_size, TransformConfig(), seed)
     return PriorData(
         train=ImageDataset(source, image_size, transform, seed),
         heldout=heldout,

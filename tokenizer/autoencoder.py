@@ -11,12 +11,22 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-NORM_GROUPS = 32
+MAX_NORM_GROUPS = 32
+# A group of one channel loses its mean, and with it an image's colour and brightness.
+MIN_GROUP_CHANNELS = 4
 
 
-def group_norm(num_channels: int) -> nn.GroupNorm:
-    """Normalise in 32 groups, or in the largest power of two below that divides the channels."""
-    return nn.GroupNorm(math.gcd(NORM_GROUPS, num_channels), num_channels, eps=1e-6)
+def num_norm_groups(num_channels: int, min_group_channels: int = MIN_GROUP_CHANNELS) -> int:
+    """Return the largest power of two, at most 32, that cuts channels into equal groups of so many at least, or 1."""
+    groups = math.gcd(MAX_NORM_GROUPS, num_channels)
+    while groups > 1 and num_channels // groups < min_group_channels:
+        groups //= 2
+    return groups
+
+
+def group_norm(num_channels: int, min_group_channels: int = MIN_GROUP_CHANNELS) -> nn.GroupNorm:
+    """Normalise in as many groups as `num_norm_groups` says."""
+    return nn.GroupNorm(num_norm_groups(num_channels, min_group_channels), num_channels, eps=1e-6)
 
 
 def activate(x: Tensor) -> Tensor:
@@ -27,11 +37,17 @@ def activate(x: Tensor) -> Tensor:
 class ResidualBlock(GradientCheckpointingLayer):
     """norm1-SiLU-conv1-norm2-SiLU-dropout-conv2 around a skip connection."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        min_group_channels: int = MIN_GROUP_CHANNELS,
+    ):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, min_group_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, min_group_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = (
@@ -48,9 +64,9 @@ class ResidualBlock(GradientCheckpointingLayer):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over all cells of a map, with a skip connection."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, min_group_channels: int = MIN_GROUP_CHANNELS):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, min_group_channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -86,11 +102,11 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention at the lowest one, then the resampling."""
 
-    def __init__(self, widths: list[int], has_attention: bool, dropout: float):
+    def __init__(self, widths: list[int], has_attention: bool, dropout: float, min_group_channels: int):
         super().__init__()
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self.block = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairs)
-        self.attn = nn.ModuleList(SpatialAttention(b) for _, b in pairs if has_attention)
+        self.block = nn.ModuleList(ResidualBlock(a, b, dropout, min_group_channels) for a, b in pairs)
+        self.attn = nn.ModuleList(SpatialAttention(b, min_group_channels) for _, b in pairs if has_attention)
 
     def forward(self, x: Tensor) -> Tensor:
         for j, block in enumerate(self.block):
@@ -103,11 +119,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float):
+    def __init__(self, channels: int, dropout: float, min_group_channels: int):
         super().__init__()
-        self.block_1 = ResidualBlock(channels, channels, dropout)
-        self.attn_1 = SpatialAttention(channels)
-        self.block_2 = ResidualBlock(channels, channels, dropout)
+        self.block_1 = ResidualBlock(channels, channels, dropout, min_group_channels)
+        self.attn_1 = SpatialAttention(channels, min_group_channels)
+        self.block_2 = ResidualBlock(channels, channels, dropout, min_group_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -123,6 +139,7 @@ class VQGANEncoder(nn.Module):
         num_res_blocks: residual blocks a level.
         z_channels: C of the latent map.
         dropout: probability inside residual blocks.
+        min_group_channels: fewest channels of a group in GroupNorm.
     """
 
     def __init__(
@@ -133,6 +150,7 @@ class VQGANEncoder(nn.Module):
         num_res_blocks: int,
         z_channels: int,
         dropout: float,
+        min_group_channels: int = MIN_GROUP_CHANNELS,
     ):
         super().__init__()
         widths = [base_width * m for m in width_multipliers]
@@ -140,12 +158,12 @@ class VQGANEncoder(nn.Module):
         self.conv_in = nn.Conv2d(num_channels, base_width, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (width_in, width) in enumerate(zip([base_width, *widths[:-1]], widths, strict=True)):
-            level = Level([width_in] + [width] * num_res_blocks, has_attention=i == last, dropout=dropout)
+            level = Level([width_in] + [width] * num_res_blocks, i == last, dropout, min_group_channels)
             if i < last:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(widths[-1], dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.mid = Middle(widths[-1], dropout, min_group_channels)
+        self.norm_out = group_norm(widths[-1], min_group_channels)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -168,19 +186,20 @@ class VQGANDecoder(nn.Module):
         num_res_blocks: int,
         z_channels: int,
         dropout: float,
+        min_group_channels: int = MIN_GROUP_CHANNELS,
     ):
         super().__init__()
         widths = [base_width * m for m in width_multipliers]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], dropout)
+        self.mid = Middle(widths[-1], dropout, min_group_channels)
         self.up = nn.ModuleList()
         for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            level = Level([width_in] + [width] * (num_res_blocks + 1), has_attention=i == last, dropout=dropout)
+            level = Level([width_in] + [width] * (num_res_blocks + 1), i == last, dropout, min_group_channels)
             if i > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], min_group_channels)
         self.conv_out = nn.Conv2d(widths[0], num_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -204,21 +223,31 @@ class SimpleEncoder(nn.Sequential):
         num_res_blocks: residual blocks after each convolution; 0 gives Conv-ReLU-Conv.
         z_channels: C of the latent map, four times smaller than the image.
         dropout: probability inside residual blocks.
+        min_group_channels: fewest channels of a group in GroupNorm.
     """
 
-    def __init__(self, num_channels: int, base_width: int, num_res_blocks: int, z_channels: int, dropout: float):
+    def __init__(
+        self,
+        num_channels: int,
+        base_width: int,
+        num_res_blocks: int,
+        z_channels: int,
+        dropout: float,
+        min_group_channels: int = MIN_GROUP_CHANNELS,
+    ):
         halve = {"kernel_size": 4, "stride": 2, "padding": 1}
         if num_res_blocks == 0:
             super().__init__(
                 nn.Conv2d(num_channels, base_width, **halve), nn.ReLU(), nn.Conv2d(base_width, z_channels, **halve)
             )
             return
+        block = base_width, base_width, dropout, min_group_channels
         super().__init__(
             nn.Conv2d(num_channels, base_width, **halve),
-            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
+            *(ResidualBlock(*block) for _ in range(num_res_blocks)),
             nn.Conv2d(base_width, base_width, **halve),
-            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
-            group_norm(base_width),
+            *(ResidualBlock(*block) for _ in range(num_res_blocks)),
+            group_norm(base_width, min_group_channels),
             nn.SiLU(),
             nn.Conv2d(base_width, z_channels, 1),
         )
@@ -227,7 +256,15 @@ class SimpleEncoder(nn.Sequential):
 class SimpleDecoder(nn.Sequential):
     """Mirror of `SimpleEncoder` with transposed convolutions. Arguments as the encoder's."""
 
-    def __init__(self, num_channels: int, base_width: int, num_res_blocks: int, z_channels: int, dropout: float):
+    def __init__(
+        self,
+        num_channels: int,
+        base_width: int,
+        num_res_blocks: int,
+        z_channels: int,
+        dropout: float,
+        min_group_channels: int = MIN_GROUP_CHANNELS,
+    ):
         double = {"kernel_size": 4, "stride": 2, "padding": 1}
         if num_res_blocks == 0:
             super().__init__(
@@ -236,12 +273,13 @@ class SimpleDecoder(nn.Sequential):
                 nn.ConvTranspose2d(base_width, num_channels, **double),
             )
             return
+        block = base_width, base_width, dropout, min_group_channels
         super().__init__(
             nn.Conv2d(z_channels, base_width, 1),
-            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
+            *(ResidualBlock(*block) for _ in range(num_res_blocks)),
             nn.ConvTranspose2d(base_width, base_width, **double),
-            *(ResidualBlock(base_width, base_width, dropout) for _ in range(num_res_blocks)),
-            group_norm(base_width),
+            *(ResidualBlock(*block) for _ in range(num_res_blocks)),
+            group_norm(base_width, min_group_channels),
             nn.SiLU(),
             nn.ConvTranspose2d(base_width, num_channels, **double),
         )

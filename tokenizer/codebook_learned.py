@@ -75,7 +75,7 @@ class LearnedCodebook(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the codes uniformly in ±init_scale and start the moving averages on them."""
         init.uniform_(self.weight, -self.init_scale, self.init_scale)
-        self._restart_averages()
+        self.restart_averages()
 
     def get_codebook(self) -> Tensor:
         """Return the (V, C) table of code vectors, as `lookup` gives them."""
@@ -131,7 +131,7 @@ class LearnedCodebook(nn.Module):
         order = keyed_uniform(seed, samples=torch.arange(N)).argsort()
         picked = order[torch.arange(V) % N].to(vectors.device)
         self.weight.copy_(vectors[picked])
-        self._restart_averages()
+        self.restart_averages()
 
     def record(self, vectors: Tensor, idx: Tensor) -> None:
         """Remember which vectors took which codes until the next `after_step`.
@@ -176,7 +176,8 @@ class LearnedCodebook(nn.Module):
         if self.revival_threshold > 0:
             self._revive(vectors, *keys)
 
-    def _restart_averages(self) -> None:
+    @torch.no_grad()
+    def restart_averages(self) -> None:
         """Let every code start as if it had been used once a batch, by itself."""
         # transformers' initialisers leave tensors alone that from_pretrained has just loaded.
         if self.ema_decay is not None:

@@ -6,6 +6,8 @@ from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout, as_shape
 
+from .autoencoder import MIN_GROUP_CHANNELS
+
 
 class VQVAEConfig(PreTrainedConfig):
     """Everything that fixes a tokenizer's architecture and arithmetic.
@@ -18,6 +20,8 @@ class VQVAEConfig(PreTrainedConfig):
         width_multipliers: vqgan: one factor of `hidden_dim` a level, finest first.
         num_res_blocks: residual blocks a level; 0 (simple only) gives the plain Conv-ReLU-Conv.
         dropout: probability inside residual blocks.
+        min_group_channels: fewest channels of a group in GroupNorm, which has at most 32 groups; 1, as up to version
+            0.2, lets a group of one channel lose colour and brightness.
         vocab_size: V, the number of codes.
         embedding_dim: C, the code channels.
         z_channels: channels of the encoder's output; None means `embedding_dim`.
@@ -52,6 +56,7 @@ class VQVAEConfig(PreTrainedConfig):
         width_multipliers: list[int] | None = None,
         num_res_blocks: int = 0,
         dropout: float = 0.0,
+        min_group_channels: int = MIN_GROUP_CHANNELS,
         vocab_size: int = 16,
         embedding_dim: int = 64,
         z_channels: int | None = None,
@@ -80,6 +85,7 @@ class VQVAEConfig(PreTrainedConfig):
         self.width_multipliers = [1, 1, 2, 2, 4] if width_multipliers is None else list(width_multipliers)
         self.num_res_blocks = num_res_blocks
         self.dropout = dropout
+        self.min_group_channels = min_group_channels
         self.vocab_size = vocab_size
         self.embedding_dim = embedding_dim
         self.z_channels = z_channels
@@ -87,14 +93,11 @@ class VQVAEConfig(PreTrainedConfig):
         self.layout = layout
         self.scales = _as_lists(scales)
         self.tile = list(as_shape(tile, "tile"))
-        self.num_phi = num_phi
-        self.phi_ratio = phi_ratio
-        self.beta = beta
-        self.epsilon = epsilon
+        self.num_phi, self.phi_ratio = num_phi, phi_ratio
+        self.beta, self.epsilon = beta, epsilon
         self.codebook_update = codebook_update
         self.codebook_ema_decay = codebook_ema_decay
-        self.codebook_init = codebook_init
-        self.codebook_init_scale = codebook_init_scale
+        self.codebook_init, self.codebook_init_scale = codebook_init, codebook_init_scale
         self.codebook_metric = codebook_metric
         self.has_unit_codes = has_unit_codes
         self.revival_threshold = revival_threshold
@@ -102,6 +105,16 @@ class VQVAEConfig(PreTrainedConfig):
         self._translate(kwargs)
         self._check()
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "VQVAEConfig":
+        """Read a saved configuration; one without `min_group_channels` is of a version that had groups of one channel.
+
+        Args:
+            config_dict: what the file holds.
+            kwargs: of `PreTrainedConfig.from_dict`.
+        """
+        return super().from_dict({"min_group_channels": 1} | config_dict, **kwargs)
 
     @property
     def downsampling(self) -> int:
@@ -170,6 +183,7 @@ class VQVAEConfig(PreTrainedConfig):
         for field, lowest in {
             "num_channels": 1,
             "hidden_dim": 1,
+            "min_group_channels": 1,
             "vocab_size": 2,
             "embedding_dim": 1,
             "num_phi": 0,

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from nextblock.data.pixels import to_pixel_values
 from nextblock.data.token_jobs import RowDataset, Shard, as_is
 from nextblock.data.token_shards import write_shard
+from nextblock.data.workers import batches_of, start_worker
 
 from .modeling_vqvae import VQVAE
 
@@ -81,19 +82,18 @@ def write_shards(
         ValueError: at an unusable image that is not left out.
     """
     batches = [batch for shard in shards for batch in shard.batches(dataset.batch_size)]
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=num_workers,
-            collate_fn=as_is,
-            pin_memory=encoder.device.type == "cuda",
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        worker_init_fn=start_worker,
+        collate_fn=as_is,
+        pin_memory=encoder.device.type == "cuda",
     )
     writing: Future | None = None
-    with ThreadPoolExecutor(1) as executor:
+    with ThreadPoolExecutor(1) as executor, batches_of(loader) as decoded:
         for shard in shards:
-            rows, idx, rejected = _encode_shard(loader, shard, dataset, encoder, on_rows, skips_errors)
+            rows, idx, rejected = _encode_shard(decoded, shard, dataset, encoder, on_rows, skips_errors)
             if writing is not None:
                 writing.result()
             writing = executor.submit(write_rows, folder / shard.name, rows, idx, rejected, dataset, encoder.model)
@@ -102,7 +102,7 @@ def write_shards(
 
 
 def _encode_shard(
-    loader: Iterator[dict],
+    decoded: Iterator[dict],
     shard: Shard,
     dataset: RowDataset,
     encoder: Encoder,
@@ -113,7 +113,7 @@ def _encode_shard(
     rows, rejected = [], []
     parts = [np.empty((0, encoder.model.layout.num_tokens), np.int64)]
     for numbers in shard.batches(dataset.batch_size):
-        batch = next(loader)
+        batch = next(decoded)
         for row, error in batch["failures"].items():
             if error.reason is None or not skips_errors:
                 hint = "" if error.reason is None else f" ({error.reason}; on_error=skip leaves such images out)"

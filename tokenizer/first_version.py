@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from .autoencoder import num_norm_groups
+
 # A pattern for each group of weights that had another name, with today's.
 RENAMED_WEIGHTS = {r"^quantizer\.phi\.": "quantizer.codec.phi."}
 
@@ -24,4 +26,14 @@ def as_first_spelled(options: dict, state: dict[str, Tensor]) -> tuple[dict, dic
         options["normalize_codes"] = is_cosine
     if options["var_phi_names"] == "by_number":
         del options["var_phi_names"]
+    if all(num_norm_groups(w, options["min_group_channels"]) == num_norm_groups(w, 1) for w in _norm_widths(options)):
+        del options["min_group_channels"]
     return options, {name.replace("quantizer.codec.phi.", "quantizer.phi."): tensor for name, tensor in state.items()}
+
+
+def _norm_widths(options: dict) -> list[int]:
+    """Return the channels of every GroupNorm of a tokenizer."""
+    if options["num_res_blocks"] == 0:
+        return []
+    multipliers = [] if options["autoencoder"] == "simple" else options["width_multipliers"]
+    return [options["hidden_dim"] * multiplier for multiplier in (1, *multipliers)]

@@ -3,16 +3,20 @@
 Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, H×W pixels, h×w latent cells.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel  # noqa: F401  diffusers asks a component's module for this name.
 from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.finite import check_finite
 from nextblock.evaluation.codebook import check_codes, code_counts, codebook_statistics
+from nextblock.files.stored_model import StoredModel
 from nextblock.training.offload import run_offload_hook
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
@@ -49,7 +53,7 @@ class VQVAEOutput(ModelOutput):
     features: Tensor | None = None
 
 
-class VQVAE(PreTrainedModel):
+class VQVAE(StoredModel):
     """A convolutional autoencoder around a vector quantizer.
 
     Codes trained by moving average change in `update_codebook`, which a training loop calls after each optimizer step.
@@ -71,6 +75,8 @@ class VQVAE(PreTrainedModel):
     _no_split_modules = ["ResidualBlock"]
     # Codes are places among the features, and weight decay would pull them towards zero.
     no_decay = ("codebook",)
+    # A codebook's moving averages, which one that learns by gradient does without.
+    fitted_to_data = ("quantizer.codebook.code_sums", "quantizer.codebook.code_counts")
     renamed_weights = RENAMED_WEIGHTS
     as_fingerprinted = staticmethod(as_first_spelled)
 
@@ -121,14 +127,29 @@ class VQVAE(PreTrainedModel):
         return TileCodec(self.layout)
 
     @classmethod
-    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
-        """Load a tokenizer as `PreTrainedModel.from_pretrained` does, those of version 0.1.0 among them."""
-        return super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
+    def excused_tensors(cls, options: Mapping) -> list[str]:
+        """Excuse a codebook's moving averages where a load asks for another update."""
+        asked = "codebook_update" in options or isinstance(options.get("config"), VQVAEConfig)
+        return [re.escape(name) for name in cls.fitted_to_data] if asked else []
 
-    # diffusers reads from the signature what it may pass.
-    @wraps(PreTrainedModel.save_pretrained, assigned=())
+    def start_unfit(self, names: list[str]) -> None:
+        """Let moving averages start from the codes."""
+        self.quantizer.codebook.restart_averages()
+
+    @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
+        """Load a tokenizer as `StoredModel.from_pretrained` does, those of version 0.1.0 among them.
+
+        Raises:
+            ValueError: if codes or the codec's weights are NaN or infinite.
+        """
+        loaded = super().from_pretrained(*args, key_mapping=cls.renamed_weights | (key_mapping or {}), **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).quantizer.check_finite()
+        return loaded
+
+    @wraps(StoredModel.save_pretrained, assigned=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
-        """Save the tokenizer as `PreTrainedModel.save_pretrained` does, by default under today's names of weights."""
+        """Save the tokenizer as `StoredModel.save_pretrained` does, by default under today's names of weights."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -147,7 +168,8 @@ class VQVAE(PreTrainedModel):
             A `VQVAEOutput`.
 
         Raises:
-            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range; or in evaluation mode
+                if what is quantized is NaN or infinite.
         """
         features = self.encode(pixel_values)
         quantized, vq_loss, idx_BL = self.quantizer(features)
@@ -176,7 +198,8 @@ class VQVAE(PreTrainedModel):
             (B, L) int64.
 
         Raises:
-            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range.
+            ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range, or if what is
+                quantized is NaN or infinite.
         """
         run_offload_hook(self)
         return self.quantizer.indices(self.encode(pixel_values))
@@ -215,11 +238,15 @@ class VQVAE(PreTrainedModel):
             (B, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: if the indices do not fit the layout or one on the CPU is not a code.
+            ValueError: if the indices do not fit the layout or one on the CPU is not a code, or if what is decoded, or
+                the image, is NaN or infinite.
         """
         run_offload_hook(self)
         self._check_indices(idx_BL)
-        return self.decode(self.quantizer.idx_to_features(idx_BL)).clamp(-1, 1)
+        quantized = self.quantizer.idx_to_features(idx_BL)
+        image = self.decode(quantized)
+        check_finite("decoding", {"the quantized map": quantized, "the image": image})
+        return image.clamp(-1, 1)
 
     def img_to_idxBl(self, pixel_values: Tensor) -> list[Tensor]:
         """Turn images into K blocks of codebook indices (B, L_k); see `img_to_idx`."""
@@ -293,15 +320,9 @@ class VQVAE(PreTrainedModel):
 
 def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
     """Return the encoder and the decoder."""
+    depth = config.num_res_blocks, config.latent_channels, config.dropout, config.min_group_channels
     if config.autoencoder == "simple":
-        sizes = (config.num_channels, config.hidden_dim, config.num_res_blocks, config.latent_channels, config.dropout)
+        sizes = config.num_channels, config.hidden_dim, *depth
         return SimpleEncoder(*sizes), SimpleDecoder(*sizes)
-    sizes = (
-        config.num_channels,
-        config.hidden_dim,
-        config.width_multipliers,
-        config.num_res_blocks,
-        config.latent_channels,
-        config.dropout,
-    )
+    sizes = config.num_channels, config.hidden_dim, config.width_multipliers, *depth
     return VQGANEncoder(*sizes), VQGANDecoder(*sizes)

@@ -214,15 +214,25 @@ def _load_backbone(config: PerceptualConfig) -> PerceptualLoss:
             backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
             # The stem only embeds pixels.
             names = backbone_config.stage_names[1:]
-            backbone = backbone_class.from_pretrained(config.backbone, out_features=names, dtype=torch.float32)
+            options = {"out_features": names}
         else:
-            backbone = AutoModel.from_pretrained(config.backbone, dtype=torch.float32)
+            backbone_class, options = AutoModel, {}
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        backbone, info = backbone_class.from_pretrained(config.backbone, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"perceptual.backbone is {config.backbone!r}, which cannot be loaded; expected a vision model that is "
             f"reachable: run `hf download {config.backbone}` where there is a network, or give the folder of a "
             "downloaded model; perceptual.weight 0 trains without one"
         ) from error
+    state = backbone.state_dict()
+    # Norms that a backbone adds start as one and zero, and nothing here passes through a pooler.
+    drawn = sorted(name for name in info["missing_keys"] if state[name].ndim > 1 and not name.startswith("pooler."))
+    if drawn:
+        raise ValueError(
+            f"perceptual.backbone is {config.backbone!r}, whose file lacks {len(drawn)} tensors of a "
+            f"{type(backbone).__name__}: {drawn[:8]}; expected the weights of a trained vision model"
+        )
     mean, std = _input_statistics(config)
     return PerceptualLoss(backbone, mean, std, config.image_size)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.finite import check_finite
 
 from .codebook_learned import LearnedCodebook
 from .codec_tiles import TileCodec
@@ -158,13 +159,30 @@ class Quantizer(nn.Module):
 
         Returns:
             The quantized map (B, C, h, w), which passes gradients straight through; the scalar loss; and idx_BL.
+
+        Raises:
+            ValueError: in evaluation mode, if features, codes or the codec's weights are NaN or infinite; a training
+                loop has a guard of its own and no time to wait for its device.
         """
+        if not self.training:
+            self.check_finite(features)
         with _in_full_precision(features):
             return self.codec.encode(full_precision(features, self._like), self.codebook)
 
     @torch.no_grad()
-    def indices(self, features: Tensor) -> Tensor:
-        """Return idx_BL of a feature map (B, C, h, w)."""
+    def indices(self, features: Tensor, *, is_checked: bool = True) -> Tensor:
+        """Return idx_BL of a feature map (B, C, h, w).
+
+        Args:
+            features: the map.
+            is_checked: whether to look for values that are NaN or infinite, which waits for the device. They would all
+                become code 0.
+
+        Raises:
+            ValueError: if features, codes or the codec's weights are NaN or infinite.
+        """
+        if is_checked:
+            self.check_finite(features)
         with _in_full_precision(features):
             return self.codec.indices(full_precision(features, self._like), self.codebook)
 
@@ -206,6 +224,21 @@ class Quantizer(nn.Module):
         with _in_full_precision(idx):
             return self.codebook.lookup(idx)
 
+    def check_finite(self, features: Tensor | None = None) -> None:
+        """Refuse to quantize with values that are NaN or infinite; waits for the device.
+
+        Args:
+            features: a map that is to be quantized, if any.
+
+        Raises:
+            ValueError: naming what has such values.
+        """
+        found = {} if features is None else {"the feature map": features}
+        # Weights that wait on a disk are looked at when they are used.
+        own = {name: tensor for name, tensor in self.state_dict().items() if not tensor.is_meta}
+        found |= {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
+        check_finite("quantization", found)
+
     def get_codebook(self) -> Tensor:
         """Return all code vectors (V, C).
 
@@ -233,7 +266,11 @@ class Quantizer(nn.Module):
         Args:
             features: (B, C, h, w); the same on every process.
             seed: chooses among its vectors.
+
+        Raises:
+            ValueError: if the map has values that are NaN or infinite.
         """
+        self.check_finite(features)
         self.codebook.start_from(self.training_vectors(features).flatten(0, 1), seed)
 
     def after_step(self, *keys: int, was_skipped: Tensor | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid
 from nextblock.training.alarms import CodeUsage
+from nextblock.training.initial_weights import with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 from nextblock.training.run_config import options_dataclass
@@ -30,6 +31,17 @@ from .modeling_vqvae import VQVAE, VQVAEOutput
 from .perceptual import PerceptualConfig
 
 VQVAEOptions = options_dataclass(VQVAEConfig)
+# What a fine-tuning may change of a tokenizer: how it is trained.
+TUNED_OPTIONS = (
+    "dropout",
+    "beta",
+    "epsilon",
+    "codebook_update",
+    "codebook_ema_decay",
+    "codebook_init",
+    "codebook_init_scale",
+    "revival_threshold",
+)
 
 
 @dataclass(kw_only=True)
@@ -266,6 +278,21 @@ def _add_mean(metrics: dict[str, Tensor], losses: dict[str, Tensor], num_micro_b
     """Add a micro-batch's share of the step's mean losses."""
     for name, value in losses.items():
         metrics[name] = metrics.get(name, 0) + value.detach() / num_micro_batches
+
+
+def with_initial_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainConfig:
+    """Take the architecture of the tokenizer that a run starts from, if it starts from one.
+
+    Args:
+        config: the run.
+
+    Raises:
+        ValueError: if the given options are not that tokenizer's.
+    """
+    init_from = config.loop.init_from
+    if init_from is None:
+        return config
+    return replace(config, model=with_initial_architecture(config.model, VQVAEConfig, init_from, TUNED_OPTIONS))
 
 
 def build_tokenizer(config: TokenizerTrainConfig) -> VQVAE:

@@ -20,6 +20,7 @@ from nextblock.files.state_dicts import (
     take_over,
 )
 from nextblock.tokenizer import VQVAE, VQVAEConfig
+from nextblock.tokenizer.autoencoder import num_norm_groups
 
 # How VAR names φ convolutions shared by all scales, by neighbouring scales, and by none.
 _PHI_PREFIXES = {
@@ -73,6 +74,7 @@ def vqvae_from_var(
         epsilon=_VAR_EPSILON,
         codebook_metric="cosine" if has_normalized_codes else "euclidean",
         var_phi_names=phi_names,
+        min_group_channels=1,
         **sizes,
     )
     model = build_without_weights(VQVAE, config)
@@ -223,6 +225,11 @@ def _check_expressible(config: VQVAEConfig) -> None:
         )
     if config.hidden_dim % _VAR_GROUPS:
         raise ValueError(f"hidden_dim is {config.hidden_dim}; expected a multiple of {_VAR_GROUPS} for VAR")
+    if num_norm_groups(config.hidden_dim, config.min_group_channels) != _VAR_GROUPS:
+        raise ValueError(
+            f"min_group_channels is {config.min_group_channels}; expected at most {config.hidden_dim // _VAR_GROUPS} "
+            f"with hidden_dim {config.hidden_dim}: VAR normalises in {_VAR_GROUPS} groups"
+        )
     if config.num_phi and config.phi_ratio == 0:
         raise ValueError(f"phi_ratio is 0 with num_phi {config.num_phi}; expected num_phi 0 in VAR's format")
     if any(height != width for height, width in config.scales):

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.logging import get_logger
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, set_seed
 
+from .launch_environment import check_training_variables
 from .loop_config import LoopConfig
 from .processes import connect_processes
+
+logger = get_logger(__name__)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -32,7 +36,8 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         The accelerator.
 
     Raises:
-        ValueError: if several processes were launched but do not see each other, or fp16 has no GPU.
+        ValueError: if several processes were launched but do not see each other, fp16 has no GPU, or the environment
+            asks for something else than the options do.
     """
     device = connect_processes(config.cpu).device
     precision = config.mixed_precision
@@ -40,14 +45,23 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         precision = "bf16" if has_fast_bf16(device) else "no"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16'; expected 'bf16' or 'no' on a CPU")
+    check_training_variables(
+        num_micro_batches=config.gradient_accumulation_steps,
+        precision=precision,
+        asked_precision=config.mixed_precision,
+    )
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
+        # The tasks divide by the number of micro-batches; without a plugin of one, a variable could do so again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     set_seed(config.seed)
     _show_log()
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and not config.cpu:
+        logger.info("ACCELERATE_USE_CPU is set: training on the CPU, as with loop.cpu true")
     return accelerator
 
 

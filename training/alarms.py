@@ -1,4 +1,4 @@
-"""Alarms about a codebook that the model no longer uses, from the figures of a log line."""
+"""Alarms about a codebook, or a block's part in it, that the model does not use, from the figures of a log line."""
 
 import math
 import re
@@ -10,6 +10,10 @@ REMEDY = (
     "set model.codebook_update ema, model.codebook_init data and model.revival_threshold 0.02 or more, make "
     "model.vocab_size smaller or the batch larger; a collapsed codebook seldom recovers by itself"
 )
+# Codes a batch, averaged over the steps of a log line. Digits, alike as they are, come close to one at their 1×1 scale.
+_ONE_CODE, _SEVERAL_CODES, _MANY_CODES = 1.05, 3, 8
+# By then a codebook has spread.
+_NUM_FIRST_STEPS = 20
 
 
 def expected_usage(num_tokens: int, vocab_size: int) -> float:
@@ -45,7 +49,9 @@ class UsageAlarm:
 
     Usage is that of a step's batch, so it is compared with what evenly used codes would reach in as many tokens: a
     block of one token an image cannot use 4096 codes in a batch of 64. A block is compared with the most it has used
-    since the start, where that is less: coarse scales of images that are alike need few codes.
+    since the start, where that is less: coarse scales of images that are alike need few codes. But a block that uses
+    one code while another uses many (eight, or half of fewer than sixteen) rings whatever its past, the first steps
+    aside: it tells nothing of an image.
 
     Args:
         code_usage: how many codes and tokens there are; None never rings.
@@ -70,25 +76,52 @@ class UsageAlarm:
         if self._code_usage is None or self._threshold is None:
             return []
         found = []
-        for name, value in values.items():
+        for name in values:
             match = _USAGE.fullmatch(name)
             if match is None:
                 continue
-            expected = attainable = self._attainable(match["block"])
-            if match["block"] is not None:
-                self._highest[name] = max(value, self._highest.get(name, 0.0))
-                expected = min(attainable, self._highest[name])
+            message = self._message(step, name, match["block"], values)
             is_silent = name in self._rang_at and step - self._rang_at[name] < self._cooldown
-            if value >= self._threshold * expected or is_silent:
+            if message is None or is_silent:
                 continue
             self._rang_at[name] = step
-            where = "the codebook" if match["block"] is None else f"block {match['block']} of the codebook"
-            past = f"it has used {expected:.1%} and " if expected < attainable else ""
-            found.append(
-                f"step {step}: {where} uses {value:.1%} of the codes a batch, where {past}evenly used codes would "
-                f"reach {attainable:.1%}: {REMEDY}"
-            )
+            found.append(f"step {step}: {message}")
         return found
+
+    def _message(self, step: int, name: str, block: str | None, values: Mapping[str, float]) -> str | None:
+        """Say what is wrong with a figure, or return None."""
+        value = values[name]
+        expected = attainable = self._attainable(block)
+        if block is not None:
+            self._highest[name] = max(value, self._highest.get(name, 0.0))
+            expected = min(attainable, self._highest[name])
+            other = self._busiest_other(name, values)
+            if step >= _NUM_FIRST_STEPS and other is not None and self._uses_one_code(value, attainable):
+                return (
+                    f"block {block} of the codebook uses one code for every image of a batch, while block {other} uses "
+                    f"many: it tells nothing of an image, unless all images are alike there. {REMEDY}"
+                )
+        if value >= self._threshold * expected:
+            return None
+        where = "the codebook" if block is None else f"block {block} of the codebook"
+        past = f"it has used {expected:.1%} and " if expected < attainable else ""
+        return (
+            f"{where} uses {value:.1%} of the codes a batch, where {past}evenly used codes would reach "
+            f"{attainable:.1%}: {REMEDY}"
+        )
+
+    def _uses_one_code(self, value: float, attainable: float) -> bool:
+        """Tell whether a block's usage is that of one code, where its tokens could take several."""
+        num_codes = self._code_usage.num_codes
+        return value * num_codes < _ONE_CODE and attainable * num_codes >= _SEVERAL_CODES
+
+    def _busiest_other(self, name: str, values: Mapping[str, float]) -> str | None:
+        """Return the number of the block that uses most codes, if these are many and it is another one."""
+        blocks = {other: match["block"] for other in values if (match := _USAGE.fullmatch(other)) and match["block"]}
+        busiest = max(blocks, key=values.__getitem__, default=name)
+        num_codes = self._code_usage.num_codes
+        is_many = values[busiest] * num_codes >= min(_MANY_CODES, num_codes / 2)
+        return blocks[busiest] if busiest != name and is_many else None
 
     def _attainable(self, block: str | None) -> float:
         num_tokens = self._code_usage.num_tokens

@@ -19,21 +19,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from nextblock.data.workers import batches_of, start_worker
 from nextblock.files.atomic import write_text_whole
 
 from .alarms import CodeUsage, UsageAlarm
 from .average import WeightAverage
+from .buckets import settle_gradient_buckets
 from .checkpoint import RUN_CONFIG_NAME, save_checkpoint
 from .guards import StepGuard
 from .initial_weights import load_initial_weights
 from .loop_config import LoopConfig
 from .order import StepSampler
+from .peers import PeerWatch
 from .recorder import Recorder
 from .resume import resume
 from .run_config import run_config_text
 from .run_record import RunRecord
 from .sharding import is_sharded, whole_model
-from .stopping import StopRequest, ignore_stop_signals
+from .stopping import StopRequest
 
 logger = get_logger(__name__)
 
@@ -100,7 +103,7 @@ def fit(
     config, options = run_config.loop, run_config_text(run_config)
     average = _build_average(accelerator, task.model, config.ema_decay)
     checkpoints = output_dir / "checkpoints"
-    with StopRequest(accelerator) as stop:
+    with StopRequest(accelerator) as stop, PeerWatch(accelerator):
         first_step = resume(accelerator, checkpoints, config, options)
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -108,16 +111,17 @@ def fit(
         with RunRecord(accelerator, output_dir, first_step) as record:
             if first_step == 0:
                 _start(accelerator, task, config)
+            settle_gradient_buckets(task.modules)
             recorder = Recorder(accelerator, output_dir, first_step, asdict(run_config))
-            batches = iter(_loader(accelerator, dataset, collate, config, first_step))
-            with StepGuard(
+            guard = StepGuard(
                 accelerator,
                 task.modules,
                 task.optimizers,
                 max_steps=config.max_nonfinite_steps,
                 first_step=first_step,
                 checkpoints=checkpoints,
-            ) as guard:
+            )
+            with guard, batches_of(_loader(accelerator, dataset, collate, config, first_step)) as batches:
                 training = _Training(accelerator, task, config, options, average, recorder, guard, checkpoints)
                 training.run(batches, first_step, stop, record)
             if record.last_step == config.num_steps:
@@ -144,7 +148,8 @@ def _start(accelerator: Accelerator, task: Task, config: LoopConfig) -> None:
     set_seed(config.seed, device_specific=True)
     task.start()
     if config.init_from is not None:
-        load_initial_weights(accelerator.unwrap_model(task.model), config.init_from, config.init_except)
+        new = load_initial_weights(accelerator.unwrap_model(task.model), config.init_from, config.init_except)
+        logger.info(f"starting from the weights of {config.init_from}; new: {', '.join(new) or 'none'}")
 
 
 @dataclass
@@ -247,7 +252,7 @@ def _loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=config.num_workers,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=start_worker,
         pin_memory=accelerator.device.type == "cuda",
         # Without a generator of its own the loader draws from the global one, which a resume must find untouched.
         generator=torch.Generator().manual_seed(config.seed),

@@ -37,7 +37,8 @@ class LoopConfig:
     accepts_changed_options: bool = False
     """Go on from a checkpoint that was written under other options: another seed, batch size, schedule or model."""
     init_from: str | None = None
-    """Folder of a saved model whose weights step 0 starts from; null starts from random ones."""
+    """Folder of a saved model, or of a pipeline that has one, whose architecture is taken and whose weights step 0
+    starts from; null starts from random ones."""
     init_except: list[str] = None
     """Tensors or modules that start random in spite of `init_from`; null means none."""
     tracker: Literal["tensorboard", "wandb"] | None = "tensorboard"

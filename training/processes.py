@@ -5,6 +5,8 @@ import os
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from .launch_environment import check_device_variable
+
 
 def connect_processes(cpu: bool) -> PartialState:
     """Connect the processes of this run.
@@ -16,8 +18,10 @@ def connect_processes(cpu: bool) -> PartialState:
         The state that knows device, rank and number of processes.
 
     Raises:
-        ValueError: if several processes were launched but do not see each other.
+        ValueError: if several processes were launched but do not see each other, or `ACCELERATE_TORCH_DEVICE` names
+            another device.
     """
+    check_device_variable(cpu)
     state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != state.num_processes:

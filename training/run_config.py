@@ -61,10 +61,27 @@ def options_dataclass(config_class: type, *, exclude: Sequence[str] = ()) -> typ
         config_class.__name__.removesuffix("Config") + "Options",
         [(p.name, p.annotation, _default_field(p.default)) for p in kept],
         kw_only=True,
+        # Names of the options that were given, where a command line knows.
+        namespace={"given": None},
     )
     options.__module__ = config_class.__module__
     options.__doc__ = _options_docstring(config_class, [p.name for p in kept])
     return options
+
+
+def given_options(options: Any) -> dict[str, Any]:
+    """Returns the options that were given: by a command line, or without one those that are not the defaults.
+
+    Args:
+        options: Instance of what `options_dataclass` made. None counts as not given.
+    """
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    default = type(options)()
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and (value != getattr(default, name) if options.given is None else name in options.given)
+    }
 
 
 class _ConfigDumper(yaml.SafeDumper):

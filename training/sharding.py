@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +22,19 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a process holds only a part of a model's parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def load_tensors(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a model the tensors that are there, whole as they are, and leave its others alone.
+
+    Args:
+        model: sharded or not; where it is, all processes must call it.
+        state: tensors by name, of the model's names and shapes.
+    """
+    if is_sharded(model):
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+    else:
+        model.load_state_dict(state, strict=False)
 
 
 @torch.no_grad()

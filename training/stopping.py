@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from nextblock.data.workers import STOP_SIGNALS
 
 
 class StopRequest:
@@ -33,7 +33,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -75,13 +75,3 @@ def read_later(value: Tensor) -> Callable[[], int]:
         return int(on_host)
 
     return read
-
-
-def ignore_stop_signals(worker_id: int) -> None:
-    """Let a data-loading worker live on when a whole process group is signalled: the step at hand still needs it.
-
-    Args:
-        worker_id: as DataLoader's `worker_init_fn` gets it.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

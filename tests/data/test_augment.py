@@ -1,12 +1,22 @@
 """Resizing, cropping, warping and the keyed draws behind them."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nextblock.data.augment import Placement, TransformConfig, apply_transform, draw_placement, resize_to_cover, warp
+from nextblock.data.augment import (
+    Placement,
+    TransformConfig,
+    apply_transform,
+    cover_and_crop,
+    cover_size,
+    draw_placement,
+    warp,
+)
 
 FULL = TransformConfig(
     resize_ratio=1.25,
@@ -114,14 +124,16 @@ def test_bicubic_is_sharper_than_bilinear():
 )
 def test_the_shorter_side_meets_its_size_and_proportions_stay(size, target, ratio, expected):
     image = Image.fromarray(noise(size[1], size[0]))
-    resized = resize_to_cover(image, target, ratio)
-    assert resized.size == expected
-    assert np.array_equal(resized, image.resize(expected, Image.Resampling.LANCZOS))
+    assert cover_size(image.size, target, ratio) == expected
+    resized = np.asarray(image.resize(expected, Image.Resampling.LANCZOS))
+    height, width = target
+    assert np.array_equal(cover_and_crop(image, target, ratio, (0, 0)), resized[:height, :width])
+    assert np.array_equal(cover_and_crop(image, target, ratio, (1, 1)), resized[-height:, -width:])
 
 
 def test_an_image_that_fits_is_cropped_at_the_center_and_not_resampled():
     pixels = noise(32, 41)
-    assert resize_to_cover(Image.fromarray(pixels), (32, 32), 1.0).size == (41, 32)
+    assert cover_size((41, 32), (32, 32), 1.0) == (41, 32)
     cropped = apply_transform(Image.fromarray(pixels), (32, 32), TransformConfig(), 0, 0, 0)
     assert cropped.dtype == np.uint8 and np.array_equal(cropped, pixels[:, 4:36])
     again = apply_transform(Image.fromarray(pixels), (32, 32), TransformConfig(), 1, 2, 3)
@@ -129,6 +141,44 @@ def test_an_image_that_fits_is_cropped_at_the_center_and_not_resampled():
     tall = noise(20, 8)
     cropped = apply_transform(Image.fromarray(tall), (8, 8), TransformConfig(), 0, 0, 0)
     assert np.array_equal(cropped, tall[6:14])
+
+
+@pytest.mark.parametrize("size", [(3, 500), (700, 9), (40, 3000), (2000, 30), (1, 300), (16, 4000)])
+@pytest.mark.parametrize("position", [None, (0, 0), (1, 1), (0.3, 0.7)])
+def test_of_a_very_long_image_the_crop_is_that_of_the_whole(size, position):
+    image = Image.fromarray(noise(*size))
+    whole = image.resize(cover_size(image.size, (16, 16), 1.0), Image.Resampling.LANCZOS)
+    assert whole.width * whole.height > 32 * 16 * 16
+    cropped = np.asarray(cover_and_crop(image, (16, 16), 1.0, position)).astype(int)
+    assert np.abs(cropped - np.asarray(cover_and_crop(whole, (16, 16), 1.0, position))).max() <= 1
+
+
+def test_what_a_shift_brings_into_view_is_there_in_a_very_long_image_too():
+    config, image = TransformConfig(max_shift=12, max_rotation=20, random_crop=True), Image.fromarray(noise(6, 900))
+    whole = image.resize(cover_size(image.size, (16, 16), 1.0), Image.Resampling.LANCZOS)
+    fills = []
+    for epoch in range(20):
+        shifted = apply_transform(image, (16, 16), config, 0, epoch, 0).astype(int)
+        expected = apply_transform(whole, (16, 16), config, 0, epoch, 0)
+        # Beyond the image's border lies the median of what is known of that border.
+        fills.append((np.abs(shifted - expected).max(axis=2) > 1).mean())
+    assert np.mean(fills) < 0.5 and min(fills) < 0.2
+
+
+@pytest.mark.parametrize("size", [(1, 3_000_000), (3_000_000, 1)])
+def test_the_memory_of_a_line_of_pixels_is_that_of_the_crop(size):
+    image = Image.new("RGB", size, (200, 100, 0))
+    code = (
+        "import resource, sys; from PIL import Image; from nextblock.data.augment import *; "
+        f"image = Image.new('RGB', {size}, (200, 100, 0)); "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "config = TransformConfig(resize_ratio=1.25, random_crop=True, max_shift=5); "
+        "[apply_transform(image, (256, 256), config, 0, epoch, 0) for epoch in range(3)]; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100_000  # KB; the whole would take 300 GB
+    assert np.all(apply_transform(image, (64, 64), TransformConfig(), 0, 0, 0) == (200, 100, 0))
 
 
 def test_random_crops_reach_every_position_equally_often():

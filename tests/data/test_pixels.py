@@ -71,6 +71,19 @@ def test_transparent_pictures_lie_on_the_background():
     assert np.asarray(to_rgb(clear, "black")).tolist() == [[[0] * 3, [200, 100, 0]]]
 
 
+def test_what_was_given_is_left_alone():
+    copy = to_rgb(PICTURE)
+    copy.putpixel((0, 0), (1, 2, 3))
+    assert copy.getpixel((0, 0)) != PICTURE.getpixel((0, 0)) and type(copy) is Image.Image
+
+
+def test_16_bits_are_rounded_to_the_nearest_of_8():
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for kind in (np.uint16, np.int32):
+        got = np.asarray(to_rgb(Image.fromarray(levels.astype(kind))))
+        assert np.array_equal(got[..., 0], np.round(levels / 257)) and np.array_equal(got[..., 1], got[..., 2])
+
+
 def test_arrays_and_tensors_become_the_same_values():
     pixels = RNG.integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     pixels[0, :2, :4] = np.arange(24).reshape(2, 4, 3)

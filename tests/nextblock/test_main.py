@@ -227,3 +227,11 @@ def test_shipped_configs_are_found_by_name(capsys):
     assert "accelerate/cpu-2-processes" in names and "tokenizer/digits-scales" in names
     path = Path(output_of(capsys, "config", "accelerate/cpu-2-processes").strip())
     assert path.read_bytes() == (ROOT / "configs" / "accelerate" / "cpu-2-processes.yaml").read_bytes()
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(capsys, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "main", interrupt)
+    assert output_of(capsys, "report", "run", status=130) == "nextblock report: interrupted\n"

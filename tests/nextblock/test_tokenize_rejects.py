@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from nextblock.data.tokens import TokenDataset, TokenManifest
 from nextblock.data.unreadable import REASONS, UnreadableImageError, rejection_reason
+from nextblock.files.names import restored_name
 from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.verify import damage_of
 
@@ -134,6 +135,25 @@ def test_bad_members_of_tar_files_are_listed_alike(bad_images, arguments, run_he
     lines = [json.loads(line) for line in (tmp_path / "tokens" / "rejected.jsonl").read_text().splitlines()]
     found = {line["image_id"]: line["reason"] for line in lines}
     assert found == {"train.tar/b.png": "truncated", "train.tar/c.gif": "corrupt"}
+
+
+def test_names_that_are_no_utf_8_are_listed_and_tokenized(arguments, run_here, tmp_path):
+    names = {b"caf\xe9.png": GOOD["grey.png"], b"bad\xff.png": b"", "日本.png".encode(): GOOD["rgb.jpg"]}
+    folder = os.fsencode(tmp_path / "images")
+    os.makedirs(folder + b"/cl\xe4ss")
+    for name, content in names.items():
+        with open(folder + b"/cl\xe4ss/" + name, "wb") as file:
+            file.write(content)
+    source = ["--data.source", "folder", "--data.path", tmp_path / "images"]
+    run_here(tokenize, TokenizeConfig, *arguments, *source, "--on_error", "skip", "--num_workers", 1)
+    (line,) = (tmp_path / "tokens" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["image_id"] == "cl\\xe4ss/bad\\xff.png"
+    (shard,) = TokenManifest.load(tmp_path / "tokens").splits["train"]["shards"]
+    ids = pq.read_table(tmp_path / "tokens" / shard["file"])["image_id"].to_pylist()[:2]
+    assert ids == ["cl\\xe4ss/caf\\xe9.png", "cl\\xe4ss/日本.png"]
+    assert os.path.exists(os.path.join(folder, os.fsencode(restored_name(ids[0]))))
+    assert TokenManifest.load(tmp_path / "tokens").class_names == ["cl\\xe4ss"]
+    assert damage_of(tmp_path / "tokens") == []
 
 
 def test_a_split_of_bad_files_alone_fails(arguments, run_here, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextblock.data.blocks import BlockLayout
@@ -56,10 +57,29 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits(
         assert expected.any() or "word_embed" in name, name
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+def test_ignored_labels_count_for_nothing_in_chunks(make_prior, batch, chunk_size, label_smoothing):
+    labels = batch[2].clone()
+    labels[0, :6] = labels[1, -1] = -100
+    (whole, whole_grad), (chunked, chunked_grad) = train_both(
+        make_prior, (*batch[:2], labels), chunk_size, torch.float64, label_smoothing=label_smoothing
+    )
+    expected = F.cross_entropy(whole.logits.flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing)
+    for output in (whole, chunked):
+        torch.testing.assert_close(output.loss, expected, rtol=1e-12, atol=1e-12)
+        assert not output.token_loss[labels == -100].any() and not output.token_correct[labels == -100].any()
+    assert torch.equal(whole.token_correct, chunked.token_correct) and whole.token_correct.any()
+    torch.testing.assert_close(chunked.token_loss, whole.token_loss, rtol=1e-12, atol=1e-12)
+    for name, gradient in whole_grad.items():
+        torch.testing.assert_close(chunked_grad[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+
+
 def test_gradients_pass_a_numerical_check():
     generator = torch.Generator().manual_seed(0)
     h, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 4), (5, 4), 5))
     labels = torch.randint(5, (2, 3), generator=generator)
+    labels[1, 0] = -100
 
     def loss(*tensors):
         return chunked_cross_entropy(*tensors, labels, label_smoothing=0.2, chunk_size=4)[0]

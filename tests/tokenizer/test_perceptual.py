@@ -1,9 +1,11 @@
 """Perceptual loss on tiny randomly initialised backbones: known values, what gets gradients, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTModel
 
 from nextblock.tokenizer.perceptual import PerceptualConfig, feature_distance, load_perceptual_loss
@@ -79,6 +81,13 @@ def test_only_the_reconstruction_gets_a_gradient(convnext, finite_differences):
     expected = finite_differences(at_corner, reconstruction[corner].clone())
     torch.testing.assert_close(leaf.grad[corner], expected, rtol=1e-5, atol=1e-10)
     assert expected.abs().max() > 0
+
+
+def test_a_backbone_with_weights_drawn_at_random_is_refused(convnext, tmp_path):
+    path = shutil.copytree(convnext, tmp_path / "wrapped") / "model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="perceptual.backbone is .* lacks .*'embeddings.patch_embeddings.weight'"):
+        load_perceptual_loss(PerceptualConfig(weight=1.0, backbone=str(path.parent)))
 
 
 def test_the_backbone_stays_frozen_in_evaluation_mode(convnext):

@@ -57,6 +57,7 @@ def small_state(seed=0, phi_names=None, **options):
     torch.manual_seed(seed)
     sizes = {"hidden_dim": 32, "width_multipliers": [1, 2], "num_res_blocks": 1, "vocab_size": 11}
     sizes |= {"embedding_dim": 4, "quant_conv_kernel_size": 3, "layout": "scales", "scales": [1, 2, 3, 5]}
+    sizes |= {"min_group_channels": 1}
     config = VQVAEConfig(autoencoder="vqgan", image_size=10, codebook_init_scale=1.0, **sizes | options)
     return vqvae_to_var(VQVAE(config), phi_names)
 
@@ -273,6 +274,7 @@ def test_options_that_do_not_go_together_are_refused(arguments, message, capsys)
         ({"layout": "tiles", "scales": None}, "layout is 'tiles'; expected 'scales'"),
         ({"num_channels": 1}, "num_channels is 1; expected 3"),
         ({"hidden_dim": 16}, "hidden_dim is 16; expected a multiple of 32"),
+        ({"min_group_channels": 4}, "min_group_channels is 4; expected at most 1 with hidden_dim 32"),
         ({"z_channels": 8}, "z_channels is 8, embedding_dim 4"),
         ({"scales": [1, [2, 3], 5]}, "expected square ones"),
         ({"num_phi": 1, "phi_names": "partially_shared"}, "expected 'shared'"),

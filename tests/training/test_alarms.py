@@ -44,3 +44,27 @@ def test_a_block_is_measured_by_its_own_past():
     assert alarm.messages(0, {name: 1.0}) == alarm.messages(1, {name: 0.51 * attainable}) == []
     (message,) = alarm.messages(2, {name: 0.49 * attainable})
     assert "where evenly used codes would reach 47.3%" in message
+
+
+def test_a_block_that_uses_one_code_rings_where_another_uses_many():
+    names = ["train/codebook/block_0/usage", "train/codebook/block_1/usage"]
+    one, two = 0.001, 0.002
+
+    def ring(first: float, second: float, step: int = 20, usage: CodeUsage = USAGE) -> list[str]:
+        alarm = UsageAlarm(usage, threshold=0.2, cooldown=100)
+        return alarm.messages(step, dict(zip(names, (first, second), strict=True)))
+
+    (message,) = ring(one, 0.3)
+    assert message.startswith("step 20: block 0 of the codebook uses one code for every image of a batch, while block")
+    (message,) = ring(0.008, one)
+    assert message.startswith("step 20: block 1 of the codebook uses one code")
+    # Nearly one code is little, but something; at the start all may be alike; and a codebook may be small.
+    assert ring(0.0011, 0.3) == ring(two, 0.3) == ring(one, 0.3, step=19) == ring(one, 0.007) == []
+    small = CodeUsage(num_codes=4, num_tokens=[10, 640])
+    assert "one code" in ring(0.25, 0.5, usage=small)[0] and ring(0.25, 0.25, usage=small) == []
+    # Two tokens may well be alike.
+    assert ring(one, 0.3, usage=CodeUsage(num_codes=1000, num_tokens=[2, 640])) == []
+    # Its past is no excuse, but a warning holds for a while.
+    alarm = UsageAlarm(USAGE, threshold=0.2, cooldown=100)
+    found = [len(alarm.messages(step, {names[0]: one, names[1]: 0.3})) for step in (10, 60, 110, 159, 160)]
+    assert found == [0, 1, 0, 0, 1]

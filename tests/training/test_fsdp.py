@@ -27,6 +27,9 @@ def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_pat
     run_on_two(("train-prior", arguments("whole")), cwd=tmp_path)
     resume = ["--loop.resume_from_checkpoint", "latest"]
     jobs = [arguments("sharded"), arguments("stopped"), arguments("stopped", *resume)]
+    # A step that moves nothing, from the weights of the whole one.
+    still = ["--optimizer.learning_rate", "1e-30", "--optimizer.weight_decay", "0", "--loop.num_steps", "1"]
+    jobs.append(arguments("tuned", "--loop.init_from", str(tmp_path / "whole/pipeline"), *still))
     process = subprocess.Popen(
         [sys.executable, __file__, json.dumps(jobs)],
         cwd=tmp_path,
@@ -46,6 +49,9 @@ def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_pat
     exported = {name: load_file(tmp_path / name / "pipeline/prior/model.safetensors") for name in ("whole", "sharded")}
     for name, tensor in exported["whole"].items():
         torch.testing.assert_close(exported["sharded"][name], tensor, rtol=0, atol=1e-4, msg=name)
+    tuned = load_file(tmp_path / "tuned" / "pipeline/prior/model.safetensors")
+    for name, tensor in exported["whole"].items():
+        torch.testing.assert_close(tuned[name], tensor, rtol=0, atol=1e-25, msg=name)
     stopped = load_file(tmp_path / "stopped" / "pipeline/prior/model.safetensors")
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in exported["sharded"].items())
     assert (tmp_path / "sharded" / "pictures" / "samples_00000006.png").is_file()
@@ -78,8 +84,8 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
+    from nextblock import train_prior as prior_train
     from nextblock.command_line import parse_run_config
-    from nextblock.prior import task as prior_train
     from nextblock.training import loop
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -24,6 +24,8 @@ STAGES = {
     "tokenizer against a discriminator": [*TOKENIZER, *ADVERSARIAL],
     "prior": ["--model.dropout", "0.1", "--model.drop_path", "0.1"],
 }
+# Three processes share twelve images in micro-batches of two.
+THREE = ["--loop.batch_size", "12"]
 LATEST = ["--loop.resume_from_checkpoint", "latest"]
 KILLED = -signal.SIGKILL
 
@@ -116,23 +118,40 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(attempt
     assert outcomes(stopped) == ["stopped by SIGTERM", "stopped by SIGINT", "finished"]
 
 
+def test_three_processes_go_on_summing_in_the_same_order(attempts, tmp_path):
+    stage, whole, killed = "tokenizer against a discriminator", tmp_path / "whole", tmp_path / "killed"
+    codes, _, log = run(
+        attempts(stage, 3, whole, {}, *THREE),
+        attempts(stage, 3, killed, {"1": ["SIGKILL", 7, 0.0]}, *THREE),
+        attempts(stage, 3, killed, {}, *THREE, *LATEST),
+        cwd=tmp_path,
+    )
+    assert codes[0] == codes[2] == [0, 0, 0] and KILLED in codes[1], log
+    assert "at step 6" in log
+    assert state_hashes(killed) == state_hashes(whole)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_killed_five_times_end_with_the_weights_of_undisturbed_ones(stage, attempts, tmp_path):
+def test_processes_killed_five_times_end_with_the_weights_of_undisturbed_ones(
+    stage, num_processes, attempts, tmp_path
+):
     seed = random.SystemRandom().randrange(2**32)
     print(f"random.Random({seed})")  # noqa: T201 - shown when the test fails
     draw = random.Random(seed)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    todo, saved = [attempts(stage, 2, whole, {})], 0
+    options = THREE if num_processes == 3 else []
+    todo, saved = [attempts(stage, num_processes, whole, {}, *options)], 0
     for number in range(5):
         # Not beyond the last step but one, so that every attempt is killed before it has finished.
         step = draw.randrange(saved, NUM_STEPS - 2)
-        ends = {str(draw.randrange(2)): ["SIGKILL", step, draw.choice([0.0, draw.uniform(0, 0.03)])]}
-        todo.append(attempts(stage, 2, killed, ends, *(LATEST if number else [])))
+        ends = {str(draw.randrange(num_processes)): ["SIGKILL", step, draw.choice([0.0, draw.uniform(0, 0.03)])]}
+        todo.append(attempts(stage, num_processes, killed, ends, *options, *(LATEST if number else [])))
         # What is saved after such an attempt at the latest.
         saved = max(saved, step // 3 * 3)
-    todo.append(attempts(stage, 2, killed, {}, *LATEST))
+    todo.append(attempts(stage, num_processes, killed, {}, *options, *LATEST))
     codes, _, log = run(*todo, cwd=tmp_path)
-    assert codes[0] == codes[-1] == [0, 0], log
-    assert all(KILLED in pair for pair in codes[1:-1]), (seed, codes, log)
+    assert codes[0] == codes[-1] == [0] * num_processes, log
+    assert all(KILLED in ranks for ranks in codes[1:-1]), (seed, codes, log)
     assert state_hashes(killed) == state_hashes(whole), seed

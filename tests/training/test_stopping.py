@@ -9,35 +9,36 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nextblock.training.stopping import SIGNALS, StopRequest, ignore_stop_signals, read_later
+from nextblock.data.workers import STOP_SIGNALS
+from nextblock.training.stopping import StopRequest, read_later
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_noted_and_handlers_come_back(number):
-    before = [signal.getsignal(other) for other in SIGNALS]
+    before = [signal.getsignal(other) for other in STOP_SIGNALS]
     with StopRequest(ALONE) as stop:
         assert stop.agreed() is None
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # A launcher passes on what the terminal has sent already.
         assert stop.agreed() is number and stop.agreed() is number
-    assert [signal.getsignal(other) for other in SIGNALS] == before
+    assert [signal.getsignal(other) for other in STOP_SIGNALS] == before
 
 
 def test_handlers_come_back_after_an_error():
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(KeyError), StopRequest(ALONE):
         raise KeyError
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
-    before, agreed = [signal.getsignal(number) for number in SIGNALS], []
+    before, agreed = [signal.getsignal(number) for number in STOP_SIGNALS], []
 
     def train():
         with StopRequest(ALONE) as stop:
-            agreed.append((stop.agreed(), [signal.getsignal(number) for number in SIGNALS]))
+            agreed.append((stop.agreed(), [signal.getsignal(number) for number in STOP_SIGNALS]))
 
     thread = threading.Thread(target=train)
     thread.start()
@@ -73,9 +74,3 @@ def test_what_is_read_later_is_the_value_of_now():
     read = read_later(value)
     value.zero_()
     assert read() == 3
-
-
-def test_loading_workers_ignore_stop_signals():
-    with StopRequest(ALONE):  # Brings the handlers back.
-        ignore_stop_signals(0)
-        assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 2

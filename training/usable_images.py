@@ -1,0 +1,74 @@
+"""Images that cannot be read are left out of a training: found before step 0, and then the same to its end.
+
+`unreadable.json` in the run's folder lists them by split; a resumed run takes them from there.
+"""
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+
+from nextblock.data.images import ImageDataConfig, ImageSource, load_source
+from nextblock.data.usable import UsableImages, describe_unreadable, find_unreadable, source_fingerprint
+from nextblock.files.atomic import write_text_whole
+
+UNREADABLE_NAME = "unreadable.json"
+logger = get_logger(__name__)
+
+
+def open_training_images(
+    accelerator: Accelerator, config: ImageDataConfig, split: str, output_dir: Path, num_workers: int = 0
+) -> ImageSource:
+    """Open the images of a split, without those that cannot be read where `config.on_error` is "skip".
+
+    Every process must call this; each reads its share of the images once.
+
+    Args:
+        accelerator: connects the processes.
+        config: where the images are.
+        split: which of them.
+        output_dir: the run's folder.
+        num_workers: threads that read, at least one.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: if the images are missing or unusable, or are no longer those that the run began with.
+    """
+    source = load_source(config, split)
+    if config.on_error == "stop":
+        return source
+    path, fingerprint = output_dir / UNREADABLE_NAME, source_fingerprint(source)
+    is_begun = any((output_dir / "checkpoints").glob("step_*"))
+    known = _read(path) if accelerator.is_main_process else {}
+    # One process looks, so that all agree.
+    (entry,) = broadcast_object_list([known.get(split) if is_begun else None])
+    if entry is None:
+        mine = range(accelerator.process_index, len(source), accelerator.num_processes)
+        logger.info(f"reading the {len(source)} images of split {split!r} once, to find those that cannot be read")
+        found = gather_object(find_unreadable(source, mine, max(1, num_workers)))
+        unreadable = sorted(found, key=lambda item: item["index"])
+        entry = {"num_images": len(source), "source_sha256": fingerprint, "unreadable": unreadable}
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            # What an earlier run of other splits has left is nothing of this one.
+            known = {name: known[name] for name in known if name in (config.split, config.eval_split)}
+            write_text_whole(path, json.dumps(known | {split: entry}, indent=2, ensure_ascii=False) + "\n")
+    elif entry["source_sha256"] != fingerprint:
+        raise ValueError(
+            f"split {split!r} has {len(source)} images that are not the {entry['num_images']} of {path}, which the run "
+            "began with; expected the same, or remove that file to have them read again"
+        )
+    if not entry["unreadable"]:
+        return source
+    described = describe_unreadable(entry["unreadable"], len(source), split)
+    logger.warning(f"{described}; all of them are in {path}")
+    return UsableImages(source, [item["index"] for item in entry["unreadable"]])
+
+
+def _read(path: Path) -> dict:
+    """What a run has found so far, by split."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
