@@ -66,6 +66,7 @@ def _check_chunk_size(chunk_size: int) -> None:
     if chunk_size < 1:
         raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
 
+
 def chunked_cross_entropy(
     hidden_states: Tensor,
     weight: Tensor,
