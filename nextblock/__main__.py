@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, argv: list[str]) -> None:
-    """Run a command; end with one message and status 2 where a user can mend what is wrong."""
+    """Run a command; end with one message and status 2 where a user can mend what is wrong.
+
+    Ctrl-C before or beside a command's work, which knows itself how to stop, is no error to be traced either.
+    """
     try:
         import_module(f"nextblock.{COMMANDS[name].module}").main(argv)
     except KeyboardInterrupt:
@@ -63,6 +66,9 @@ def _run(name: str, argv: list[str]) -> None:
             raise
         print(f"nextblock {name}: error: {error}", file=sys.stderr)
         sys.exit(status)
+    except KeyboardInterrupt:
+        print(f"nextblock {name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _exit_status(error: Exception) -> int | None:
