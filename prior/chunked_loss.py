@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .losses import IGNORED_LABEL
+
 
 def chunked_head_loss(
     head: nn.Module, hidden_states: Tensor, labels: Tensor, *, label_smoothing: float, chunk_size: int
@@ -40,7 +42,8 @@ def chunked_head_loss(
         smooth_sum = smooth_sum + chunk_sum
         for parts, part in zip((token_loss, token_correct), of_tokens, strict=True):
             parts.append(part)
-    return smooth_sum / labels.numel(), *(torch.cat(parts).view_as(labels) for parts in (token_loss, token_correct))
+    loss = smooth_sum / (labels != IGNORED_LABEL).sum()
+    return loss, *(torch.cat(parts).view_as(labels) for parts in (token_loss, token_correct))
 
 
 def _is_bare_linear(head: nn.Module) -> bool:
@@ -53,18 +56,18 @@ def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -
     """Return the summed loss of a chunk (n, D), and without gradient its tokens' losses and hits (n,)."""
     logits = head(x)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing)
+    options = {"ignore_index": IGNORED_LABEL}
+    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing, **options)
     with torch.no_grad():
-        token_loss = F.cross_entropy(logits, y, reduction="none")
-        return loss, token_loss, logits.gather(-1, y[:, None])[:, 0] >= logits.amax(-1)
+        token_loss = F.cross_entropy(logits, y, reduction="none", **options)
+        is_best = logits.gather(-1, y.clamp_min(0)[:, None])[:, 0] >= logits.amax(-1)
+        return loss, token_loss, is_best & (y != IGNORED_LABEL)
 
 
 def _check_chunk_size(chunk_size: int) -> None:
     """Refuse chunks of nothing."""
     if chunk_size < 1:
         raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
-
-from .losses import IGNORED_LABEL
 
 
 def chunked_cross_entropy(
