@@ -113,8 +113,9 @@ class TimedTask(PriorTask):
     def evaluate(self, model):
         return {}, {}
 
-    def export(self, model, metrics) -> None:
-        """Nothing is kept."""
+    def export(self, model, metrics) -> Path:
+        """Keep nothing."""
+        return Path(self.config.output_dir)
 
 
 def clocks() -> np.ndarray:

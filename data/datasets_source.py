@@ -6,6 +6,7 @@ Legend: N images.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .class_numbers import numbered_classes
-from .reading import read_picture
+from .reading import is_picture_file, read_picture
 from .tar_members import check_plain
 from .unreadable import UnreadableImageError
 
@@ -216,7 +217,9 @@ def _load_splits(path: str) -> dict:
     load = datasets.load_from_disk if is_saved_to_disk(path) else datasets.load_dataset
     with named_failures(path):
         loaded = load(path)
-    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    check_image_files(path, next(iter(splits.values())))
+    return splits
 
 
 def check_tar_files(path: str) -> None:
@@ -227,6 +230,38 @@ def check_tar_files(path: str) -> None:
     """
     for file in sorted(Path(path).rglob("*.tar")) if Path(path).is_dir() else ():
         check_plain(file)
+
+
+def check_image_files(path: str, rows) -> None:
+    """Refuse a folder of image files of which the library passes over some, without a word.
+
+    Args:
+        path: the dataset.
+        rows: one of its splits, a dataset or a stream.
+
+    Raises:
+        ValueError: naming some of them.
+    """
+    if rows.info.builder_name != "imagefolder" or not Path(path).is_dir():
+        return
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    lost = []
+    for parent, folders, names in os.walk(path):
+        lost += [Path(parent, name) for name in folders if Path(parent, name).is_symlink() and name[0] != "."]
+        folders[:] = [name for name in folders if name[0] != "."]
+        unknown = [name for name in names if name[0] != "." and Path(name).suffix.lower() not in ImageFolder.EXTENSIONS]
+        lost += [file for file in (Path(parent, name) for name in unknown) if _may_be_picture(file)]
+    if lost:
+        raise ValueError(
+            f"path={path!r}: `datasets` passes over {len(lost)} images or links to folders, such as {min(lost)}; "
+            "expected kinds of images that it knows, or data.source 'folder', which takes all of them"
+        )
+
+
+def _may_be_picture(file: Path) -> bool:
+    """Whether a file is a picture, or a link that leads nowhere."""
+    return is_picture_file(file) if file.is_file() else file.is_symlink() and not file.exists()
 
 
 @contextmanager

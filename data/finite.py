@@ -34,5 +34,5 @@ def check_finite(stage: str, tensors: Mapping[str, Tensor]) -> None:
 
 def all_finite(found: Iterable[Tensor]) -> bool:
     """Tell whether `extremes` of several tensors on one device are all finite; waits for it, once."""
-    found = [pair.double() for pair in found]
-    return not found or bool(torch.stack(found).isfinite().all())
+    are_finite = [pair.isfinite() for pair in found]
+    return not are_finite or bool(torch.stack(are_finite).all())

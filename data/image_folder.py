@@ -10,7 +10,7 @@ from PIL import Image
 
 from nextblock.files.names import escaped_name
 
-from .reading import NUM_FIRST_BYTES, is_picture_name, read_picture, starts_as_picture
+from .reading import is_picture_file, is_picture_name, read_picture
 from .unreadable import UnreadableImageError
 
 _SOME_SUFFIXES = ".jpg .png .webp .tif .gif .bmp"
@@ -157,8 +157,4 @@ def _is_picture(entry: os.DirEntry) -> bool:
         if says is None:
             raise ValueError(f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there")
         return says
-    says = is_picture_name(entry.name)
-    if says is None:
-        with open(entry.path, "rb") as file:
-            return starts_as_picture(file.read(NUM_FIRST_BYTES))
-    return says
+    return is_picture_file(entry.path)

@@ -65,6 +65,15 @@ def starts_as_picture(first_bytes: bytes) -> bool:
     return _FIRST_BYTES.match(first_bytes) is not None
 
 
+def is_picture_file(file: str | Path) -> bool:
+    """Tell whether a file is a picture, by its name or else by its first bytes."""
+    says = is_picture_name(str(file))
+    if says is None:
+        with open(file, "rb") as stream:
+            return starts_as_picture(stream.read(NUM_FIRST_BYTES))
+    return says
+
+
 def read_picture(file: str | Path | BinaryIO) -> Image.Image:
     """Read a picture, whatever its kind, as upright RGB; see `nextblock.data.pixels.to_rgb`.
 

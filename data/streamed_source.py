@@ -15,6 +15,7 @@ from PIL import Image
 
 from .datasets_source import (
     check_columns,
+    check_image_files,
     check_labels,
     check_tar_files,
     classes_of,
@@ -170,6 +171,7 @@ def _load_streams(path: str, columns: list[str] | None = None) -> dict[str, Iter
         if columns is not None and hasattr(datasets.load_dataset_builder(path).config, "columns"):
             options["columns"] = columns
         streams = datasets.load_dataset(path, streaming=True, **options)
+    check_image_files(path, next(iter(streams.values())))
     # Streams from the hub come decoded, which fails at the first broken image.
     return {split: stream.decode(False) if stream.features else stream for split, stream in streams.items()}
 

@@ -38,5 +38,8 @@ def write_whole(path: Path, save: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 as `write_whole` does."""
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+    """Write a text file in UTF-8 as `write_whole` does.
+
+    A lone surrogate, which stands for a byte of a file's name that is no UTF-8, is written `\\udcNN` as in JSON.
+    """
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

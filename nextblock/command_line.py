@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import difflib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -48,12 +50,38 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
 
 
 class _ExampleParser(ArgumentParser):
-    """Ends the help with an example; an epilog's line would be broken, and could not be pasted into a shell."""
+    """Ends the help with an example, and names the options that a wrong one is most like.
+
+    An epilog's line would be broken, and could not be pasted into a shell.
+    """
 
     example = ""
 
     def format_help(self) -> str:
         return super().format_help() + (f"\n{self.example}" if self.example else "")
+
+    def error(self, message: str, ex: Exception | None = None):
+        found = _UNKNOWN_OPTION.search(message)
+        if found is not None:
+            typed, group, inner, outer = found.groups()
+            name = typed or (f"{group}.{inner}" if group else outer)
+            nearest = _nearest(name, [option[2:] for option in self._option_string_actions if option[:2] == "--"])
+            message += f"; did you mean {' or '.join(f'--{option}' for option in nearest)}?"
+        super().error(message, ex)
+
+
+# How jsonargparse speaks of options on the command line, in a group of a file, and in a file.
+_UNKNOWN_OPTION = re.compile(
+    r"unrecognized arguments:.*?--([^\s=]+)|Group '([^']+)' does not accept option '([^']+)'"
+    r"|Option '([^']+)' is not accepted"
+)
+
+
+def _nearest(name: str, options: Sequence[str]) -> list[str]:
+    """Options of the same last word in other groups, else the one that is spelled most alike."""
+    last = name.rpartition(".")[2]
+    namesakes = [option for option in options if option.rpartition(".")[2] == last]
+    return namesakes[:3] or difflib.get_close_matches(name, options, n=1, cutoff=0.0)
 
 
 class _NamedConfigFile(ActionConfigFile):
@@ -63,7 +91,7 @@ class _NamedConfigFile(ActionConfigFile):
         if Path(values).is_file():
             super().__call__(parser, cfg, values, option_string)
             return
-        shipped = _shipped_configs()
+        shipped = shipped_configs()
         if values not in shipped:
             names = ", ".join(sorted(shipped)) or "none"
             parser.error(f"--config: {values!r} is neither a file nor a shipped config ({names})")
@@ -71,8 +99,8 @@ class _NamedConfigFile(ActionConfigFile):
             super().__call__(parser, cfg, str(path), option_string)
 
 
-def _shipped_configs() -> dict[str, Any]:
-    """Shipped config files by name."""
+def shipped_configs() -> dict[str, Any]:
+    """Return the shipped config files by name."""
     found, folders = {}, [("", resources.files("nextblock.configs"))]
     while folders:
         prefix, folder = folders.pop()

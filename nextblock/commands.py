@@ -58,6 +58,11 @@ COMMANDS = {
         "--config prior/digits-scales --tokens out/tokens --tokenizer out/tokenizer --output_dir out/prior "
         "--pipeline_dir out/pipeline",
     ),
+    "export": Command(
+        "export",
+        "make a model folder, or a pipeline, of a checkpoint",
+        "--checkpoint out/prior/checkpoints/step_00000300 --tokenizer out/tokenizer --output_dir out/step-300",
+    ),
     "report": Command(
         "report",
         "draw a training run as one page",
@@ -72,6 +77,11 @@ COMMANDS = {
         "evaluate",
         "judge a pipeline by its samples and by held-out images",
         "--config pipelines/evaluate-digits --pipeline out/pipeline --samples out/samples --output_dir out/report",
+    ),
+    "config": Command(
+        "show_config",
+        "print where a shipped config lies, or list them",
+        "accelerate/multi-gpu",
     ),
     "demo": Command(
         "demo",

@@ -59,8 +59,8 @@ class SampleConfig:
     classes. The others write images/CLASS/POSITION.png and so on."""
     image_quality: int = 95
     """Quality of JPEG and WebP, 1 to 100."""
-    class_labels: list[int | str] | None = None
-    """Classes to draw, by number or by name; null draws every class, or an unconditional model's images."""
+    class_labels: list[int | str] | int | str | None = None
+    """Class or classes to draw, by number or by name; null draws every class, or an unconditional model's images."""
     num_images_per_label: int = 10
     """Images of each class."""
     sampling: GivenSamplingOptions = field(default_factory=GivenSamplingOptions)
@@ -80,6 +80,8 @@ class SampleConfig:
         for name in ("num_images_per_label", "batch_size", "num_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive integer")
+        if isinstance(self.class_labels, int | str):
+            self.class_labels = [self.class_labels]
         if self.class_labels is not None and not self.class_labels:
             raise ValueError("class_labels is []; expected at least one class, or null for all")
         if self.seed < 0:

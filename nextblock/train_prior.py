@@ -14,6 +14,7 @@ from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior, with_
 from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
 from nextblock.training.accelerator import build_accelerator
+from nextblock.training.failed_start import no_stub_left
 from nextblock.training.loop import fit
 from nextblock.training.usable_images import open_training_images
 
@@ -71,7 +72,8 @@ def train(config: PriorTrainConfig) -> None:
     model = build_prior(config, tokenizer, data.class_names)
     export = partial(export_pipeline, config.pipeline_dir, config.license)
     task = PriorTask(accelerator, config, model, tokenizer, data, export)
-    fit(accelerator, task, data.train, data.collate, config, output_dir)
+    with no_stub_left(output_dir, accelerator.is_main_process):
+        fit(accelerator, task, data.train, data.collate, config, output_dir)
 
 
 def main(argv: Sequence[str]) -> None:

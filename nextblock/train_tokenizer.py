@@ -13,6 +13,7 @@ from nextblock.tokenizer.configuration_vqvae import VQVAEConfig
 from nextblock.tokenizer.perceptual import load_perceptual_loss
 from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, build_tokenizer, with_initial_tokenizer
 from nextblock.training.accelerator import build_accelerator
+from nextblock.training.failed_start import no_stub_left
 from nextblock.training.loop import fit
 from nextblock.training.usable_images import open_training_images
 
@@ -49,7 +50,8 @@ def train(config: TokenizerTrainConfig) -> None:
         eval_source = open_images(config.data.eval_split)
         eval_data = ImageDataset(eval_source, image_size, TransformConfig(), seed)
     task = TokenizerTask(accelerator, config, build_tokenizer(config), train_data, eval_data, perceptual)
-    fit(accelerator, task, train_data, collate, config, output_dir)
+    with no_stub_left(output_dir, accelerator.is_main_process):
+        fit(accelerator, task, train_data, collate, config, output_dir)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nextblock.data.finite import check_finite
 from nextblock.data.pixels import check_fit, fit_image, to_pictures, to_pixel_values, to_rgb
 from nextblock.data.unreadable import UnreadableModeError
 
@@ -71,6 +72,8 @@ def split_masks(name: str, masks: ImageInput) -> list[Image.Image]:
             levels = levels.squeeze(channel)
         if levels.ndim not in (2, 3) or not levels.numel():
             raise ValueError(f"{name} has shape {tuple(each.shape)}; expected (H, W), (n, H, W) or one channel more")
+        if levels.is_floating_point():
+            check_finite(name, {"the mask": levels})
         # A picture whose lightest pixel is 1 of 255 is no mask.
         if levels.dtype != torch.uint8 or levels.max() <= 1:
             levels = (levels.float().clamp(0, 1) * 255).round().to(torch.uint8)

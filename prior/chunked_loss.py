@@ -42,8 +42,8 @@ def chunked_head_loss(
         smooth_sum = smooth_sum + chunk_sum
         for parts, part in zip((token_loss, token_correct), of_tokens, strict=True):
             parts.append(part)
-    loss = smooth_sum / (labels != IGNORED_LABEL).sum()
-    return loss, *(torch.cat(parts).view_as(labels) for parts in (token_loss, token_correct))
+    num_labelled = (labels != IGNORED_LABEL).sum()
+    return smooth_sum / num_labelled, *(torch.cat(parts).view_as(labels) for parts in (token_loss, token_correct))
 
 
 def _is_bare_linear(head: nn.Module) -> bool:
@@ -56,12 +56,11 @@ def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -
     """Return the summed loss of a chunk (n, D), and without gradient its tokens' losses and hits (n,)."""
     logits = head(x)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    options = {"ignore_index": IGNORED_LABEL}
-    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing, **options)
+    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED_LABEL)
     with torch.no_grad():
-        token_loss = F.cross_entropy(logits, y, reduction="none", **options)
-        is_best = logits.gather(-1, y.clamp_min(0)[:, None])[:, 0] >= logits.amax(-1)
-        return loss, token_loss, is_best & (y != IGNORED_LABEL)
+        token_loss = F.cross_entropy(logits, y, reduction="none", ignore_index=IGNORED_LABEL)
+        label_logits = logits.gather(-1, y.clamp_min(0)[:, None])[:, 0]
+        return loss, token_loss, (label_logits >= logits.amax(-1)) & (y != IGNORED_LABEL)
 
 
 def _check_chunk_size(chunk_size: int) -> None:

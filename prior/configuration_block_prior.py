@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.files.config_fields import refuse_unknown_fields
 
 
 class BlockPriorConfig(PreTrainedConfig):
@@ -78,6 +79,7 @@ class BlockPriorConfig(PreTrainedConfig):
         self.drop_path = drop_path
         self.label_smoothing = label_smoothing
         self.adaln_gamma_init = adaln_gamma_init
+        refuse_unknown_fields(type(self), kwargs)
         self._check()
         super().__init__(**kwargs)
 

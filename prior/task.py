@@ -263,7 +263,7 @@ class PriorTask:
         )
         return to_uint8(self.tokenizer.idx_to_img(torch.cat(idx_Bl, dim=1))), class_labels
 
-    def export(self, model: Prior, metrics: dict[str, float]) -> None:
+    def export(self, model: Prior, metrics: dict[str, float]) -> Path:
         """Hand over prior and tokenizer, how the prior was trained, what it reached and samples of it."""
         config, sampling = self.config, self.sampling
         recipe = {"steps": config.loop.num_steps, "batch size": config.loop.batch_size, "seed": config.loop.seed}
@@ -272,6 +272,7 @@ class PriorTask:
         with torch.no_grad():
             images = [Image.fromarray(image) for image in self._sample(model)[0]]
         self._export(model, self.tokenizer, sampling, recipe, metrics, images)
+        return Path(config.pipeline_dir)
 
 
 def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:

@@ -95,7 +95,7 @@ def test_wheel_holds_every_module_and_config(wheel):
 
 def test_wheel_serves_shipped_configs_outside_the_clone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from nextblock import command_line as c; print(c.__file__, *sorted(c._shipped_configs()))"
+    code = "from nextblock import command_line as c; print(c.__file__, *sorted(c.shipped_configs()))"
     # Before site-packages, where the clone may be installed.
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", code]

@@ -5,6 +5,7 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout, as_shape
+from nextblock.files.config_fields import refuse_unknown_fields
 
 from .autoencoder import MIN_GROUP_CHANNELS
 
@@ -14,7 +15,7 @@ class VQVAEConfig(PreTrainedConfig):
 
     Args:
         image_size: H and W in pixels, or one integer for both.
-        num_channels: image channels.
+        num_channels: image channels, 3: pictures of any kind are read as RGB.
         autoencoder: "simple" (two strided convolutions, 4× smaller) or "vqgan" (2^(levels − 1) smaller).
         hidden_dim: base width in channels.
         width_multipliers: vqgan: one factor of `hidden_dim` a level, finest first.
@@ -81,9 +82,8 @@ class VQVAEConfig(PreTrainedConfig):
         self.image_size = list(as_shape(image_size, "image_size"))
         self.num_channels = num_channels
         self.autoencoder = autoencoder
-        self.hidden_dim = hidden_dim
+        self.hidden_dim, self.num_res_blocks = hidden_dim, num_res_blocks
         self.width_multipliers = [1, 1, 2, 2, 4] if width_multipliers is None else list(width_multipliers)
-        self.num_res_blocks = num_res_blocks
         self.dropout = dropout
         self.min_group_channels = min_group_channels
         self.vocab_size = vocab_size
@@ -103,6 +103,7 @@ class VQVAEConfig(PreTrainedConfig):
         self.revival_threshold = revival_threshold
         self.var_phi_names = var_phi_names
         self._translate(kwargs)
+        refuse_unknown_fields(type(self), kwargs)
         self._check()
         super().__init__(**kwargs)
 
@@ -191,6 +192,8 @@ class VQVAEConfig(PreTrainedConfig):
         }.items():
             if getattr(self, field) < lowest:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least {lowest}")
+        if self.num_channels != 3:
+            raise ValueError(f"num_channels is {self.num_channels}; expected 3: pictures of any kind are read as RGB")
         for field in ("phi_ratio", "dropout", "revival_threshold"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1]")

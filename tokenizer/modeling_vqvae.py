@@ -24,6 +24,7 @@ from .codec_scales import ScaleCodec
 from .codec_tiles import TileCodec
 from .configuration_vqvae import VQVAEConfig
 from .first_version import RENAMED_WEIGHTS, as_first_spelled
+from .losses import TokenizerLossConfig, tokenizer_losses
 from .processes import all_reduced
 from .quantizer import Codebook, Codec, Quantizer
 
@@ -43,6 +44,7 @@ class VQVAEOutput(ModelOutput):
             all blocks together; and the same of each block (K,) as `block_usage` and so on. Summed over processes in
             training mode, this process's own in evaluation mode. More than 64 blocks are pooled into one row.
         features: (B, C, h, w) before quantization.
+        loss: scalar mean absolute and mean squared error of pixels, and `vq_loss`, added up; see `losses` for more.
     """
 
     reconstruction: Tensor | None = None
@@ -50,6 +52,7 @@ class VQVAEOutput(ModelOutput):
     idx_Bl: list[Tensor] | None = None
     statistics: dict[str, Tensor] | None = None
     features: Tensor | None = None
+    loss: Tensor | None = None
 
 
 class VQVAE(StoredModel):
@@ -155,12 +158,15 @@ class VQVAE(StoredModel):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
-    def forward(self, pixel_values: Tensor, return_dict: bool | None = None) -> VQVAEOutput | tuple:
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = None, return_loss: bool = True
+    ) -> VQVAEOutput | tuple:
         """Encode, quantize and decode a batch of images.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
             return_dict: False returns exactly the tuple (reconstruction, vq_loss, idx_Bl).
+            return_loss: whether the output has a `loss`, which `transformers.Trainer` looks for.
 
         Returns:
             A `VQVAEOutput`.
@@ -174,7 +180,10 @@ class VQVAE(StoredModel):
         reconstruction, idx_Bl = self.decode(quantized), self.layout.split(idx_BL)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return reconstruction, vq_loss, idx_Bl
-        return VQVAEOutput(reconstruction, vq_loss, idx_Bl, self._statistics(idx_BL), features)
+        loss = None
+        if return_loss:
+            loss = tokenizer_losses(reconstruction, pixel_values, vq_loss, TokenizerLossConfig())["loss"]
+        return VQVAEOutput(reconstruction, vq_loss, idx_Bl, self._statistics(idx_BL), features, loss)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the features (B, C, h, w) that the quantizer receives."""

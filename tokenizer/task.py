@@ -3,6 +3,7 @@
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -81,11 +82,6 @@ class TokenizerTrainConfig:
         for name in ("eval_batch_size", "num_pictures", "num_init_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.perceptual.weight > 0 and self.model.num_channels != 3:
-            raise ValueError(
-                f"perceptual.weight is {self.perceptual.weight}; expected 0 with model.num_channels "
-                f"{self.model.num_channels}: backbones take three channels"
-            )
         has_blocks = self.model.autoencoder != "simple" or self.model.num_res_blocks > 0
         for name in ("gradient_checkpointing", "torch_compile"):
             if getattr(self, name) and not has_blocks:
@@ -171,7 +167,7 @@ class TokenizerTask:
         reconstructions, counts = [], 0
         for i, batch in enumerate(micro_batches):
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
-                output = self.model(batch["pixel_values"])
+                output = self.model(batch["pixel_values"], return_loss=False)
                 losses = self._losses(output, batch["pixel_values"], step)
                 accelerator.backward(losses["loss"] / n)
             reconstructions.append(output.reconstruction.detach())
@@ -262,16 +258,19 @@ class TokenizerTask:
         return metrics, {"reconstructions": self._draw(model)}
 
     def _draw(self, model: VQVAE) -> Image.Image:
-        """Draw the first held-out images above their reconstructions."""
+        """Draw held-out images above their reconstructions."""
         num_shown = min(self.config.num_pictures, len(self.eval_data))
-        batch = collate([self.eval_data[index] for index in range(num_shown)])
+        # From all over the data, which often come class by class.
+        shown = [index * len(self.eval_data) // num_shown for index in range(num_shown)]
+        batch = collate([self.eval_data[index] for index in shown])
         pixel_values = batch["pixel_values"].to(self.accelerator.device)
         images = model.idx_to_img(model.img_to_idx(pixel_values))
         return comparison_grid(to_uint8(pixel_values), to_uint8(images), num_columns=10)
 
-    def export(self, model: VQVAE, metrics: dict[str, float]) -> None:
+    def export(self, model: VQVAE, metrics: dict[str, float]) -> Path:
         """Save the tokenizer."""
         model.save_pretrained(self.config.output_dir)
+        return Path(self.config.output_dir)
 
 
 def _add_mean(metrics: dict[str, Tensor], losses: dict[str, Tensor], num_micro_batches: int) -> None:

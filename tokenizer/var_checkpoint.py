@@ -56,7 +56,8 @@ def vqvae_from_var(
         The tokenizer in float32, in evaluation mode.
 
     Raises:
-        ValueError: listing by name what is missing, unexpected or misshapen; or if sizes do not fit together.
+        ValueError: listing by name what is missing, unexpected or misshapen; or if sizes do not fit together, or codes
+            are NaN or infinite.
     """
     phi_names, num_phi = _find_phi(state, phi_ratio)
     sizes = _infer_sizes(state)
@@ -84,6 +85,7 @@ def vqvae_from_var(
     num_counted = infer_size(state, (_USE_COUNTER, 0), default=1)
     check_state_dict(state, expected, {_USE_COUNTER: (num_counted, config.vocab_size)})
     take_over(model, {name: state[var_name] for name, var_name in var_names.items()})
+    model.quantizer.check_finite()
     return model
 
 
@@ -215,7 +217,7 @@ def _choose_phi_names(config: VQVAEConfig, phi_names: str | None) -> str | None:
 
 def _check_expressible(config: VQVAEConfig) -> None:
     """Refuse what VAR's tokenizer has no form for."""
-    for field, expected in {"autoencoder": "vqgan", "layout": "scales", "num_channels": 3}.items():
+    for field, expected in {"autoencoder": "vqgan", "layout": "scales"}.items():
         if getattr(config, field) != expected:
             raise ValueError(f"{field} is {getattr(config, field)!r}; expected {expected!r} in VAR's format")
     if config.quant_conv_kernel_size == 0 or config.latent_channels != config.embedding_dim:

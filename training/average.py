@@ -2,6 +2,7 @@
 
 import copy
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,20 @@ class WeightAverage:
         """
         self.num_updates = state["num_updates"]
         self.module.load_state_dict(state["module"])
+
+
+def saved_average(checkpoint: Path) -> dict[str, Tensor] | None:
+    """Return the averaged model's tensors from a checkpoint; None if its training has no average.
+
+    Args:
+        checkpoint: folder that accelerate saved a training in.
+    """
+    # Objects registered for checkpointing are numbered; a discriminator's records may be another one.
+    for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.keys() == {"num_updates", "module"}:
+            return state["module"]
+    return None
 
 
 def _tensors(model: nn.Module) -> chain[Tensor]:

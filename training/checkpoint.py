@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,10 +17,12 @@ logger = get_logger(__name__)
 MANIFEST_NAME = "checkpoint.json"
 # Another one whenever checkpoints written before cannot be loaded any more. Version 0.1.0 wrote none.
 FORMAT_VERSION = 2
-RUN_CONFIG_NAME = "config.yaml"
+RUN_CONFIG_NAME, MODEL_CONFIG_NAME = "config.yaml", "config.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept: int, run_config: str) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, num_kept: int, descriptions: Mapping[str, str]
+) -> None:
     """Save the whole training state; every process must call it.
 
     Args:
@@ -27,14 +30,15 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, num_kept:
         folder: where checkpoints lie, one sub-folder each.
         step: number of steps taken.
         num_kept: newest checkpoints that stay.
-        run_config: the run's options as YAML, kept beside the state.
+        descriptions: texts kept beside the state, by file name: the run's options and the model's configuration.
     """
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
     if accelerator.is_main_process:
         for leftover in folder.glob(".step_*.tmp"):
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
-        (temporary / RUN_CONFIG_NAME).write_text(run_config, encoding="utf-8")
+        for name, text in descriptions.items():
+            (temporary / name).write_text(text, encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()

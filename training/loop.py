@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from nextblock.data.workers import batches_of, start_worker
 from nextblock.files.atomic import write_text_whole
@@ -25,7 +26,7 @@ from nextblock.files.atomic import write_text_whole
 from .alarms import CodeUsage, UsageAlarm
 from .average import WeightAverage
 from .buckets import settle_gradient_buckets
-from .checkpoint import RUN_CONFIG_NAME, save_checkpoint
+from .checkpoint import MODEL_CONFIG_NAME, RUN_CONFIG_NAME, save_checkpoint
 from .guards import StepGuard
 from .initial_weights import load_initial_weights
 from .loop_config import LoopConfig
@@ -39,6 +40,9 @@ from .sharding import is_sharded, whole_model
 from .stopping import StopRequest
 
 logger = get_logger(__name__)
+
+# The folder beside the checkpoints that has the best one.
+BEST_NAME = "best"
 
 
 class RunConfig(Protocol):
@@ -68,8 +72,8 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """Return metrics over the held-out data, equal on every process, and pictures by name."""
 
-    def export(self, model: nn.Module, metrics: dict[str, float]) -> None:
-        """Write the trained model where a user can load it; called on the main process."""
+    def export(self, model: nn.Module, metrics: dict[str, float]) -> Path:
+        """Write the trained model where a user can load it, and return the folder; called on the main process."""
 
 
 def fit(
@@ -100,7 +104,9 @@ def fit(
         ValueError: if `loop.resume_from_checkpoint` does not fit what `output_dir` holds, or `loop.ema_decay` is set
             for a sharded model.
     """
-    config, options = run_config.loop, run_config_text(run_config)
+    config = run_config.loop
+    config.count_steps(len(dataset))
+    options = run_config_text(run_config)
     average = _build_average(accelerator, task.model, config.ema_decay)
     checkpoints = output_dir / "checkpoints"
     with StopRequest(accelerator) as stop, PeerWatch(accelerator):
@@ -125,7 +131,7 @@ def fit(
                 training = _Training(accelerator, task, config, options, average, recorder, guard, checkpoints)
                 training.run(batches, first_step, stop, record)
             if record.last_step == config.num_steps:
-                _export(accelerator, task, average, recorder)
+                _export(accelerator, task, average, recorder, checkpoints)
             accelerator.end_training()
     return record.last_step == config.num_steps
 
@@ -195,7 +201,7 @@ class _Training:
             if is_saved or num_done % config.log_every == 0:
                 progress.set_postfix(loss=self._log(num_done))
             if is_saved:
-                save_checkpoint(accelerator, self.checkpoints, num_done, config.num_checkpoints, self.options)
+                self._save(self.checkpoints, num_done, config.num_checkpoints)
             if is_stopped:
                 progress.close()
                 record.outcome = f"stopped by {signal.name}"
@@ -215,10 +221,32 @@ class _Training:
         if self.average is not None:
             self.average.update(self.raw_model, is_good)
 
+    def _save(self, folder: Path, num_done: int, num_kept: int) -> None:
+        """Save the training, and what the model is beside it, from which it can be built again."""
+        files = {RUN_CONFIG_NAME: self.options}
+        if isinstance(self.raw_model, PreTrainedModel):
+            files[MODEL_CONFIG_NAME] = self.raw_model.config.to_json_string()
+        save_checkpoint(self.accelerator, folder, num_done, num_kept, files)
+
     def _evaluate_if_due(self, num_done: int) -> None:
         """Evaluate where the cadence says so, which an interrupted run makes good when it goes on."""
         if num_done == self.config.num_steps or _is_due(num_done, self.config.eval_every):
-            self.recorder.log_evaluation(num_done, *_evaluate(self.accelerator, self.task, self.average))
+            metrics, pictures = _evaluate(self.accelerator, self.task, self.average)
+            # Saved before it is logged: what ends in between is made good, as the evaluation is.
+            self._keep_if_best(num_done, metrics)
+            self.recorder.log_evaluation(num_done, metrics, pictures)
+
+    def _keep_if_best(self, num_done: int, metrics: dict[str, float]) -> None:
+        """Keep the training as it is now, where the run asks for the best and no evaluation was as good."""
+        name = self.config.keep_best
+        if name is None:
+            return
+        if name not in metrics:
+            known = ", ".join(metrics) or "none: is there held-out data?"
+            message = f"step {num_done}: loop.keep_best is {name!r}, which evaluations do not measure"
+            self.recorder.log_alarm(num_done, f"{message}; nothing is kept; expected: {known}")
+        elif self.recorder.is_best(name, metrics[name]):
+            self._save(self.checkpoints.with_name(BEST_NAME), num_done, 1)
 
     def _log(self, num_done: int) -> float:
         """Write a log line with its alarms, and return the loss."""
@@ -284,9 +312,14 @@ def _evaluate(accelerator: Accelerator, task: Task, average: WeightAverage | Non
     return metrics, pictures
 
 
-def _export(accelerator: Accelerator, task: Task, average: WeightAverage | None, recorder: Recorder) -> None:
-    """Let the task write the trained model."""
+def _export(
+    accelerator: Accelerator, task: Task, average: WeightAverage | None, recorder: Recorder, checkpoints: Path
+) -> None:
+    """Let the task write the trained model, and say in one line what was reached and where everything is."""
     model = _learned_model(accelerator, task, average)
     if accelerator.is_main_process:
-        task.export(model.eval(), recorder.last_evaluation)
+        folder = task.export(model.eval(), recorder.last_evaluation)
+        best = max(checkpoints.with_name(BEST_NAME).glob("step_*"), default=None)
+        last = max(checkpoints.glob("step_*"))
+        print(recorder.closing_line(model=folder, checkpoint=last, best=best), flush=True)
     accelerator.wait_for_everyone()

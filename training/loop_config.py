@@ -8,8 +8,10 @@ from typing import Literal
 class LoopConfig:
     """How long a training runs, on what, and what it leaves on the way."""
 
-    num_steps: int = 1000
-    """Optimizer steps."""
+    num_steps: int | None = None
+    """Optimizer steps; with null those of num_epochs, or 1000."""
+    num_epochs: int | None = None
+    """Times that the training goes through its data; instead of num_steps."""
     batch_size: int = 64
     """Samples a step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: int = 1
@@ -28,6 +30,9 @@ class LoopConfig:
     """Steps between log lines; every checkpoint has one too."""
     eval_every: int | None = None
     """Steps between evaluations with pictures; null evaluates at the end alone."""
+    keep_best: str | None = None
+    """Figure of the evaluations, "psnr" or "loss" say, whose best step stays in best/ as a checkpoint: the lowest where
+    its name ends in "loss", else the highest; null keeps none."""
     save_every: int | None = None
     """Steps between checkpoints; null saves at the end alone."""
     num_checkpoints: int = 2
@@ -51,11 +56,13 @@ class LoopConfig:
     """Steps between two warnings about the same figure."""
 
     def __post_init__(self):
-        counts = ("num_steps", "batch_size", "gradient_accumulation_steps", "log_every", "num_checkpoints")
+        if self.num_steps is None and self.num_epochs is None:
+            self.num_steps = 1000
+        counts = ("batch_size", "gradient_accumulation_steps", "log_every", "num_checkpoints")
         for field in (*counts, "max_nonfinite_steps", "alarm_cooldown"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
-        for field in ("eval_every", "save_every"):
+        for field in ("num_steps", "num_epochs", "eval_every", "save_every"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1, or null")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -67,3 +74,24 @@ class LoopConfig:
             raise ValueError(f"usage_alarm is {self.usage_alarm}; expected a number in (0, 1], or null")
         if self.num_workers < 0:
             raise ValueError(f"num_workers is {self.num_workers}; expected at least 0")
+
+    def count_steps(self, num_samples: int) -> None:
+        """Turn epochs into steps, once the size of the data set is known.
+
+        Args:
+            num_samples: of the data set; an epoch's remainder smaller than a batch is left out.
+
+        Raises:
+            ValueError: if a batch exceeds the data set, or another number of steps is given too.
+        """
+        if self.num_epochs is None:
+            return
+        if self.batch_size > num_samples:
+            raise ValueError(f"batch_size is {self.batch_size}; expected 1 to {num_samples}, the size of the data set")
+        num_steps = self.num_epochs * (num_samples // self.batch_size)
+        if self.num_steps not in (None, num_steps):
+            raise ValueError(
+                f"num_steps is {self.num_steps} and num_epochs is {self.num_epochs}, which are {num_steps} steps; "
+                "expected one of them, the other null"
+            )
+        self.num_steps = num_steps

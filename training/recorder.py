@@ -40,6 +40,9 @@ class Recorder:
         self.output_dir = output_dir
         self.last_evaluation: dict[str, float] | None = None
         """Held-out metrics of the newest step, None before any; a resumed run finds those of its first step."""
+        self.evaluations: list[dict[str, float]] = []
+        """Held-out metrics of all steps so far, those of the run before it was resumed too."""
+        self._last_means: dict[str, float] = {}
         self._seconds_before = 0.0
         self._sums: dict[tuple[str, ...], Tensor] = {}
         if accelerator.is_main_process:
@@ -48,10 +51,12 @@ class Recorder:
                 _keep_lines_up_to(output_dir / ALARMS_NAME, first_step)
             lines = _keep_lines_up_to(output_dir / LOG_NAME, first_step)
             self._seconds_before = max((line.get("time/total", 0.0) for line in lines), default=0.0)
+            self.evaluations = [metrics for line in lines if (metrics := _evaluation_of(line))]
             self.last_evaluation = _evaluation_at(lines, first_step)
         if first_step:
             # Whether the first step still has to be evaluated must be agreed on.
-            [self.last_evaluation] = broadcast_object_list([self.last_evaluation])
+            agreed = broadcast_object_list([self.last_evaluation, self.evaluations])
+            self.last_evaluation, self.evaluations = agreed
         accelerator.init_trackers("nextblock", init_kwargs={"wandb": {"dir": str(output_dir), "config": options}})
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
@@ -83,6 +88,7 @@ class Recorder:
         means = (sums / counts).tolist()
         values = {f"train/{name}": mean for name, mean in zip(names, means, strict=True) if math.isfinite(mean)}
         self._write(step, values)
+        self._last_means = values
         return values
 
     def log_alarm(self, step: int, message: str) -> None:
@@ -100,6 +106,7 @@ class Recorder:
             pictures: RGB images by name.
         """
         self.last_evaluation = {f"eval/{name}": value for name, value in metrics.items()}
+        self.evaluations.append(self.last_evaluation)
         self._write(step, self.last_evaluation)
         if not self.accelerator.is_main_process:
             return
@@ -107,6 +114,34 @@ class Recorder:
             picture.save(self.output_dir / "pictures" / f"{name}_{step:08d}.png")
             for tracker in self.accelerator.trackers:
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, **_image_options(tracker.name))
+
+    def is_best(self, name: str, value: float) -> bool:
+        """Tell whether a held-out metric is better than at all evaluations so far; losses are to be low, others high.
+
+        Args:
+            name: of the metric.
+            value: of an evaluation that is not logged yet.
+        """
+        sign = -1 if name.endswith("loss") else 1
+        earlier = [sign * metrics.get(f"eval/{name}", math.nan) for metrics in self.evaluations]
+        return math.isfinite(value) and not any(before >= sign * value for before in earlier)
+
+    def closing_line(self, *, model: Path, checkpoint: Path, best: Path | None) -> str:
+        """Return what a finished training is summed up by: its last figures, its time, and where everything is.
+
+        Args:
+            model: folder of the exported model.
+            checkpoint: the last one.
+            best: the one that was best by an evaluation, or None.
+        """
+        # A figure a block is for curves.
+        figures = self.last_evaluation or self._last_means
+        shown = [f"{name} {value:.4g}" for name, value in figures.items() if "/block_" not in name]
+        seconds = self._seconds_before + _seconds_since_process_start()
+        parts = [f"finished in {seconds:.0f} s", ", ".join(shown), f"model in {model}"]
+        parts += [f"last checkpoint {checkpoint}", "" if best is None else f"best checkpoint {best}"]
+        parts += [f"all figures in {self.output_dir / LOG_NAME}"]
+        return f"{self.output_dir}: " + "; ".join(filter(None, parts))
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and tell the trackers."""
@@ -129,10 +164,15 @@ def _keep_lines_up_to(path: Path, step: int) -> list[dict]:
 def _evaluation_at(lines: list[dict], step: int) -> dict[str, float] | None:
     """Return the held-out metrics of a step, None if it has none."""
     for line in reversed(lines):
-        metrics = {name: value for name, value in line.items() if name.startswith("eval/")}
+        metrics = _evaluation_of(line)
         if metrics and line["step"] == step:
             return metrics
     return None
+
+
+def _evaluation_of(line: dict) -> dict[str, float]:
+    """Return the held-out metrics of a line, none of a line of training."""
+    return {name: value for name, value in line.items() if name.startswith("eval/")}
 
 
 def _append_line(path: Path, content: dict) -> None:

@@ -39,7 +39,9 @@ BOOKKEEPING = {
     *(
         f"loop.{name}"
         for name in (
+            "num_epochs",  # It decides num_steps.
             "num_workers",
+            "keep_best",
             "log_every",
             "eval_every",
             "save_every",

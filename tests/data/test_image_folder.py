@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -125,3 +126,27 @@ def test_names_that_are_no_utf_8_are_escaped_and_come_back(tmp_path):
     with pytest.raises(UnreadableImageError) as error:
         opened(tmp_path).image(1)
     (str(error.value) + error.value.detail).encode("utf-8")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_files_that_a_dataset_would_pass_over_are_refused(tmp_path, is_streamed, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "images"
+    solid(root / "train" / "cat" / "a.png", 1)
+    solid(root / "train" / "dog" / "b.jp2", 2)
+    solid(root / "train" / "dog" / "c.png", 2)
+    (root / "train" / "dog" / "notes.txt").write_text("no picture")
+    config = ImageDataConfig(source="datasets", path=str(root), is_streamed=is_streamed)
+    assert len(load_source(config, "train", in_order=True)) == 3
+    (tmp_path / "elsewhere").mkdir()
+    lost = {
+        "c.heic": lambda path: path.write_bytes(b"x"),
+        "d": lambda path: solid(path, 3, "PNG"),
+        "e": lambda path: path.symlink_to(tmp_path / "elsewhere"),
+        "f": lambda path: path.symlink_to(tmp_path / "nowhere"),
+    }
+    for name, make in lost.items():
+        make(root / "train" / "dog" / name)
+        with pytest.raises(ValueError, match=rf"passes over 1 images or links.*dog/{name}; .*'folder'"):
+            load_source(config, "train", in_order=True)
+        (root / "train" / "dog" / name).unlink()

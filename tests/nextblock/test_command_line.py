@@ -158,8 +158,9 @@ def test_unknown_config_lists_shipped_names(name, shipped, capsys):
     ("argv", "message"),
     [
         ([], "the following arguments are required: output_dir"),
-        (["--output_dir", "out", "--modle.beta", "1"], "unrecognized arguments: --modle.beta 1"),
-        (["--output_dir", "out", "--num_step", "1"], "unrecognized arguments: --num_step 1"),
+        (["--output_dir", "out", "--modle.beta", "1"], "unrecognized arguments: --modle.beta 1; did you mean --model"),
+        (["--output_dir", "out", "--num_step", "1"], "unrecognized arguments: --num_step 1; did you mean --num_steps?"),
+        (["--output_dir", "out", "--lr", "1"], "unrecognized arguments: --lr 1; did you mean --optimizer.lr?"),
         (["--output_dir", "out", "--model.dtype", "float16"], "unrecognized arguments: --model.dtype"),
         (["--output_dir", "out", "--model.num_classes", "3"], "unrecognized arguments: --model.num_classes"),
         (["--output_dir", "out", "--model.hidden_dim", "1.5"], 'Parser key "model.hidden_dim":'),

@@ -1,5 +1,6 @@
 """The console script: which commands there are, what their helps say, that their examples are true."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -7,12 +8,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nextblock import __main__ as cli
-from nextblock import conversion, init_configs, report
+from nextblock import conversion, init_configs, report, show_config
 from nextblock.command_line import parse_run_config
 from nextblock.commands import COMMANDS
+from nextblock.training.guards import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +56,7 @@ def test_help_has_every_default_and_ends_with_the_example(name, capsys):
     assert text.startswith(f"usage: nextblock {name} [")
     assert text.endswith(f"\n\nexample:\n  nextblock {name} {COMMANDS[name].example}\n")
     options = re.split(r"\n  --", text.split("\n\nexample:")[0])[1:]
-    assert options
+    assert options or name == "config"
     # A group of options also takes a file, for which there is no default, or has a help of its own.
     others = "config ", "print_config ", "Path to a configuration file", "Show the help for "
     for option in (" ".join(option.split()) for option in options):
@@ -73,6 +76,7 @@ def test_examples_are_true(name, monkeypatch):
     module = import_module(f"nextblock.{COMMANDS[name].module}")
     monkeypatch.setattr(conversion, "parse_run_config", parse)
     monkeypatch.setattr(report, "write_report", write_report)
+    monkeypatch.setattr(show_config, "shipped_configs", lambda: write_report(None, None))
     monkeypatch.setattr(init_configs, "look_at", lambda images: write_report(images, None))
     if hasattr(module, "parse_run_config"):
         monkeypatch.setattr(module, "parse_run_config", parse)
@@ -80,7 +84,8 @@ def test_examples_are_true(name, monkeypatch):
     with pytest.raises(StoppedError) as caught:
         cli.main([*name.split(), *words])
     (config,) = caught.value.args
-    given = dict(zip(words[::2], words[1::2], strict=True)) if name not in ("report", "init", "convert prior") else {}
+    is_paired = words[0].startswith("--") and name != "convert prior"
+    given = dict(zip(words[::2], words[1::2], strict=True)) if is_paired else {}
     for option, value in given.items():
         if option not in ("--config", "--scales"):
             assert getattr(config, option.removeprefix("--")) == value
@@ -145,3 +150,86 @@ def test_an_interrupted_command_says_so_without_a_traceback(capsys, monkeypatch)
 
     monkeypatch.setattr(report, "main", interrupt)
     assert output_of(capsys, "report", "run", status=130) == "nextblock report: interrupted\n"
+def fail_with(error, monkeypatch):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(import_module("nextblock.verify"), "main", main)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("train-tokenizer --output_dir {new} --data.source folder --data.path nowhere", "path='nowhere' is not a"),
+        ("train-tokenizer --output_dir {new}", "no images are given: data.source is missing"),
+        ("sample --pipeline {pipeline} --output_dir {new} --class_labels eleven", "'eleven', which names no class"),
+        ("sample --pipeline {pipeline} --output_dir {new} --sampling.top_k 999", "top_k is 999; expected"),
+        ("detokenize --tokens nowhere --tokenizer {pipeline}/tokenizer --output_dir {new}", "nowhere"),
+        ("convert tokenizer --format var --checkpoint nowhere.pth --output_dir {new} --scales 1,2", "nowhere.pth"),
+        ("init nowhere --output_dir {new}", "path='nowhere' is not a folder"),
+        ("config tokenizer/nothing", "'tokenizer/nothing' is no shipped config"),
+    ],
+)
+def test_a_mistake_is_one_message_and_leaves_nothing(typed, message, ten_class_pipeline_dir, tmp_path, capsys):
+    new = tmp_path / "new"
+    text = output_of(capsys, *typed.format(new=new, pipeline=ten_class_pipeline_dir).split(), status=2)
+    name = next(name for name in COMMANDS if typed.startswith(name))
+    assert f"nextblock {name}: error: " in text and message in text and "Traceback" not in text
+    assert not new.exists()
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    for stumble in (lambda: int("x"), lambda: [1][2], lambda: dict(zip([1], [], strict=True))):
+        with pytest.raises((ValueError, IndexError)) as error:
+            stumble()
+        fail_with(error.value, monkeypatch)
+        with pytest.raises(type(error.value)):
+            cli.main(["verify"])
+
+
+def test_work_that_fails_says_so_with_status_1(monkeypatch, capsys):
+    fail_with(NonFiniteError("ten steps in a row"), monkeypatch)
+    assert output_of(capsys, "verify", status=1) == "nextblock verify: error: ten steps in a row\n"
+    fail_with(PermissionError(13, "Permission denied", "out"), monkeypatch)
+    assert "Permission denied: 'out'" in output_of(capsys, "verify", status=2)
+
+
+def test_a_start_that_fails_leaves_no_folder(tokenizer_arguments, tmp_path, capsys, fresh_accelerate):
+    def start(*options):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["train-tokenizer", *tokenizer_arguments, "--output_dir", str(tmp_path / "new"), *options])
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    assert "init_from is 'nowhere'" in start("--loop.init_from", "nowhere")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "notes.txt").write_text("mine")
+    assert "batch_size is 8; expected a multiple" in start("--loop.gradient_accumulation_steps", "3")
+    assert (tmp_path / "new" / "notes.txt").read_text() == "mine"
+
+
+def test_one_class_needs_no_list(ten_class_pipeline_dir, tmp_path, capsys):
+    for typed, labels in (("seven", [7]), ("3", [3]), ("[seven, 3]", [7, 3])):
+        folder = tmp_path / "-".join(map(str, labels))
+        arguments = ["--pipeline", str(ten_class_pipeline_dir), "--output_dir", str(folder), "--cpu", "true"]
+        cli.main(["sample", *arguments, "--num_images_per_label", "1", "--class_labels", typed])
+        with np.load(folder / "images.npz") as arrays:
+            assert arrays["arr_1"].tolist() == labels
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+@pytest.mark.parametrize("name", ["train-tokenizer", "sample", "train-prior"])
+def test_a_terminal_that_knows_ascii_alone_shows_help(variables, name, tmp_path):
+    environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} | variables
+    command = [sys.executable, "-m", "nextblock", name, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b"" and b"usage: nextblock" in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_shipped_configs_are_found_by_name(capsys):
+    names = output_of(capsys, "config").split()
+    assert "accelerate/cpu-2-processes" in names and "tokenizer/digits-scales" in names
+    path = Path(output_of(capsys, "config", "accelerate/cpu-2-processes").strip())
+    assert path.read_bytes() == (ROOT / "configs" / "accelerate" / "cpu-2-processes.yaml").read_bytes()

@@ -120,7 +120,7 @@ def test_another_job_is_refused_the_folder(sample_in, ten_class_pipeline_dir, tm
         ("--batch_size 4", "batch_size is 3; this one has 4"),
         ("--num_images_per_label 3", "num_images_per_label is 2; this one has 3"),
         ("--class_labels [1,0]", r"class_labels is \[0, 1, .*, 9\]; this one has \[1, 0\]"),
-        ("--sampling.guidance_scale 2", "guidance_scale is 1.25; this one has 2.0"),
+        ("--sampling.guidance_scale 2", "guidance_scale is 1.0; this one has 2.0"),
         ("--sampling.guidance_schedule linear", "guidance_schedule is constant; this one has linear"),
         ("--sampling.guidance_power 2", "guidance_power is 1.0; this one has 2.0"),
         ("--sampling.temperature 0.5", "temperature is 1.0; this one has 0.5"),

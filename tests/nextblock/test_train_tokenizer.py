@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextblock.data.augment import TransformConfig
+from nextblock.data.image_folder import scan_image_folder
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate, load_source
 from nextblock.evaluation.metrics import psnr
 from nextblock.tokenizer import VQVAE, VQVAEConfig
@@ -344,3 +346,22 @@ def test_a_sharding_launch_is_refused(train_here, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="distributed_type FSDP; expected MULTI_GPU.*trained whole on every GPU"):
         train_here(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_show_images_of_every_class(image_folder, tokenizer_dir):
+    data = ImageDataset(scan_image_folder(image_folder, "test"), 16, TransformConfig(), seed=0)
+    shown = []
+
+    class NotedData:
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, index):
+            shown.append(int(collate([data[index]])["class_labels"][0]))
+            return data[index]
+
+    config, accelerator = SimpleNamespace(num_pictures=6), SimpleNamespace(device=torch.device("cpu"))
+    task = SimpleNamespace(config=config, eval_data=NotedData(), accelerator=accelerator)
+    with torch.no_grad():
+        TokenizerTask._draw(task, VQVAE.from_pretrained(tokenizer_dir))
+    assert shown == [0, 0, 1, 1, 2, 2]

@@ -161,6 +161,8 @@ def test_transparent_masks_lie_on_black():
         (np.zeros(8), r"mask_image has shape \(8,\)"),
         (np.zeros((8, 8), np.int64), "mask_image has dtype int64; expected bool, uint8 or floating point"),
         (None, "mask_image is None; expected a PIL image"),
+        (np.full((8, 8), np.nan), "mask_image: the mask has 64 of 64 values NaN or infinite"),
+        (torch.full((8, 8), torch.inf), "mask_image: the mask has 64 of 64 values NaN or infinite"),
     ],
 )
 def test_what_is_no_mask_is_refused_by_name(masks, message):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.prior.chunked_loss import chunked_cross_entropy
+from nextblock.prior.chunked_loss import chunked_cross_entropy, chunked_head_loss
 
 SCALES = BlockLayout.scales([1, 2, 3])
 # 28 tokens: one at a time, with a remainder, without one, all at once, and more than there are.
@@ -73,6 +73,24 @@ def test_ignored_labels_count_for_nothing_in_chunks(make_prior, batch, chunk_siz
     torch.testing.assert_close(chunked.token_loss, whole.token_loss, rtol=1e-12, atol=1e-12)
     for name, gradient in whole_grad.items():
         torch.testing.assert_close(chunked_grad[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_head_that_is_called_ignores_the_same_labels(label_smoothing):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(4, 7).double()
+    hidden_states, labels = torch.randn(2, 5, 4, dtype=torch.float64), torch.randint(7, (2, 5))
+    labels[0, :3] = labels[1, -1] = -100
+    results = []
+    # The second is no bare linear map, as one with an adapter is none.
+    for head in (linear, torch.nn.Sequential(linear)):
+        linear.zero_grad()
+        x = hidden_states.clone().requires_grad_()
+        got = chunked_head_loss(head, x, labels, label_smoothing=label_smoothing, chunk_size=3)
+        got[0].backward()
+        results.append((*got, x.grad, linear.weight.grad.clone()))
+    for bare, called in zip(*results, strict=True):
+        torch.testing.assert_close(called, bare, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_pass_a_numerical_check():

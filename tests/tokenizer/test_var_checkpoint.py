@@ -292,3 +292,10 @@ def test_a_codebook_by_moving_average_is_exported_without_its_averages():
     assert not [name for name in state if "code_" in name]
     model = vqvae_from_var(state, scales=[1, 2, 3, 5])
     assert torch.equal(model.quantizer.get_codebook(), state["quantize.embedding.weight"])
+
+
+def test_codes_that_are_nan_are_refused():
+    state = small_state()
+    state["quantize.embedding.weight"][3, 1] = torch.nan
+    with pytest.raises(ValueError, match="quantization: codebook.weight has 1 of 44 values NaN or infinite"):
+        vqvae_from_var(state, scales=[1, 2, 3, 5])

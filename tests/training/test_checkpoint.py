@@ -29,6 +29,8 @@ from nextblock.training.resume import resume
 
 FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "config.yaml")
 
+OPTIONS = {"config.yaml": "loop: {}\n"}
+
 
 class Counter:
     """Something registered for checkpointing."""
@@ -74,7 +76,7 @@ def folder(training, tmp_path) -> Path:
     """Checkpoints at steps 1 and 2."""
     for step in (1, 2):
         training.step()
-        save_checkpoint(training.accelerator, tmp_path, step, num_kept=2, run_config="loop: {}\n")
+        save_checkpoint(training.accelerator, tmp_path, step, num_kept=2, descriptions=OPTIONS)
     return tmp_path
 
 
@@ -109,7 +111,7 @@ def test_a_manifest_lists_every_file(folder):
 
 def test_rotation_keeps_the_newest(training, tmp_path):
     for step in range(1, 6):
-        save_checkpoint(training.accelerator, tmp_path, step, num_kept=3 if step < 5 else 2, run_config="loop: {}\n")
+        save_checkpoint(training.accelerator, tmp_path, step, num_kept=3 if step < 5 else 2, descriptions=OPTIONS)
         if step == 4:
             assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
     assert names(tmp_path) == ["step_00000004", "step_00000005"]
@@ -117,9 +119,9 @@ def test_rotation_keeps_the_newest(training, tmp_path):
 
 def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(training, tmp_path):
     for step in (10, 20, 30):
-        save_checkpoint(training.accelerator, tmp_path, step, num_kept=3, run_config="loop: {}\n")
+        save_checkpoint(training.accelerator, tmp_path, step, num_kept=3, descriptions=OPTIONS)
     load_checkpoint(training.accelerator, tmp_path / "step_00000010")
-    save_checkpoint(training.accelerator, tmp_path, 15, num_kept=1, run_config="loop: {}\n")
+    save_checkpoint(training.accelerator, tmp_path, 15, num_kept=1, descriptions=OPTIONS)
     assert names(tmp_path) == ["step_00000015"]
 
 
@@ -134,17 +136,17 @@ def test_a_crash_while_saving_leaves_the_checkpoints_before(training, folder, mo
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", crash)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(training.accelerator, folder, 3, num_kept=2, run_config="loop: {}\n")
+            save_checkpoint(training.accelerator, folder, 3, num_kept=2, descriptions=OPTIONS)
     assert find_checkpoint(folder, "latest") == folder / "step_00000002"
     assert damage(folder / "step_00000001") is None
-    save_checkpoint(training.accelerator, folder, 4, num_kept=2, run_config="loop: {}\n")
+    save_checkpoint(training.accelerator, folder, 4, num_kept=2, descriptions=OPTIONS)
     assert names(folder) == ["step_00000002", "step_00000004"]
     assert damage(folder / "step_00000004") is None
 
 
 def test_saving_a_step_again_replaces_it(training, folder):
     training.step()
-    save_checkpoint(training.accelerator, folder, 2, num_kept=2, run_config="loop: {}\n")
+    save_checkpoint(training.accelerator, folder, 2, num_kept=2, descriptions=OPTIONS)
     training.counter.value = 0
     load_checkpoint(training.accelerator, folder / "step_00000002")
     assert training.counter.value == 3 and names(folder) == ["step_00000001", "step_00000002"]

@@ -292,3 +292,38 @@ def test_options_outside_their_range_are_refused():
     ):
         with pytest.raises(ValueError, match=f"{field} is {value}; expected"):
             LoopConfig(**{field: value})
+
+
+def test_epochs_are_counted_in_steps_of_whole_batches(tmp_path):
+    task = train(tmp_path, num_epochs=3, batch_size=6)
+    assert len(task.losses) == 3 * (NUM_SAMPLES // 6)
+    # The options as written have both, which agree.
+    assert "num_steps: 9" in (tmp_path / "config.yaml").read_text()
+    train(tmp_path / "again", num_epochs=3, num_steps=9, batch_size=6)
+    with pytest.raises(ValueError, match="num_steps is 5 and num_epochs is 3, which are 9 steps; expected one of them"):
+        train(tmp_path / "both", num_epochs=3, num_steps=5, batch_size=6)
+    with pytest.raises(ValueError, match="batch_size is 21; expected 1 to 20"):
+        train(tmp_path / "large", num_epochs=3, batch_size=21)
+    assert LoopConfig().num_steps == 1000
+    with pytest.raises(ValueError, match="num_epochs is 0; expected at least 1, or null"):
+        LoopConfig(num_epochs=0)
+
+
+def test_the_best_step_stays_whatever_interrupts(tmp_path):
+    options = {"num_steps": 8, "save_every": 3, "eval_every": 1, "num_checkpoints": 1, "learning_rate": 0.5}
+    train(tmp_path / "whole", keep_best="bias", **options)
+    values = {line["step"]: line["eval/bias"] for line in read_lines(tmp_path / "whole") if "eval/bias" in line}
+    best = max(values, key=values.get)
+    assert [path.name for path in (tmp_path / "whole" / "best").iterdir()] == [f"step_{best:08d}"]
+    average = torch.load(tmp_path / "whole" / "best" / f"step_{best:08d}" / "custom_checkpoint_0.pkl")
+    assert average["module"]["2.bias"].item() == values[best]
+    train(tmp_path / "broken", keep_best="bias", crash_at=5, **options)
+    train(tmp_path / "broken", keep_best="bias", resume_from_checkpoint="latest", **options)
+    assert [path.name for path in (tmp_path / "broken" / "best").iterdir()] == [f"step_{best:08d}"]
+
+
+def test_a_figure_that_no_evaluation_has_rings_an_alarm(tmp_path):
+    train(tmp_path, num_steps=1, keep_best="psnr")
+    (alarm,) = (tmp_path / "alarms.jsonl").read_text().splitlines()
+    assert "loop.keep_best is 'psnr', which evaluations do not measure" in alarm and "expected: bias" in alarm
+    assert not (tmp_path / "best").exists()

@@ -209,3 +209,14 @@ def test_another_tracker_gets_the_same(fresh_accelerate, tmp_path, monkeypatch):
     assert calls[0][0] == 1 and calls[0][1].pop("time/total") > 0 and calls[0][1] == {"train/loss": 1.5}
     assert calls[1][1].keys() == {"eval/psnr", "time/total"}
     assert calls[2:] == [(1, {"samples": (1, 3, 4, 3)}), "finished"]
+
+
+def test_losses_are_best_when_low_and_other_figures_when_high(accelerator, tmp_path):
+    recorder = Recorder(accelerator, tmp_path, first_step=0)
+    assert recorder.is_best("loss", 2.0) and not recorder.is_best("loss", float("nan"))
+    recorder.log_evaluation(1, {"loss": 2.0, "psnr": 20.0}, {})
+    recorder.log_evaluation(2, {"loss": float("nan"), "psnr": float("nan")}, {})
+    resumed = Recorder(accelerator, tmp_path, first_step=2)
+    for each in (recorder, resumed):
+        assert each.is_best("loss", 1.0) and not each.is_best("loss", 2.0) and not each.is_best("loss", 3.0)
+        assert each.is_best("psnr", 21.0) and not each.is_best("psnr", 20.0)

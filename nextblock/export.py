@@ -1,0 +1,96 @@
+"""Make a model folder of a checkpoint, or a pipeline of a prior's checkpoint and its tokenizer.
+
+nextblock export --checkpoint RUN/checkpoints/step_00001000 --output_dir DIR
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from nextblock.files.state_dicts import check_state_dict
+from nextblock.pipelines import ClassToImagePipeline
+from nextblock.tokenizer import VQVAE
+from nextblock.training.average import saved_average
+from nextblock.training.checkpoint import MODEL_CONFIG_NAME, damage
+
+from .command_line import parse_run_config
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Make a model folder of a training's checkpoint: of the weight average where there is one, else of the weights."""
+
+    checkpoint: str
+    """Folder of the checkpoint, RUN/checkpoints/step_00001000 say."""
+    output_dir: str
+    """Folder to write, which must be new or empty."""
+    tokenizer: str | None = None
+    """With a prior's checkpoint: folder of its tokenizer, to write a pipeline of both; null writes the prior alone."""
+
+
+def export(config: ExportConfig) -> None:
+    """Write what a checkpoint has learned as a user loads it.
+
+    Args:
+        config: what to read and where to write.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or of a sharded or older training, the folder holds files, or a
+            tokenizer is given that is not the prior's, or not to a prior.
+    """
+    output_dir = Path(config.output_dir)
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(f"output_dir {output_dir} holds files; expected a new or empty folder")
+    model, has_average = load_trained_model(Path(config.checkpoint))
+    if config.tokenizer is None:
+        model.save_pretrained(output_dir)
+    else:
+        if isinstance(model, VQVAE):
+            raise ValueError(f"tokenizer is {config.tokenizer!r}; expected null with a tokenizer's checkpoint")
+        tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
+        ClassToImagePipeline(tokenizer=tokenizer, prior=model).save_pretrained(output_dir)
+    weights = "weight average" if has_average else "weights"
+    print(f"{output_dir}: the {weights} of {config.checkpoint}, {model.num_parameters():,} parameters")
+
+
+def load_trained_model(checkpoint: Path) -> tuple[PreTrainedModel, bool]:
+    """Build the model of a checkpoint on the CPU.
+
+    Args:
+        checkpoint: its folder.
+
+    Returns:
+        The model in evaluation mode, and whether it has the weight average.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or was written by a sharded training or before its model's
+            configuration was kept.
+    """
+    problem = damage(checkpoint)
+    if problem:
+        raise ValueError(f"checkpoint {checkpoint} cannot be used: {problem}")
+    weights_path = checkpoint / "model.safetensors"
+    for path in (checkpoint / MODEL_CONFIG_NAME, weights_path):
+        if not path.is_file():
+            raise ValueError(
+                f"checkpoint {checkpoint} has no {path.name}; expected one of an unsharded training by this version: "
+                "finish the training, which exports its model by itself"
+            )
+    model = AutoModel.from_config(AutoConfig.from_pretrained(checkpoint))
+    average = saved_average(checkpoint)
+    if average is None:
+        # It knows which tensors the file holds once for two names.
+        load_model(model, weights_path)
+    else:
+        check_state_dict(average, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, {})
+        model.load_state_dict(average)
+    return model.eval(), average is not None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the command line and export."""
+    export(parse_run_config(ExportConfig, command="export", argv=argv))
