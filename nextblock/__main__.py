@@ -57,7 +57,6 @@ def _run(name: str, argv: list[str]) -> None:
     try:
         import_module(f"nextblock.{COMMANDS[name].module}").main(argv)
     except KeyboardInterrupt:
-        # Before or beside a command's work, which knows itself how to stop.
         print(f"nextblock {name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -66,9 +65,6 @@ def _run(name: str, argv: list[str]) -> None:
             raise
         print(f"nextblock {name}: error: {error}", file=sys.stderr)
         sys.exit(status)
-    except KeyboardInterrupt:
-        print(f"nextblock {name}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def _exit_status(error: Exception) -> int | None:
