@@ -1,6 +1,8 @@
 """Data-loading workers that live on when a whole process group is signalled, and never longer than who loads."""
 
 import ctypes
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ def start_worker(worker_id: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # A worker that outlives its process holds the process's connections open, and other processes wait at them.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The process may have ended before that, and then no signal comes.
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
 
 
 @contextmanager

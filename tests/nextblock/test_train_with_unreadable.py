@@ -159,4 +159,4 @@ def test_a_job_has_an_option_of_its_own():
     with pytest.raises(ValueError, match="data.on_error is 'skip'; expected on_error"):
         TokenizeConfig(tokenizer="x", output_dir="y", data=ImageDataConfig(source="digits", on_error="skip"))
     with pytest.raises(ValueError, match="on_error='ignore': expected one of"):
-        ImageDataConfig(on_error="ignore")
+        ImageDataConfig(source="digits", on_error="ignore")

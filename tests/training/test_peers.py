@@ -25,6 +25,7 @@ def run(rank, port, failing, end, wait, log):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
     with peers.PeerWatch(SimpleNamespace(process_index=rank, num_processes=2), patience_seconds=2.0):
+        dist.barrier()  # Else one might fall silent before the other has begun to watch.
         exec(end if rank == failing else wait)
 
 peers.GRACE_SECONDS = 2.0
