@@ -21,8 +21,8 @@ class VQVAEConfig(PreTrainedConfig):
         width_multipliers: vqgan: one factor of `hidden_dim` a level, finest first.
         num_res_blocks: residual blocks a level; 0 (simple only) gives the plain Conv-ReLU-Conv.
         dropout: probability inside residual blocks.
-        min_group_channels: fewest channels of a group in GroupNorm, which has at most 32 groups; 1, as up to version
-            0.2, lets a group of one channel lose colour and brightness.
+        min_group_channels: fewest channels of a group in GroupNorm, which has at most 32 groups; 1, as in version
+            0.1, lets a group of one channel lose colour and brightness.
         vocab_size: V, the number of codes.
         embedding_dim: C, the code channels.
         z_channels: channels of the encoder's output; None means `embedding_dim`.
