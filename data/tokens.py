@@ -80,7 +80,12 @@ class TokenManifest:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise ValueError(f"{folder} has no {MANIFEST_NAME}; expected a folder that `nextblock tokenize` finished")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} holds {type(fields).__name__}; expected the manifest of a folder of tokens")
         if fields.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path} has format_version {fields.get('format_version')}; expected {FORMAT_VERSION}")
         return cls(**fields)

@@ -16,7 +16,7 @@ from . import __version__
 from .commands import COMMANDS
 
 # Whose errors mean files or names that are not what they should be.
-_FOREIGN_REFUSALS = {"huggingface_hub", "safetensors_rust", "yaml"}
+_FOREIGN_REFUSALS = {"huggingface_hub", "safetensors", "safetensors_rust", "yaml"}
 _USAGE = "usage: nextblock COMMAND [--OPTION VALUE ...]"
 
 
@@ -77,13 +77,13 @@ def _exit_status(error: Exception) -> int | None:
 
 
 def _is_raised_by_us(error: Exception) -> bool:
-    """Tell whether a `raise` of this package made an error, and not a call in it that stumbled."""
+    """Tell whether a `raise` of this package, or of diffusers at a pipeline, made an error: no call that stumbled."""
     traceback = error.__traceback__
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     frame = traceback.tb_frame
-    is_ours = frame.f_globals.get("__name__", "").partition(".")[0] == "nextblock"
-    return is_ours and frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    is_refusal = frame.f_globals.get("__name__", "").partition(".")[0] in ("nextblock", "diffusers")
+    return is_refusal and frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _make_printable() -> None:

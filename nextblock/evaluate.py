@@ -57,7 +57,7 @@ class EvaluateConfig:
     pipeline: str
     """Folder of the pipeline."""
     samples: str
-    """Folder that `nextblock.pipelines.sample` wrote with output_format npz."""
+    """Folder that `nextblock sample` wrote with output_format npz."""
     output_dir: str
     """Folder that the report and the pictures go to."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
@@ -170,7 +170,7 @@ def _read_samples(folder: Path) -> tuple:
     images_path, config_path = (folder / name for name in (NPZ_NAME, "config.yaml"))
     for path in (images_path, config_path):
         if not path.is_file():
-            expected = "what nextblock.pipelines.sample writes with output_format npz"
+            expected = "what `nextblock sample` writes with output_format npz"
             raise ValueError(f"samples: {path} does not exist; expected {expected}")
     with np.load(images_path) as arrays:
         images, class_labels = arrays[IMAGES_KEY], arrays[LABELS_KEY]

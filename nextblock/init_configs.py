@@ -128,7 +128,7 @@ def config_texts(facts: FolderFacts, configs_dir: Path) -> dict[str, str]:
             "# Draws pictures, guided and truncated as prior.yaml says under sampling.",
             f"pipeline: {out['pipeline']}",
             f"output_dir: {out['samples']}",
-            "output_format: png",
+            "output_format: npz",
             "# Of each class, or in all where there are no classes.",
             "num_images_per_label: 16",
             "batch_size: 16",

@@ -158,7 +158,8 @@ def _with_data(config: TokenizeConfig) -> TokenizeConfig:
     data, transform = data_of_run(config.tokenizer)
     if not config.num_augmented_views or config.transform != TransformConfig():
         transform = config.transform
-    return replace(config, data=data, transform=transform)
+    # What to do at an image that cannot be read is this job's own option.
+    return replace(config, data=replace(data, on_error="stop"), transform=transform)
 
 
 def _plan(config: TokenizeConfig, model: VQVAE) -> dict[str, tuple[RowDataset, list[Shard]]]:

@@ -1,6 +1,7 @@
 """Class labels as people give them: numbers, names, parts of names; counts for a model without classes."""
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,7 +55,7 @@ def _label_number(label: int | str, num_classes: int, names: list[str] | None) -
         raise ValueError(f"class_labels holds {label!r}; expected integers and class names")
     if names is None:
         raise ValueError(f"class_labels holds {label!r}, but the prior has no class names; expected integers")
-    wanted, folded = label.strip().casefold(), [name.casefold() for name in names]
+    wanted, folded = _folded(label), [_folded(name) for name in names]
     # ImageNet has a "Cardigan" that is a dog and a "cardigan" that is not.
     matches = [n for n, name in enumerate(names) if name == label.strip()]
     matches = matches or [n for n, name in enumerate(folded) if name == wanted]
@@ -70,3 +71,8 @@ def _near_names(wanted: str, names: list[str], folded: list[str]) -> list[str]:
     """Return the five names most like a wanted one, as they are spelled."""
     near = difflib.get_close_matches(wanted, dict.fromkeys(folded), n=5, cutoff=0.0)
     return [names[folded.index(name)] for name in near]
+
+
+def _folded(name: str) -> str:
+    """Return a name without case, its accents written in one way."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()

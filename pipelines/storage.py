@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
+from transformers import PreTrainedModel
 
 from nextblock.evaluation.pictures import image_grid
 
@@ -62,11 +63,24 @@ def save_pipeline(
         raise ValueError(f"safe_serialization is {safe_serialization!r}; expected True")
     if hub_options and not push_to_hub:
         raise ValueError(f"push_to_hub is False; expected True with {sorted(hub_options)}")
+    _check_models(pipe)
     folder = Path(save_directory)
     repo_id = hub_options.pop("repo_id", folder.resolve().name)
     _write_folder(pipe, folder, repo_id, variant, max_shard_size, sample_images, (recipe, metrics, license))
     if push_to_hub:
         upload_folder(folder, repo_id, **hub_options)
+
+
+def _check_models(pipe: DiffusionPipeline) -> None:
+    """Refuse adapters: a folder with one alone, or without the model, would be no pipeline to anybody else."""
+    for name in ("tokenizer", "prior"):
+        model = getattr(pipe, name)
+        # PEFT keeps what it replaces as a module's base_layer.
+        if not isinstance(model, PreTrainedModel) or any(hasattr(module, "base_layer") for module in model.modules()):
+            raise ValueError(
+                f"{name} is a {type(model).__name__} with an adapter; expected the model alone: merge the adapter into "
+                "it (merge_and_unload), or save the adapter by itself"
+            )
 
 
 def _write_folder(

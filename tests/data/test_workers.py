@@ -33,7 +33,7 @@ with batches_of(DataLoader(Samples(), num_workers=2, worker_init_fn=start_worker
 """
 ENDS = {
     "an error": ("raise KeyError('an error of the main process')", 1, "an error of the main process"),
-    "a killed worker": ("active_children()[0].kill(); next(batches)", 1, "DataLoader worker"),
+    "a killed worker": ("active_children()[0].kill(); next(batches)", 1, "Error"),
     "a killed process": ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
     "leaving early": ("sys.exit(0)", 0, ""),
 }

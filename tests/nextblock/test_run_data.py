@@ -23,6 +23,8 @@ def trained(tokenizer_dir, image_folder, tmp_path):
         "transform": {"max_shift": 2.0},
         "output_dir": str(folder),
     }
+    # A job that takes over the images has an option of its own for those that cannot be read.
+    options["data"]["on_error"] = "skip"
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
     return folder
 
@@ -74,7 +76,7 @@ def test_evaluation_takes_them_too(trained, tmp_path):
 
 def test_options_that_a_training_left(trained, image_folder):
     assert data_of_run(str(trained)) == (
-        ImageDataConfig(source="folder", path=str(image_folder)),
+        ImageDataConfig(source="folder", path=str(image_folder), on_error="skip"),
         TransformConfig(max_shift=2.0),
     )
     for text, message in (

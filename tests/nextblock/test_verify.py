@@ -40,6 +40,13 @@ def test_a_whole_folder_passes(folder, capsys):
     assert exit_info.value.code == 0 and "tokens: whole" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("text", "message"), [("{", "is damaged: "), ("[1]", "holds list; expected the manifest")])
+def test_a_manifest_that_is_none_is_named(folder, text, message):
+    (folder / MANIFEST_NAME).write_text(text)
+    with pytest.raises(ValueError, match=f"{MANIFEST_NAME} {message}"):
+        damage_of(folder)
+
+
 def test_damaged_and_missing_files_are_named(folder, capsys):
     content = (folder / SHARD).read_bytes()
     (folder / SHARD).write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])

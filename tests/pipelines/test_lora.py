@@ -17,6 +17,9 @@ def test_an_adapted_prior_samples_and_is_saved_merged(is_wrapped, any_pipe, seed
     pipe.set_progress_bar_config(disable=True)
     adapted = torch.cat(pipe([0, 1], generator=seeds(2), **options).images, 1)
     assert not torch.equal(adapted, plain)
+    with pytest.raises(ValueError, match="prior is a .* with an adapter; expected the model alone: merge"):
+        pipe.save_pretrained(tmp_path / "adapted")
+    assert not (tmp_path / "adapted").exists()
     merged = ClassToImagePipeline(any_pipe.tokenizer, peft_model.merge_and_unload())
     merged.save_pretrained(tmp_path)
     loaded = ClassToImagePipeline.from_pretrained(tmp_path)

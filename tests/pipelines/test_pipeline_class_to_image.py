@@ -10,7 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from nextblock.pipelines import ClassToImagePipeline, storage
+from nextblock.pipelines.labels import resolve_labels
 from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.conditioning import ClassConditions
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 CLASS_NAMES = ("blue tit", "great tit", "wren", "Cardigan", "cardigan", "crane", "crane")
@@ -77,6 +79,11 @@ def seeded(seed: int = 0) -> torch.Generator:
 )
 def test_labels_are_numbers_names_or_parts_of_names(pipe, wanted, labels):
     assert pipe.resolve_labels(wanted) == labels
+
+
+def test_accents_count_however_they_are_written():
+    conditions = ClassConditions(2, ["\u00e9t\u00e9", "hiver"])
+    assert resolve_labels("e\u0301te\u0301", conditions) == [0]
 
 
 @pytest.mark.parametrize(

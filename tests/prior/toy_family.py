@@ -4,10 +4,9 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel  # noqa: F401  diffusers asks the module for the latter.
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.files.stored_model import StoredModel
 from nextblock.prior import PriorOutput, prior_output
 from nextblock.prior.conditioning import ClassConditions, Context
 
@@ -21,7 +20,7 @@ class BagConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class BagPrior(StoredModel):
+class BagPrior(PreTrainedModel):
     config_class, main_input_name, _no_split_modules = BagConfig, "var_input", ["Linear"]
     no_decay, can_chunk_loss, takes_indices = ("places",), False, True
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel  # noqa: F401 -- by this name diffusers sees that the module's models load
 
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
