@@ -34,7 +34,7 @@ def load_tensors(model: nn.Module, state: dict[str, Tensor]) -> None:
     if is_sharded(model):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
     else:
-        model.load_state_dict(state, strict=False)
+        model.load_state_dict(model.state_dict() | state)
 
 
 @torch.no_grad()
