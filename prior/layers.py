@@ -1,4 +1,4 @@
-"""Transformer layers of the prior: block-causal attention, feed-forward, and AdaLN modulation (DiT, arXiv:2212.09748).
+"""Transformer layers of the prior: attention with a cache, feed-forward, and AdaLN modulation (DiT, arXiv:2212.09748).
 
 Legend: B batch, K blocks, L tokens, D width.
 """
@@ -11,37 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nextblock.data.blocks import BlockLayout
+from .attention import attention
 
-# Up to this many blocks, one mask-free attention call a block is cheaper than one call with a mask.
-MAX_CALLS_PER_ATTENTION = 16
 MAX_LOG_ATTENTION_SCALE = math.log(100)
-
-
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:
-    """Attend from every token to its own block and all blocks before it.
-
-    Args:
-        q: (B, heads, L, head width) queries; `k` and `v` likewise.
-        k: keys.
-        v: values.
-        layout: the blocks.
-        scale: factor on the scores before the softmax.
-
-    Returns:
-        (B, heads, L, head width).
-    """
-    if layout.num_blocks == layout.num_tokens:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    if layout.num_blocks <= MAX_CALLS_PER_ATTENTION:
-        outputs = [
-            F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], scale=scale)
-            for start, end in layout.bounds
-        ]
-        return torch.cat(outputs, dim=2)
-    # A float mask takes the fast kernel where a boolean one does not.
-    bias = layout.block_causal_bias(q.device, q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 class KeyValueCache:
@@ -82,7 +54,7 @@ class CachedAttention:
         self.keys[:R, :, start:end] = k
         self.values[:R, :, start:end] = v
         keys, values = self.keys[:R, :, :end], self.values[:R, :, :end]
-        return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)
+        return attention(q, keys, values, self.scale)
 
 
 class BiasedLinear(nn.Linear):

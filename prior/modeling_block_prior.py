@@ -16,12 +16,13 @@ from transformers import initialization as init
 from nextblock.data.blocks import BlockLayout
 from nextblock.files.stored_model import StoredModel
 
+from .attention import block_causal_attention
 from .chunked_loss import chunked_head_loss
 from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_block_prior import BlockPriorConfig
 from .family import check_given, check_quantizer
 from .generation import BlockStep, generate
-from .layers import BlockAttention, CachedAttention, KeyValueCache, ModulatedHead, PriorLayer, block_causal_attention
+from .layers import BlockAttention, CachedAttention, KeyValueCache, ModulatedHead, PriorLayer
 from .losses import PriorOutput, prior_output
 from .sampling import SamplingOptions, image_generators
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig, PriorOutput
-from nextblock.prior.layers import block_causal_attention
+from nextblock.prior.attention import block_causal_attention
 
 SCALES = BlockLayout.scales([1, 2, 3])
 RASTER = BlockLayout.tiles(1, 3)

@@ -1,0 +1,66 @@
+"""Attention over blocks of tokens, and which of the ways to compute it is the fast one.
+
+Legend: B batch, L tokens, L_q queries, L_k keys.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nextblock.data.blocks import BlockLayout
+
+# Up to this many blocks, one mask-free attention call a block is cheaper than one call with a mask.
+MAX_CALLS_PER_ATTENTION = 16
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attend from every query to every key.
+
+    On a CPU in half precision, products and a softmax of their own are faster than PyTorch's fused kernel: a training
+    step of a small prior takes 0.6 of the time. They round the scores to that precision, as autocast products do.
+
+    Args:
+        q: (B, heads, L_q, head width) queries.
+        k: (B, heads, L_k, head width) keys.
+        v: (B, heads, L_k, head width) values.
+        scale: factor on the scores before the softmax.
+        bias: (L_q, L_k) added to the scores, −inf where a query does not see a key; None adds nothing.
+
+    Returns:
+        (B, heads, L_q, head width).
+    """
+    if not _is_half_on_cpu(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q * scale) @ k.mT
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores, -1) @ v
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:
+    """Attend from every token to its own block and all blocks before it.
+
+    Args:
+        q: (B, heads, L, head width) queries; `k` and `v` likewise.
+        k: keys.
+        v: values.
+        layout: the blocks.
+        scale: factor on the scores before the softmax.
+
+    Returns:
+        (B, heads, L, head width).
+    """
+    if layout.num_blocks == layout.num_tokens and not _is_half_on_cpu(q):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if layout.num_blocks <= MAX_CALLS_PER_ATTENTION:
+        outputs = [
+            attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], scale) for start, end in layout.bounds
+        ]
+        return torch.cat(outputs, dim=2)
+    # A float mask takes the fast kernel where a boolean one does not.
+    return attention(q, k, v, scale, layout.block_causal_bias(q.device, q.dtype))
+
+
+def _is_half_on_cpu(q: Tensor) -> bool:
+    """Tell whether the queries are of half precision and on a CPU."""
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
