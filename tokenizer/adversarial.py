@@ -23,7 +23,6 @@ from .discriminator import (
     patch_grid,
     r1_penalty,
 )
-from .precision import full_precision
 
 
 @dataclass(kw_only=True)
@@ -203,7 +202,8 @@ class Adversary:
         discriminator = self.accelerator.unwrap_model(self.discriminator)
         with frozen(discriminator):
             term = generator_loss(full_precision(discriminator(reconstruction)), self.config.loss)
-        total = term.new_tensor(scheduled)
+        # Filled, not copied from a number of the host's, which would wait for the device.
+        total = torch.full_like(term, scheduled)
         if self.config.is_weight_adaptive:
             total = total * self._adaptive_weight(reconstruction_loss, term, weight)
         return total * term, {"adversarial": term, "adversarial_weight": total}

@@ -167,7 +167,8 @@ class LearnedCodebook(nn.Module):
         idx = torch.cat([pending[1] for pending in self._pending])
         self._pending.clear()
         decay = 0.99 if self.ema_decay is None else self.ema_decay
-        counts = torch.bincount(idx, minlength=self.num_codes).to(self.weight.dtype)
+        # Not bincount: on a GPU it reads the largest index back and makes the host wait.
+        counts = idx.new_zeros(self.num_codes).scatter_add_(0, idx, torch.ones_like(idx)).to(self.weight.dtype)
         self.code_counts.lerp_(all_reduced(counts), 1 - decay)
         if self.ema_decay is not None:
             sums = torch.zeros_like(self.weight).index_add_(0, idx, vectors.to(self.weight.dtype))

@@ -106,7 +106,7 @@ def lecam_penalty(logits_real: Tensor, logits_fake: Tensor, average_real: Tensor
     return above + F.relu(average_real - logits_fake).square().mean()
 
 
-def r1_penalty(logits_real: Tensor, pixel_values: Tensor, gradient_scale: float = 1.0) -> Tensor:
+def r1_penalty(logits_real: Tensor, pixel_values: Tensor, gradient_scale: Tensor | float = 1.0) -> Tensor:
     """Compute ½ E‖∇D(x)‖², where D(x) is the mean logit of image x.
 
     Args:

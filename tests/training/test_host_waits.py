@@ -1,0 +1,158 @@
+"""Steps of both trainings and blocks of sampling never wait for a GPU: nothing is asked of it, nothing copied to it."""
+
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from nextblock.prior.generation import generate_blocks
+from nextblock.prior.sampling import SamplingOptions, draw_uniforms
+from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.training_data import PriorData
+from nextblock.tokenizer import VQVAE, VQVAEConfig
+from nextblock.tokenizer.adversarial import DiscriminatorConfig
+from nextblock.tokenizer.losses import TokenizerLossConfig
+from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, VQVAEOptions, build_tokenizer
+from nextblock.training.accelerator import build_accelerator
+from nextblock.training.guards import StepGuard
+from nextblock.training.loop import _build_average, _on_device, _Training
+from nextblock.training.loop_config import LoopConfig
+from nextblock.training.recorder import Recorder
+
+from ..host_waits import META, HostWaits
+
+LAYOUTS = {
+    "scales": {"layout": "scales", "scales": [1, 2, 4], "num_phi": 2},
+    "raster": {"layout": "tiles", "tile": 1},
+    "quadrants": {"layout": "tiles", "tile": 2},
+}
+LOOP = {"num_steps": 10, "cpu": True, "mixed_precision": "no", "tracker": None, "ema_decay": 0.9}
+
+
+@pytest.fixture
+def on_meta(monkeypatch, fresh_accelerate, tmp_path):
+    """Build an accelerator whose device has no values."""
+    # Fused optimizers have kernels for this device, which their constructor does not know.
+    module = sys.modules["torch.optim.optimizer"]
+    monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
+
+    def build(loop: LoopConfig):
+        accelerator = build_accelerator(loop, tmp_path)
+        for state in (PartialState, AcceleratorState):
+            monkeypatch.setitem(state._shared_state, "device", META)
+        assert accelerator.device == META
+        return accelerator
+
+    return build
+
+
+def take_steps(accelerator, task, loop: LoopConfig, batch: dict, folder) -> list[str]:
+    """Take steps as `fit` does, and return what was waited for after the first, which makes what is kept."""
+    average = _build_average(accelerator, task.model, loop.ema_decay)
+    recorder = Recorder(accelerator, folder, 0)
+    guard = StepGuard(accelerator, task.modules, task.optimizers, max_steps=3, first_step=0, checkpoints=folder)
+    training = _Training(accelerator, task, loop, "", average, recorder, guard, folder)
+    with guard:
+        for step in range(2):
+            micro_batches = range(loop.gradient_accumulation_steps)
+            with HostWaits() as waits:
+                training._step([_on_device(batch, accelerator.device) for _ in micro_batches], step)
+                if step == 0:
+                    waits.found.clear()
+    assert recorder._sums and average.num_updates == 2
+    return waits.found
+
+
+@pytest.mark.parametrize(("layout", "loss"), [("scales", "hinge"), ("quadrants", "non_saturating")])
+def test_a_tokenizers_step_waits_for_nothing(layout, loss, on_meta, tmp_path):
+    loop = LoopConfig(**LOOP, gradient_accumulation_steps=2)
+    sizes = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24}
+    update = {"codebook_update": "ema", "revival_threshold": 0.3} if loss == "hinge" else {"has_unit_codes": True}
+    adversary = {"weight": 0.5, "loss": loss, "num_layers": 1, "base_width": 4, "norm": "group"}
+    config = TokenizerTrainConfig(
+        output_dir=str(tmp_path),
+        model=VQVAEOptions(**sizes, **LAYOUTS[layout], **update),
+        loss=TokenizerLossConfig(entropy_weight=0.1),
+        discriminator=DiscriminatorConfig(**adversary, lecam_weight=0.1, r1_weight=0.1, r1_every=1),
+        loop=loop,
+    )
+    accelerator = on_meta(loop)
+    with META:
+        task = TokenizerTask(accelerator, config, build_tokenizer(config), range(100), None)
+    assert take_steps(accelerator, task, loop, {"pixel_values": torch.zeros(4, 3, 16, 16)}, tmp_path) == []
+
+
+def build_models(layout: dict, **options) -> tuple[PriorTrainConfig, VQVAE]:
+    """Return a prior's run and the tokenizer, on the device without values."""
+    sizes = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24}
+    with META:
+        tokenizer = VQVAE(VQVAEConfig(**sizes, **layout)).eval().requires_grad_(False)
+    model = BlockPriorOptions(hidden_size=16, num_layers=1, num_heads=2, drop_path=0.1, dropout=0.1)
+    folders = {"tokenizer": "", "output_dir": "", "pipeline_dir": ""}
+    return PriorTrainConfig(tokens="", **folders, model=model, **options), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "loss_chunk_size"),
+    [("scales", "labels", None), ("raster", "labels", 8), ("quadrants", "pixel_values", None)],
+)
+def test_a_priors_step_waits_for_nothing(layout, kind, loss_chunk_size, on_meta, tmp_path):
+    loop = LoopConfig(**LOOP, gradient_accumulation_steps=2)
+    config, tokenizer = build_models(LAYOUTS[layout], loop=loop, loss_chunk_size=loss_chunk_size)
+    accelerator = on_meta(loop)
+    data = PriorData(train=range(8), heldout=None, collate=None, class_names=["a", "b"])
+    with META:
+        task = PriorTask(accelerator, config, build_prior(config, tokenizer, data.class_names), tokenizer, data, None)
+    batch = {"index": torch.arange(4), "class_labels": torch.tensor([0, 1, 0, 1])}
+    batch["labels"] = torch.zeros(4, tokenizer.layout.num_tokens, dtype=torch.int64)
+    if kind == "pixel_values":
+        batch[kind] = torch.zeros(4, 3, 16, 16)
+        del batch["labels"]
+    assert take_steps(accelerator, task, loop, batch, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"), [("scales", {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.9}), ("quadrants", {})]
+)
+def test_sampling_waits_at_its_end_alone(layout, options, monkeypatch):
+    config, tokenizer = build_models(LAYOUTS[layout])
+    with META:
+        prior = build_prior(config, tokenizer, ["a", "b"]).eval()
+    looked: list = []
+    monkeypatch.setattr("nextblock.prior.generation.all_finite", lambda found: looked.append(list(found)) or True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    options = SamplingOptions(guidance_scale=2.0, guidance_schedule="linear", **options)
+    labels = torch.zeros(2, dtype=torch.int64, device=META)
+    for _ in range(2):
+        looked.clear()
+        with HostWaits() as waits:
+            uniforms = draw_uniforms(generators, prior.layout.num_tokens).to(META, non_blocking=True)
+            condition = prior.conditions.of(labels, reads_range=False)
+            with torch.no_grad():
+                idx_Bl = generate_blocks(prior, condition, tokenizer.quantizer, options, uniforms)
+    assert [idx.shape for idx in idx_Bl] == [(2, length) for length in prior.layout.block_lengths]
+    # Only the second time: what is kept of a layout is made the first.
+    assert waits.found == [] and len(looked) == 1 and len(looked[0]) == prior.layout.num_blocks
+
+
+def test_what_a_device_is_waited_for_is_found():
+    values, mask = torch.zeros(3, device=META), torch.zeros(3, dtype=torch.bool, device=META)
+    for ask in (lambda: values.sum().item(), lambda: bool(mask.any()), lambda: values[mask], mask.nonzero):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ask()
+    with HostWaits() as waits:
+        torch.zeros(3).to(META)
+        values.copy_(torch.zeros(3))
+        values + values.new_tensor(1.0)
+        torch.as_tensor([1, 2], device=META)
+        values[torch.tensor([0, 1])]
+    assert len(waits.found) == 5 and all("test_host_waits.py" in line for line in waits.found), waits.found
+    with HostWaits() as waits:
+        torch.zeros(3).to(META, non_blocking=True)
+        values.copy_(torch.zeros(3), non_blocking=True)
+        torch.full((), 2.0, device=META) * values + 1 + torch.tensor(2.0)
+        torch.as_tensor(values)
+    assert waits.found == []
+
+
