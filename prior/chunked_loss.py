@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nextblock.training.precision import full_precision, in_run_precision, outside_autocast
+
 from .losses import IGNORED_LABEL
 
 
@@ -19,8 +21,9 @@ def chunked_head_loss(
     """Compute the cross-entropy of a head, whatever module it is, with the logits of one chunk at a time.
 
     Args:
-        head: maps (…, D) to (…, V). A plain `nn.Linear` takes the way of `chunked_cross_entropy`; any other, one with
-            an adapter say, is called on every chunk, and once more in the backward pass.
+        head: maps (…, D) to (…, V), under autocast in its type. A plain `nn.Linear` takes the way of
+            `chunked_cross_entropy`; any other, one with an adapter say, is called on every chunk, and once more in the
+            backward pass.
         hidden_states: (B, L, D), what the head takes.
         labels: see `chunked_cross_entropy`, as for the arguments after it.
         label_smoothing: of the loss alone.
@@ -34,7 +37,9 @@ def chunked_head_loss(
     """
     options = {"label_smoothing": label_smoothing, "chunk_size": chunk_size}
     if _is_bare_linear(head):
-        return chunked_cross_entropy(hidden_states, head.weight, head.bias, labels, **options)
+        factors = [in_run_precision(factor) for factor in (hidden_states, head.weight, head.bias)]
+        with outside_autocast(hidden_states.device):
+            return chunked_cross_entropy(*factors, labels, **options)
     _check_chunk_size(chunk_size)
     smooth_sum, token_loss, token_correct = 0.0, [], []
     for x, y in zip(hidden_states.flatten(0, 1).split(chunk_size), labels.flatten().split(chunk_size), strict=True):
@@ -54,8 +59,7 @@ def _is_bare_linear(head: nn.Module) -> bool:
 
 def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss of a chunk (n, D), and without gradient its tokens' losses and hits (n,)."""
-    logits = head(x)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(head(x))
     loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED_LABEL)
     with torch.no_grad():
         token_loss = F.cross_entropy(logits, y, reduction="none", ignore_index=IGNORED_LABEL)
@@ -110,6 +114,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, labels, label_smoothing, chunk_size, is_training):
+        # Products in the dtype given; all that follows them in float32 at least.
         N, dtype = len(hidden_states), torch.promote_types(weight.dtype, torch.float32)
         token_loss = torch.empty(N, dtype=dtype, device=weight.device)
         smooth_loss = torch.empty_like(token_loss) if label_smoothing else token_loss

@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.files.stored_model import StoredModel
+from nextblock.training.precision import full_precision, outside_autocast
 
 from .attention import block_causal_attention
 from .chunked_loss import chunked_head_loss
@@ -184,14 +185,13 @@ class BlockPrior(StoredModel):
 
     def _chunked_loss(self, hidden_states: Tensor, head_modulation, labels: Tensor, chunk_size: int) -> PriorOutput:
         """Compare with labels a chunk of tokens at a time."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            loss, token_loss, token_correct = chunked_head_loss(
-                self.head,
-                self._head_input(hidden_states, head_modulation),
-                labels,
-                label_smoothing=self.config.label_smoothing,
-                chunk_size=chunk_size,
-            )
+        loss, token_loss, token_correct = chunked_head_loss(
+            self.head,
+            self._head_input(hidden_states, head_modulation),
+            labels,
+            label_smoothing=self.config.label_smoothing,
+            chunk_size=chunk_size,
+        )
         return PriorOutput(loss=loss, token_loss=token_loss, token_correct=token_correct)
 
     def context(self, condition: ClassCondition) -> Context:
@@ -221,19 +221,19 @@ class BlockPrior(StoredModel):
         return hidden_states
 
     def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
-        """Return scores of all codes, (R, l, D) → (R, l, V), computed in float32 where the weights are."""
+        """Return scores of all codes, (R, l, D) → (R, l, V), in float32; the product is in the run's precision."""
         return self._scores(hidden_states, context.modulations[-1])
 
     def _scores(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
         """Apply the head to (R, l, D)."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = self.head(self._head_input(hidden_states, head_modulation))
-            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return full_precision(self.head(self._head_input(hidden_states, head_modulation)))
 
     def _head_input(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
-        """Return what the output projection takes, in its own dtype."""
-        dtype = self.head.weight.dtype
-        return self.head_nm(hidden_states.to(dtype), tuple(modulation.to(dtype) for modulation in head_modulation))
+        """Return what the output projection takes, normalised in the model's precision and not in autocast's."""
+        # Sharded weights come in the run's half type, while hidden states are float32.
+        dtype = torch.promote_types(self.head.weight.dtype, hidden_states.dtype)
+        with outside_autocast(hidden_states.device):
+            return self.head_nm(hidden_states.to(dtype), tuple(part.to(dtype) for part in head_modulation))
 
     def _embed_class(self, condition: ClassCondition) -> tuple[Tensor, Tensor]:
         """Return the class embedding (R, D), and what layers make their modulation of: it, or (R, 1, 6, D) for all."""

@@ -29,6 +29,7 @@ from nextblock.evaluation.pictures import class_grid, image_grid
 from nextblock.training.initial_weights import find_initial_model, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
+from nextblock.training.precision import in_float32, outside_autocast
 from nextblock.training.run_config import options_dataclass
 
 from .conditioning import Condition
@@ -177,7 +178,9 @@ class PriorTask:
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
             idx_BL, poison = self._training_indices(batch)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
-                output = self._predict(self.model, idx_BL, condition)
+                # A model sharded by FSDP2 does not enter autocast by itself.
+                with accelerator.autocast():
+                    output = self._predict(self.model, idx_BL, condition)
                 output.loss = output.loss * poison
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
@@ -193,7 +196,7 @@ class PriorTask:
         if "labels" in batch:
             return batch["labels"]
         # The tokenizer computes in a precision of its own, not in the prior's.
-        with torch.autocast(self.accelerator.device.type, enabled=False):
+        with outside_autocast(self.accelerator.device):
             return self.encoder.img_to_idx(batch["pixel_values"])
 
     @torch.no_grad()
@@ -204,7 +207,7 @@ class PriorTask:
         """
         if "labels" in batch:
             return batch["labels"], 1.0
-        with torch.autocast(self.accelerator.device.type, enabled=False):
+        with in_float32(self.accelerator.device):
             features = self.encoder.encode(batch["pixel_values"])
             idx_BL = self.encoder.quantizer.indices(features, is_checked=False)
         poison = torch.where(extremes(features).isfinite().all(), 1.0, torch.nan)
@@ -221,7 +224,7 @@ class PriorTask:
         # All of them at once: a small operation for every block and metric would cost a tiny model several percent.
         by_token = torch.stack([output.token_loss.mean(0), output.token_correct.to(output.token_loss.dtype).mean(0)])
         # Autocast, which evaluations run under, would average in bf16.
-        with torch.autocast(by_token.device.type, enabled=False):
+        with outside_autocast(by_token.device):
             by_block = by_token @ self.block_shares.to(by_token.dtype)
         return torch.cat([loss.view(1), by_token[1].mean().view(1), by_block.T.flatten()])
 

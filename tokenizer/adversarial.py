@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from nextblock.training.optim import OptimizerConfig
+from nextblock.training.precision import full_precision
 
 from .discriminator import (
     PatchDiscriminator,
@@ -251,7 +252,8 @@ class Adversary:
         gradients = self.accelerator.reduce(torch.stack(gradients), reduction="mean")
         return adaptive_weight(*gradients, self.config.max_adaptive_weight)
 
-    def _loss_scale(self) -> float:
+    def _loss_scale(self) -> Tensor | float:
         """Return fp16's loss scale, 1 in other types."""
         scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else scaler.get_scale()
+        # Its get_scale would wait for the device.
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))

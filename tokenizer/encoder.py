@@ -18,6 +18,7 @@ from nextblock.data.pixels import to_pixel_values
 from nextblock.data.token_jobs import RowDataset, Shard, as_is
 from nextblock.data.token_shards import write_shard
 from nextblock.data.workers import batches_of, start_worker
+from nextblock.training.precision import without_tf32
 
 from .modeling_vqvae import VQVAE
 
@@ -48,7 +49,8 @@ class Encoder:
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode (B, H, W, 3) uint8 to what the quantizer receives."""
         pixel_values = to_pixel_values(pixels.to(self.device, non_blocking=True), self.memory_format)
-        with torch.autocast(self.device.type, torch.bfloat16) if self.is_autocast else nullcontext():
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.is_autocast else nullcontext()
+        with without_tf32(self.device), autocast:
             return self.model.encode(pixel_values)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from nextblock.data.finite import check_finite
 from nextblock.evaluation.codebook import check_codes, code_counts, codebook_statistics
 from nextblock.files.stored_model import StoredModel
 from nextblock.training.offload import run_offload_hook
+from nextblock.training.precision import without_tf32
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
 from .codebook_learned import LearnedCodebook
@@ -209,7 +210,9 @@ class VQVAE(StoredModel):
                 quantized is NaN or infinite.
         """
         run_offload_hook(self)
-        return self.quantizer.indices(self.encode(pixel_values))
+        # Which code is nearest may hang on the last bits of a feature.
+        with without_tf32(pixel_values.device):
+            return self.quantizer.indices(self.encode(pixel_values))
 
     @torch.no_grad()
     def idx_to_var_input(self, idx_BL: Tensor, as_indices: bool = False) -> Tensor:

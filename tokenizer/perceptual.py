@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .precision import full_precision
+from nextblock.training.precision import full_precision, outside_autocast
 
 # torchvision's names of LPIPS's networks.
 LPIPS_NETWORKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
@@ -134,7 +134,7 @@ class LPIPSLoss(nn.Module):
             pixel_values: (B, 3, H, W) in [-1, 1].
         """
         # In float32: the 1e-8 that LPIPS adds under its square root is 0 in fp16.
-        with torch.autocast(reconstruction.device.type, enabled=False):
+        with outside_autocast(reconstruction.device):
             images = (full_precision(batch) for batch in (reconstruction, pixel_values.detach()))
             return self.network(*(resized(batch, self.image_size) for batch in images)).mean()
 

@@ -4,7 +4,6 @@ Any codec works with any codebook. Legend: B batch, K blocks, L_k tokens of bloc
 C code channels, h×w latent cells; `idx_BL` holds indices (B, L) in block order.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Protocol, runtime_checkable
 
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import check_finite
+from nextblock.training.precision import full_precision, in_float32, moved_unhalved
 
 from .codebook_learned import LearnedCodebook
 from .codec_tiles import TileCodec
-from .precision import full_precision, moved_unhalved
 
 
 class Codebook(Protocol):
@@ -115,7 +114,7 @@ class Codec(Protocol):
 class Quantizer(nn.Module):
     """A codec with its codebook: all of quantization that tokenizer, prior and pipeline see.
 
-    It computes in float32 (or float64) whatever the model is cast to and whatever autocast is in force.
+    It computes in float32 (or float64) whatever the model is cast to, and whatever autocast and TF32 are in force.
 
     Args:
         codec: how a map becomes tokens.
@@ -166,7 +165,7 @@ class Quantizer(nn.Module):
         """
         if not self.training:
             self.check_finite(features)
-        with _in_full_precision(features):
+        with in_float32(features.device):
             return self.codec.encode(full_precision(features, self._like), self.codebook)
 
     @torch.no_grad()
@@ -183,22 +182,22 @@ class Quantizer(nn.Module):
         """
         if is_checked:
             self.check_finite(features)
-        with _in_full_precision(features):
+        with in_float32(features.device):
             return self.codec.indices(full_precision(features, self._like), self.codebook)
 
     def training_vectors(self, features: Tensor) -> Tensor:
         """Return the vectors (B, L, C) of a feature map (B, C, h, w) that codes start from."""
-        with _in_full_precision(features):
+        with in_float32(features.device):
             return self.codec.training_vectors(full_precision(features, self._like), self.codebook)
 
     def idx_to_features(self, idx_BL: Tensor) -> Tensor:
         """Return the quantized map (B, C, h, w) that indices stand for."""
-        with _in_full_precision(idx_BL):
+        with in_float32(idx_BL.device):
             return self.codec.decode(idx_BL, self.codebook)
 
     def var_input(self, idx_BL: Tensor) -> Tensor:
         """Return the prior's input (B, L − L_1, C): for each block after the first, what the prior sees there."""
-        with _in_full_precision(idx_BL):
+        with in_float32(idx_BL.device):
             return self.codec.var_input(idx_BL, self.codebook)
 
     def start(self, num_images: int) -> Tensor:
@@ -216,12 +215,12 @@ class Quantizer(nn.Module):
         Returns:
             The map, and the input (B, L_{k+1}, C) of block k+1, or None after the last block.
         """
-        with _in_full_precision(canvas):
+        with in_float32(canvas.device):
             return self.codec.advance(canvas, content, k, self.codebook)
 
     def lookup(self, idx: Tensor) -> Tensor:
         """Return the code vectors of indices as the decoder receives them, (…) → (…, C)."""
-        with _in_full_precision(idx):
+        with in_float32(idx.device):
             return self.codebook.lookup(idx)
 
     def check_finite(self, features: Tensor | None = None) -> None:
@@ -256,7 +255,7 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: if the codebook has no table.
         """
-        with _in_full_precision(features):
+        with in_float32(features.device):
             return self._table_codebook().compared(self.training_vectors(features).flatten(0, 1))
 
     @torch.no_grad()
@@ -342,9 +341,3 @@ class VectorQuantizer(nn.Module):
         """
         quantized, loss, idx = self.quantizer(features)
         return quantized, loss, idx.flatten()
-
-
-def _in_full_precision(tensor: Tensor) -> AbstractContextManager:
-    """Leave autocast for a while on a tensor's device, where there is such a thing."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

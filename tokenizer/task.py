@@ -114,6 +114,7 @@ class TokenizerTask:
         self.train_data = train_data
         self.eval_data = eval_data
         self.perceptual = perceptual if perceptual is None else perceptual.to(accelerator.device)
+        model = _laid_out(model, accelerator.device)
         optimizer = build_optimizer(model, config.optimizer, model.no_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.modules, self.optimizers = [self.model], [self.optimizer]
@@ -123,7 +124,8 @@ class TokenizerTask:
         if config.discriminator.weight > 0:
             options = config.discriminator
             discriminator = build_discriminator(options, model.config.num_channels, model.config.image_size)
-            discriminator_optimizer = build_optimizer(discriminator.to(model.dtype), options.optimizer)
+            discriminator = _laid_out(discriminator.to(model.dtype), accelerator.device)
+            discriminator_optimizer = build_optimizer(discriminator, options.optimizer)
             self.discriminator, self.discriminator_optimizer = accelerator.prepare(
                 discriminator, discriminator_optimizer
             )
@@ -271,6 +273,11 @@ class TokenizerTask:
         """Save the tokenizer."""
         model.save_pretrained(self.config.output_dir)
         return Path(self.config.output_dir)
+
+
+def _laid_out(module: nn.Module, device: torch.device) -> nn.Module:
+    """Lay convolutions out as a device is fastest with: on a GPU channels last; a CPU gains nothing from it."""
+    return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
 
 
 def _add_mean(metrics: dict[str, Tensor], losses: dict[str, Tensor], num_micro_batches: int) -> None:

@@ -10,7 +10,9 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, p
 
 from .launch_environment import check_training_variables
 from .loop_config import LoopConfig
+from .precision import set_tf32
 from .processes import connect_processes
+from .sharding import sharded_precision
 
 logger = get_logger(__name__)
 
@@ -36,8 +38,8 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         The accelerator.
 
     Raises:
-        ValueError: if several processes were launched but do not see each other, fp16 has no GPU, or the environment
-            asks for something else than the options do.
+        ValueError: if several processes were launched but do not see each other, fp16 or TF32 has no GPU, or the
+            environment asks for something else than the options do.
     """
     device = connect_processes(config.cpu).device
     precision = config.mixed_precision
@@ -45,6 +47,8 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         precision = "bf16" if has_fast_bf16(device) else "no"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision is 'fp16'; expected 'bf16' or 'no' on a CPU")
+    if config.allows_tf32 and device.type != "cuda":
+        raise ValueError(f"allows_tf32 is True; expected false on a {device.type.upper()}, which has no TF32")
     check_training_variables(
         num_micro_batches=config.gradient_accumulation_steps,
         precision=precision,
@@ -58,6 +62,13 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         log_with=config.tracker,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    if accelerator.is_fsdp2:
+        # accelerate's own policy gives loss and logits in the half type, and sums gradients in it.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision(precision)
+    if device.type == "cuda":
+        set_tf32(config.allows_tf32)
+        # Shapes are the same at every step, so the fastest convolution is worth a search.
+        torch.backends.cudnn.benchmark = True
     set_seed(config.seed)
     _show_log()
     if parse_flag_from_env("ACCELERATE_USE_CPU") and not config.cpu:

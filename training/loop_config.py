@@ -18,6 +18,9 @@ class LoopConfig:
     """Micro-batches that each process cuts its share of a step into."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast type; "auto" is bf16 where the hardware has it, float32 elsewhere. fp16 needs a GPU."""
+    allows_tf32: bool = False
+    """Let a GPU compute products and convolutions of float32 in TF32, ten bits of mantissa; those that choose codes are
+    never. False computes what is float32 in float32."""
     cpu: bool = False
     """Train on the CPU even where there is a GPU."""
     seed: int = 0

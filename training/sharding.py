@@ -3,10 +3,28 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from nextblock.files.state_dicts import build_without_weights
+
+
+def sharded_precision(precision: str) -> MixedPrecisionPolicy:
+    """Return what FSDP2 computes in which type; under autocast, which it does not enter, as without sharding.
+
+    Args:
+        precision: the run's, "no", "bf16" or "fp16".
+    """
+    if precision == "no":
+        return MixedPrecisionPolicy()
+    # Weights travel in the run's type. Gradients are summed, and loss and logits given, in float32; what goes from
+    # layer to layer is not cast either, as autocast leaves it alone.
+    return MixedPrecisionPolicy(
+        param_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision],
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
 
 
 def local_part(tensor: Tensor) -> Tensor:

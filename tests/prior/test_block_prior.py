@@ -221,17 +221,44 @@ def test_every_parameter_learns(layout_and_input, make_prior, make_indices):
                 assert parameter.grad.abs().max() > 0, name
 
 
-def test_autocast_computes_the_head_in_float32(layout, make_prior):
+def test_autocast_multiplies_in_bf16_and_gives_logits_and_loss_in_float32(layout, make_prior):
     model = make_prior(layout, input_embedding="codes").float()
     var_input = torch.randn(2, layout.num_tokens - layout.block_lengths[0], 4)
     exact, dtypes = model(var_input, torch.tensor([0, 1])).logits, []
     model.head.register_forward_hook(lambda module, args, output: dtypes.append((args[0].dtype, output.dtype)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(var_input, torch.tensor([0, 1]), torch.zeros(2, layout.num_tokens, dtype=torch.int64))
-    assert dtypes == [(torch.float32, torch.float32)]
+    # Normalised in float32; the product alone is in autocast's type.
+    assert dtypes == [(torch.float32, torch.bfloat16)]
     assert output.logits.dtype == output.loss.dtype == torch.float32
     torch.testing.assert_close(output.logits, exact, rtol=0.3, atol=0.3)
     assert not torch.equal(output.logits, exact)
+
+
+@pytest.mark.parametrize("chunk", [{}, {"loss_chunk_size": 300}], ids=["whole", "chunks"])
+def test_a_head_in_bf16_costs_next_to_nothing_of_the_loss(chunk, make_prior):
+    layout = BlockLayout.scales([16, 20])
+    model = make_prior(layout, input_embedding="codes", vocab_size=1000, hidden_size=64).float().train()
+    var_input, classes = torch.randn(1, 400, 4), torch.tensor([1])
+    with torch.no_grad():
+        # Labels as likely as a trained model finds them; the logits' deviation is about 3.
+        labels = torch.distributions.Categorical(logits=model(var_input, classes).logits).sample()
+    exact = model(var_input, classes, labels)
+    hidden_states: list = []
+    hook = model.head_nm.register_forward_hook(lambda module, args, output: hidden_states.append(output))
+    model(var_input, classes)
+    hook.remove()
+    # The head alone under autocast, on the very states of the float32 run.
+    model.head_nm.forward = lambda *given: hidden_states[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(var_input, classes, labels, **chunk)
+    difference = (output.token_loss - exact.token_loss).abs()
+    assert 0 < difference.max() < 0.15 and (output.loss - exact.loss).abs() < 2e-3
+    output.loss.backward()
+    gradient, model.head.weight.grad = model.head.weight.grad, None
+    exact.loss.backward()
+    error = (gradient - model.head.weight.grad).norm() / model.head.weight.grad.norm()
+    assert 0 < error < 0.01 and gradient.dtype == torch.float32
 
 
 # On disk

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer
+from nextblock.training.sharding import sharded_precision
 
 LAYOUT = BlockLayout.scales([1, 2, 3])
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
@@ -59,6 +60,9 @@ def test_two_processes_equal_one(tmp_path):
         for name, parameter in stepped.named_parameters():
             torch.testing.assert_close(results["sharded"][name], parameter, rtol=0, atol=1e-5, msg=name)
             assert not torch.equal(results["sharded"][name], before[name]) or "word_embed" in name, name
+        half = results["bf16"]
+        assert set(half["dtypes"]) == {"torch.float32"} and not half["is_rounded"]
+        torch.testing.assert_close(half["token_loss"], half["whole_token_loss"], rtol=0, atol=0.02)
 
 
 def gradients_in_chunks(rank: int) -> dict[str, torch.Tensor]:
@@ -97,6 +101,43 @@ def sharded_step(rank: int) -> dict:
     return {"num_sharded": len(sharded), "share": share, "sharded": gathered}
 
 
+def sharded_losses(rank: int) -> dict:
+    """Compute in bf16 with sharded weights and without; return types, losses and a gradient."""
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    batch = [tensor.chunk(2)[rank] for tensor in global_batch(torch.float32)]
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    with accelerator.autocast():
+        whole = build_model(torch.float32)(*batch)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        mixed_precision_policy=sharded_precision("bf16"),
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    model = build_model(torch.float32)
+    model, _ = accelerator.prepare(model, build_optimizer(model, OPTIMIZER, model.no_decay))
+    layer_inputs = []
+    model.blocks[1].register_forward_pre_hook(lambda module, args: layer_inputs.append(args[0].dtype))
+    with accelerator.autocast():
+        output = model(*batch)
+    output.loss.backward()
+    gradient = model.head.weight.grad
+    dtypes = [output.loss.dtype, output.logits.dtype, output.token_loss.dtype, gradient.dtype, *layer_inputs]
+    parts = {"loss": output.loss, "token_loss": output.token_loss}
+    return {
+        "dtypes": [str(dtype) for dtype in dtypes],
+        **{name: value.detach() for name, value in parts.items()},
+        "whole_token_loss": whole.token_loss.detach(),
+        "is_rounded": bool((output.loss == output.loss.bfloat16()).all()),
+    }
+
+
 def main() -> None:
     """Be both processes, which share one import."""
     folder, child = Path(sys.argv[1]), os.fork()
@@ -106,6 +147,7 @@ def main() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=2)
     results = {"chunked": gradients_in_chunks(rank), "world_size": dist.get_world_size()} | sharded_step(rank)
+    results["bf16"] = sharded_losses(rank)
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
     if child:
