@@ -3,14 +3,16 @@
 Legend: N rows, L all tokens, V codes.
 """
 
+import fcntl
 import hashlib
 import json
-import os
+import logging
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,11 @@ from nextblock.files.atomic import file_sha256, write_whole
 from .blocks import BlockLayout
 
 if TYPE_CHECKING:
+    import datasets
+
     from .tokens import TokenManifest
+
+logger = logging.getLogger(__name__)
 
 _REJECTED_KEY = b"nextblock.rejected"
 
@@ -186,9 +192,8 @@ def _checked_shards(
 def _mapped_shards(
     folder: Path, manifest: "TokenManifest", split: str, shards: list[dict], num_tokens: int
 ) -> list[ShardRows]:
-    """Unpack checked shards into one Arrow file of the cache, where it is not there yet, and map that into memory."""
+    """Map checked shards into memory, unpacked to one Arrow file of the cache: by one process, once for all."""
     import datasets
-    import pyarrow as pa
 
     features = datasets.Features(
         {
@@ -200,17 +205,12 @@ def _mapped_shards(
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "nextblock-tokens" / f"{_state_of(folder, shards)}.arrow"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
-                for rows in _checked_shards(folder, manifest, split, shards, num_tokens):
-                    idx = pa.FixedSizeListArray.from_arrays(pa.array(rows.idx.reshape(-1)), num_tokens)
-                    columns = [idx, pa.array(rows.class_labels), pa.array(rows.views)]
-                    writer.write_table(pa.Table.from_arrays(columns, schema=features.arrow_schema))
-            os.replace(temporary, cache)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with _turn(cache.with_suffix(".lock")):
+            # The processes that waited for their turn find it done, unless the one before them was killed.
+            if not cache.is_file():
+                logger.info(f"unpacking split {split!r} of {folder} to {cache}, once for all processes")
+                rows = _checked_shards(folder, manifest, split, shards, num_tokens)
+                write_whole(cache, partial(_unpack, rows, features))
     table = datasets.Dataset.from_file(str(cache)).data.table
     return [
         ShardRows(
@@ -220,6 +220,26 @@ def _mapped_shards(
         )
         for batch in table.to_batches()
     ]
+
+
+def _unpack(shards: Iterator[ShardRows], features: "datasets.Features", file: BinaryIO) -> None:
+    """Write shards one after the other to a file that can be mapped."""
+    import pyarrow as pa
+
+    schema = features.arrow_schema
+    with pa.ipc.new_stream(file, schema) as writer:
+        for rows in shards:
+            idx = pa.FixedSizeListArray.from_arrays(pa.array(rows.idx.reshape(-1)), rows.idx.shape[1])
+            columns = [idx, pa.array(rows.class_labels), pa.array(rows.views)]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in here with the same file; it ends with its process."""
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _state_of(folder: Path, shards: list[dict]) -> str:

@@ -125,7 +125,8 @@ class TokenDataset(Dataset):
             view of every image is a row of its own.
         view_seed: key of that draw.
         max_memory: a split of up to so many bytes is read into memory; a larger one is unpacked once into the cache
-            folder of `datasets` and mapped from there.
+            folder of `datasets` (HF_DATASETS_CACHE), by one process while the others of the machine wait, and mapped
+            from there by all.
 
     Raises:
         ValueError: if the split is not there or a shard does not fit the manifest.

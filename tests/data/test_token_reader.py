@@ -1,12 +1,16 @@
 """Reading many rows: mapped into memory they are those in memory, and views are drawn by image and epoch."""
 
+import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
+from nextblock.data import token_shards
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.token_shards import write_shard
 from nextblock.data.tokens import TokenDataset, TokenManifest
@@ -46,7 +50,52 @@ def test_mapped_rows_are_those_in_memory(folder, max_memory, tmp_path):
         assert batch["class_labels"].tolist() == [row % NUM_IMAGES for row in order]
         assert batch["labels"].dtype == torch.int64
     caches = list((tmp_path / "cache").rglob("*"))
-    assert [path.suffix for path in caches if path.is_file()] == ([] if max_memory else [".arrow"])
+    assert sorted(path.suffix for path in caches if path.is_file()) == ([] if max_memory else [".arrow", ".lock"])
+
+
+def test_one_of_many_readers_unpacks_while_the_others_wait(folder, monkeypatch):
+    num_unpackings, read = [], token_shards._checked_shards
+
+    def read_slowly(*arguments):
+        num_unpackings.append(1)
+        for rows in read(*arguments):
+            time.sleep(0.05)
+            yield rows
+
+    monkeypatch.setattr(token_shards, "_checked_shards", read_slowly)
+    with ThreadPoolExecutor(4) as executor:
+        opened = list(executor.map(lambda _: TokenDataset(folder, "train", max_memory=0), range(4)))
+    assert len(num_unpackings) == 1
+    for dataset in opened:
+        assert dataset.__getitems__(range(36))["labels"][:, 0].tolist() == [10 * row for row in range(36)]
+    # Nothing of it is in the memory of a reader.
+    assert all(part.base is not None and not part.flags.owndata for part in opened[0]._idx)
+
+
+def test_who_was_killed_while_unpacking_or_failed_leaves_it_to_the_next(folder, tmp_path, monkeypatch):
+    read = token_shards._checked_shards
+
+    def read_and_die(*arguments):
+        yield next(read(*arguments))
+        os._exit(9)
+
+    def read_and_fail(*arguments):
+        yield next(read(*arguments))
+        raise OSError("no space left")
+
+    monkeypatch.setattr(token_shards, "_checked_shards", read_and_die)
+    child = os.fork()
+    if not child:
+        TokenDataset(folder, "train", max_memory=0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    caches = tmp_path / "cache" / "nextblock-tokens"
+    assert not list(caches.glob("*.arrow"))
+    monkeypatch.setattr(token_shards, "_checked_shards", read_and_fail)
+    with pytest.raises(OSError, match="no space left"):
+        TokenDataset(folder, "train", max_memory=0)
+    monkeypatch.setattr(token_shards, "_checked_shards", read)
+    assert len(TokenDataset(folder, "train", max_memory=0)) == 36
+    assert sorted(path.suffix for path in caches.iterdir()) == [".arrow", ".lock"]
 
 
 def test_a_changed_shard_is_noticed_though_it_was_unpacked_before(folder):
