@@ -1,6 +1,6 @@
 # Each target works right after a clone: .venv is made on first use and again when the dependencies change.
 .DEFAULT_GOAL := help
-.PHONY: help test test-slow lint quickstart
+.PHONY: help test test-slow test-gpu benchmark-gpu lint quickstart
 
 LAYOUTS := scales raster rows quadrants
 LAYOUT ?= scales
@@ -15,12 +15,22 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help:
 	@echo "make quickstart [LAYOUT=scales|raster|rows|quadrants]   train on digits, sample, evaluate"
 	@echo "make test | make test-slow | make lint                  the checks"
+	@echo "make test-gpu | make benchmark-gpu                      the same on a GPU; INSTALLED= takes the python on the PATH"
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 python -m pytest $(PYTEST_OPTIONS)
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 python -m pytest -m slow
+
+# On a machine whose python has a GPU's torch and this package already, INSTALLED= leaves .venv alone.
+INSTALLED ?= .venv/installed
+
+test-gpu: $(INSTALLED)
+	python -m pytest -m gpu -rs
+
+benchmark-gpu: $(INSTALLED)
+	python benchmarks/gpu.py
 
 lint: .venv/installed
 	ruff check .

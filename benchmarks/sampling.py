@@ -104,7 +104,8 @@ def plain_decode(tokenizer: VQVAE, idx_Bl: list[torch.Tensor]) -> torch.Tensor:
         h = block.conv1(F.silu(block.norm1(x)))
         return block.nin_shortcut(x) + block.conv2(F.silu(block.norm2(h)))
 
-    x = decoder.conv_in(tokenizer.post_quant_conv(tokenizer.quantizer.idx_to_features(tokenizer.layout.join(idx_Bl))))
+    quantized = tokenizer.quantizer.idx_to_features(tokenizer.layout.join(idx_Bl))
+    x = decoder.conv_in(tokenizer.post_quant_conv(quantized.to(decoder.conv_in.weight.dtype)))
     x = residual(decoder.mid.block_2, decoder.mid.attn_1(residual(decoder.mid.block_1, x)))
     for level in reversed(decoder.up):
         for j, block in enumerate(level.block):

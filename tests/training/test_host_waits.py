@@ -27,7 +27,7 @@ LAYOUTS = {
     "raster": {"layout": "tiles", "tile": 1},
     "quadrants": {"layout": "tiles", "tile": 2},
 }
-LOOP = {"num_steps": 10, "cpu": True, "mixed_precision": "no", "tracker": None, "ema_decay": 0.9}
+LOOP = {"num_steps": 10, "gradient_accumulation_steps": 2, "cpu": True, "mixed_precision": "no", "tracker": None}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def on_meta(monkeypatch, fresh_accelerate, tmp_path):
 
 def take_steps(accelerator, task, loop: LoopConfig, batch: dict, folder) -> list[str]:
     """Take steps as `fit` does, and return what was waited for after the first, which makes what is kept."""
-    average = _build_average(accelerator, task.model, loop.ema_decay)
+    average = _build_average(accelerator, task.model, decay=0.9)
     recorder = Recorder(accelerator, folder, 0)
     guard = StepGuard(accelerator, task.modules, task.optimizers, max_steps=3, first_step=0, checkpoints=folder)
     training = _Training(accelerator, task, loop, "", average, recorder, guard, folder)
@@ -64,33 +64,43 @@ def take_steps(accelerator, task, loop: LoopConfig, batch: dict, folder) -> list
     return waits.found
 
 
-@pytest.mark.parametrize(("layout", "loss"), [("scales", "hinge"), ("quadrants", "non_saturating")])
-def test_a_tokenizers_step_waits_for_nothing(layout, loss, on_meta, tmp_path):
-    loop = LoopConfig(**LOOP, gradient_accumulation_steps=2)
+def tokenizer_run(layout: str, loss: str, folder, **loop) -> TokenizerTrainConfig:
+    """Return the run of a tokenizer with a discriminator."""
     sizes = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24}
     update = {"codebook_update": "ema", "revival_threshold": 0.3} if loss == "hinge" else {"has_unit_codes": True}
     adversary = {"weight": 0.5, "loss": loss, "num_layers": 1, "base_width": 4, "norm": "group"}
-    config = TokenizerTrainConfig(
-        output_dir=str(tmp_path),
+    return TokenizerTrainConfig(
+        output_dir=str(folder),
         model=VQVAEOptions(**sizes, **LAYOUTS[layout], **update),
         loss=TokenizerLossConfig(entropy_weight=0.1),
         discriminator=DiscriminatorConfig(**adversary, lecam_weight=0.1, r1_weight=0.1, r1_every=1),
-        loop=loop,
+        loop=LoopConfig(**LOOP | loop),
     )
-    accelerator = on_meta(loop)
+
+
+def prior_run(layout: str, loss_chunk_size: int | None = None, **loop) -> tuple[PriorTrainConfig, VQVAE]:
+    """Return a prior's run and its tokenizer."""
+    sizes = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24}
+    tokenizer = VQVAE(VQVAEConfig(**sizes, **LAYOUTS[layout])).eval().requires_grad_(False)
+    config = PriorTrainConfig(
+        tokens="",
+        tokenizer="",
+        output_dir="",
+        pipeline_dir="",
+        model=BlockPriorOptions(hidden_size=16, num_layers=1, num_heads=2, drop_path=0.1, dropout=0.1),
+        loss_chunk_size=loss_chunk_size,
+        loop=LoopConfig(**LOOP | loop),
+    )
+    return config, tokenizer
+
+
+@pytest.mark.parametrize(("layout", "loss"), [("scales", "hinge"), ("quadrants", "non_saturating")])
+def test_a_tokenizers_step_waits_for_nothing(layout, loss, on_meta, tmp_path):
+    config = tokenizer_run(layout, loss, tmp_path)
+    accelerator = on_meta(config.loop)
     with META:
         task = TokenizerTask(accelerator, config, build_tokenizer(config), range(100), None)
-    assert take_steps(accelerator, task, loop, {"pixel_values": torch.zeros(4, 3, 16, 16)}, tmp_path) == []
-
-
-def build_models(layout: dict, **options) -> tuple[PriorTrainConfig, VQVAE]:
-    """Return a prior's run and the tokenizer, on the device without values."""
-    sizes = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 24}
-    with META:
-        tokenizer = VQVAE(VQVAEConfig(**sizes, **layout)).eval().requires_grad_(False)
-    model = BlockPriorOptions(hidden_size=16, num_layers=1, num_heads=2, drop_path=0.1, dropout=0.1)
-    folders = {"tokenizer": "", "output_dir": "", "pipeline_dir": ""}
-    return PriorTrainConfig(tokens="", **folders, model=model, **options), tokenizer
+    assert take_steps(accelerator, task, config.loop, {"pixel_values": torch.zeros(4, 3, 16, 16)}, tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -98,9 +108,9 @@ def build_models(layout: dict, **options) -> tuple[PriorTrainConfig, VQVAE]:
     [("scales", "labels", None), ("raster", "labels", 8), ("quadrants", "pixel_values", None)],
 )
 def test_a_priors_step_waits_for_nothing(layout, kind, loss_chunk_size, on_meta, tmp_path):
-    loop = LoopConfig(**LOOP, gradient_accumulation_steps=2)
-    config, tokenizer = build_models(LAYOUTS[layout], loop=loop, loss_chunk_size=loss_chunk_size)
-    accelerator = on_meta(loop)
+    with META:
+        config, tokenizer = prior_run(layout, loss_chunk_size)
+    accelerator = on_meta(config.loop)
     data = PriorData(train=range(8), heldout=None, collate=None, class_names=["a", "b"])
     with META:
         task = PriorTask(accelerator, config, build_prior(config, tokenizer, data.class_names), tokenizer, data, None)
@@ -109,15 +119,15 @@ def test_a_priors_step_waits_for_nothing(layout, kind, loss_chunk_size, on_meta,
     if kind == "pixel_values":
         batch[kind] = torch.zeros(4, 3, 16, 16)
         del batch["labels"]
-    assert take_steps(accelerator, task, loop, batch, tmp_path) == []
+    assert take_steps(accelerator, task, config.loop, batch, tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("layout", "options"), [("scales", {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.9}), ("quadrants", {})]
 )
 def test_sampling_waits_at_its_end_alone(layout, options, monkeypatch):
-    config, tokenizer = build_models(LAYOUTS[layout])
     with META:
+        config, tokenizer = prior_run(layout)
         prior = build_prior(config, tokenizer, ["a", "b"]).eval()
     looked: list = []
     monkeypatch.setattr("nextblock.prior.generation.all_finite", lambda found: looked.append(list(found)) or True)
