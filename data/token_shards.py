@@ -9,12 +9,13 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nextblock.files.atomic import file_sha256, write_whole
+from nextblock.files.atomic import file_sha256, write_whole, writing
 
 from .blocks import BlockLayout
 
@@ -94,7 +95,30 @@ def write_shard(
     schema = features.arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), _REJECTED_KEY: json.dumps(list(rejected)).encode()})
     table = pa.Table.from_arrays(columns, schema=schema)
-    write_whole(path, lambda file: pq.write_table(table, file))
+    write_whole(path, partial(pq.write_table, table), partial(_check_rows, num_rows=N))
+
+
+def _check_rows(path: Path, num_rows: int) -> None:
+    """Refuse a shard that cannot be read back with all its rows."""
+    found, _ = read_footer(path)
+    if found != num_rows:
+        raise ValueError(f"{path} has {found} rows; expected {num_rows}")
+
+
+def damage_of_shard(path: Path, num_rows: int) -> str | None:
+    """Say what is wrong with a shard by its footer, or None where it is whole.
+
+    Args:
+        path: the file.
+        num_rows: the rows that it has, those that were rejected included.
+    """
+    try:
+        found, rejected = read_footer(path)
+    except ValueError as error:
+        return str(error)
+    if found + len(rejected) == num_rows:
+        return None
+    return f"shard {path} has {found} rows and {len(rejected)} rejects; expected {num_rows}"
 
 
 def read_footer(path: Path) -> tuple[int, list[dict]]:
@@ -202,7 +226,11 @@ def _mapped_shards(
         cache.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".tmp")
         try:
-            with os.fdopen(descriptor, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+            with (
+                writing(cache),
+                os.fdopen(descriptor, "wb") as file,
+                pa.ipc.new_stream(file, features.arrow_schema) as writer,
+            ):
                 for rows in _checked_shards(folder, manifest, split, shards, num_tokens):
                     idx = pa.FixedSizeListArray.from_arrays(pa.array(rows.idx.reshape(-1)), num_tokens)
                     columns = [idx, pa.array(rows.class_labels), pa.array(rows.views)]

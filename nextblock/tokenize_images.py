@@ -15,10 +15,12 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, load_source
 from nextblock.data.token_account import check_finished, finish
 from nextblock.data.token_jobs import RowDataset, Shard
+from nextblock.data.token_shards import damage_of_shard
 from nextblock.data.tokens import MANIFEST_NAME, TokenManifest
 from nextblock.data.views import ViewSet
+from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint, model_options
-from nextblock.files.part_jobs import claimed_folder
+from nextblock.files.part_jobs import begin_job
 from nextblock.tokenizer.encoder import Encoder, write_shards
 from nextblock.tokenizer.modeling_vqvae import VQVAE
 from nextblock.training.processes import connect_processes
@@ -113,7 +115,7 @@ def tokenize(config: TokenizeConfig) -> bool:
     """
     config = _with_data(config)
     state = connect_processes(config.cpu)
-    with stoppable_job(state) as stoppable:
+    with stoppable_job(state) as stoppable, claimed(Path(config.output_dir), state):
         _tokenize(config, state, stoppable)
         return True
     return False
@@ -130,25 +132,34 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
         )
     plans = _plan(config, model)
     job = _describe(config, model, plans, state)
-    with claimed_folder(folder, asdict(job), state):
-        (folder / "data").mkdir(exist_ok=True)
-        paths = [folder / "data" / shard.name for _, shards in plans.values() for shard in shards]
-        stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
-        missing = {
-            split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
-            for split, (_, shards) in plans.items()
-        }
-        is_finished = (folder / MANIFEST_NAME).is_file() and not any(missing.values())
-        # Nobody writes before everybody has looked.
-        state.wait_for_everyone()
-        if not is_finished:
-            with fixed_threads(config.num_threads):
-                _write_missing(config, state, model, plans, missing)
-        if state.is_main_process:
-            totals = check_finished(folder) if is_finished else finish(folder, job, plans)
-            rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
-            rows += f" of {config.data.path or config.data.source}"
-            print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+    begin_job(folder, asdict(job), state)
+    (folder / "data").mkdir(exist_ok=True)
+    num_rows = {folder / "data" / shard.name: len(shard.rows) for _, shards in plans.values() for shard in shards}
+    paths = list(num_rows)
+    if state.is_main_process:
+        for path in filter(Path.is_file, paths):
+            problem = damage_of_shard(path, num_rows[path])
+            if problem is not None:
+                path.unlink()
+                print(f"{problem}: written again")
+    # Nobody looks before what is damaged is gone.
+    state.wait_for_everyone()
+    stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
+    missing = {
+        split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
+        for split, (_, shards) in plans.items()
+    }
+    is_finished = (folder / MANIFEST_NAME).is_file() and not any(missing.values())
+    # Nobody writes before everybody has looked.
+    state.wait_for_everyone()
+    if not is_finished:
+        with fixed_threads(config.num_threads):
+            _write_missing(config, state, model, plans, missing)
+    if state.is_main_process:
+        totals = check_finished(folder) if is_finished else finish(folder, job, plans)
+        rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
+        rows += f" of {config.data.path or config.data.source}"
+        print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
 
 
 def _with_data(config: TokenizeConfig) -> TokenizeConfig:

@@ -1,6 +1,5 @@
 """The parts of a job: encoding options, shards that are missing or counted, one run at a time, sources that agree."""
 
-import fcntl
 import json
 import multiprocessing
 import shutil
@@ -12,7 +11,7 @@ import torch
 
 from nextblock.data.token_jobs import Shard
 from nextblock.data.tokens import TokenDataset, TokenManifest
-from nextblock.files import part_jobs
+from nextblock.files.claim import claimed
 from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.encoder import Encoder
@@ -122,36 +121,37 @@ def test_only_missing_shards_are_made_again(tokenize_here, tokens_dir, tmp_path)
     assert files_of(folder) == files_of(tokens_dir)
 
 
-def test_a_finished_folder_whose_counts_are_wrong_is_refused(tokenize_here, tokens_dir, tmp_path):
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_damaged_shards_are_named_and_written_again(tokenize_here, tokens_dir, tmp_path, capsys, has_manifest):
     folder = shutil.copytree(tokens_dir, tmp_path / "copy")
-    shutil.copy(folder / "data" / "test-00000-of-00001.parquet", folder / "data" / "train-00002-of-00004.parquet")
-    with pytest.raises(ValueError, match="train-00002-of-00004.parquet has 15 rows; its manifest says 40"):
-        tokenize_here(folder)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="has 15 rows and 0 rejects; expected 40"):
-        tokenize_here(folder)
-    (folder / "data" / "train-00002-of-00004.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match="train-00002-of-00004.parquet cannot be read"):
-        tokenize_here(folder)
+    if not has_manifest:
+        (folder / "manifest.json").unlink()
+    empty, short, torn = (folder / "data" / f"train-0000{n}-of-00004.parquet" for n in range(3))
+    empty.write_bytes(b"")
+    shutil.copy(folder / "data" / "test-00000-of-00001.parquet", short)
+    torn.write_bytes(torn.read_bytes()[:-100])
+    tokenize_here(folder)
+    output = capsys.readouterr().out
+    assert f"shard {short} has 15 rows and 0 rejects; expected 40: written again" in output
+    assert f"shard {empty} cannot be read" in output and f"shard {torn} cannot be read" in output
+    assert output.count(": written again") == 3 and files_of(folder) == files_of(tokens_dir)
 
 
-def hold_lock(path, ready, done) -> None:
-    with open(path, "r+") as file:
-        fcntl.lockf(file, fcntl.LOCK_SH)
+def hold_claim(folder, ready, done) -> None:
+    with claimed(folder):
         ready.set()
         done.wait(60)
 
 
-def test_two_runs_do_not_work_in_one_folder(tokenize_here, tokens_dir, tmp_path, monkeypatch):
+def test_two_runs_do_not_work_in_one_folder(tokenize_here, tokens_dir, tmp_path):
     folder = shutil.copytree(tokens_dir, tmp_path / "copy")
-    monkeypatch.setattr(part_jobs, "_LOCK_SECONDS", 0.3)
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
-    other = context.Process(target=hold_lock, args=(folder / "job.json", ready, done))
+    other = context.Process(target=hold_claim, args=(folder, ready, done))
     other.start()
     try:
         assert ready.wait(60)
-        with pytest.raises(ValueError, match="another run is at work there"):
+        with pytest.raises(ValueError, match=f"in use by process {other.pid} on"):
             tokenize_here(folder)
     finally:
         done.set()
