@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, load_source
+from nextblock.data.images import ImageDataConfig, load_source, source_files
+from nextblock.data.source_record import check_files
 from nextblock.data.token_account import check_finished, finish
 from nextblock.data.token_jobs import RowDataset, Shard
 from nextblock.data.token_shards import damage_of_shard
@@ -56,6 +57,10 @@ class TokenizeConfig:
     """Images with a shorter side under this many pixels are too small."""
     on_error: Literal["stop", "skip"] = "stop"
     """At an image that cannot be used: "stop" the job, or "skip" it and list it in rejected.jsonl."""
+    source_check: Literal["names", "files", "content"] = "files"
+    """What of the images must be as it was for a job to go on: their "names" and labels; sizes and times of their
+    "files" too; or names and the "content" of the files, all of which are then read at every start. A copy of a folder
+    has other times: begin with "content", or go on with "names"."""
     rows_per_shard: int = 65536
     """Rows of a full shard, which is what a killed process loses at most."""
     batch_size: int = 128
@@ -84,7 +89,11 @@ class TokenizeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if self.ten_crop_ratio is not None and not 1 <= self.ten_crop_ratio < float("inf"):
             raise ValueError(f"ten_crop_ratio is {self.ten_crop_ratio}; expected a number of 1 or more, or null")
-        for name, values in (("on_error", ("stop", "skip")), ("mixed_precision", ("no", "bf16"))):
+        for name, values in (
+            ("on_error", ("stop", "skip")),
+            ("mixed_precision", ("no", "bf16")),
+            ("source_check", ("names", "files", "content")),
+        ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
         if self.data.on_error != "stop":
@@ -142,6 +151,7 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
             if problem is not None:
                 path.unlink()
                 print(f"{problem}: written again")
+        _check_source(config, plans, paths)
     # Nobody looks before what is damaged is gone.
     state.wait_for_everyone()
     stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
@@ -160,6 +170,20 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
         rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
         rows += f" of {config.data.path or config.data.source}"
         print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+
+
+def _check_source(
+    config: TokenizeConfig, plans: dict[str, tuple[RowDataset, list[Shard]]], paths: list[Path]
+) -> None:
+    """Refuse images other than those that the shards there are were made of; a whole folder needs none."""
+    num_there = sum(path.is_file() for path in paths)
+    if config.source_check == "names" or num_there == len(paths):
+        return
+    hint = "expected the same images: start in a new folder, or go on with source_check 'names' if they are the same"
+    for split, (dataset, shards) in plans.items():
+        record = Path(config.output_dir, f"source-{shards[0].name.partition('-')[0]}.npz")
+        files = source_files(config.data, dataset.source, split)
+        check_files(record, *files, config.source_check, is_begun=num_there > 0, hint=hint)
 
 
 def _with_data(config: TokenizeConfig) -> TokenizeConfig:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from nextblock.data.tokens import MANIFEST_NAME
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior.sampling import SamplingOptions
 from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior, with_initial_prior
@@ -15,7 +16,7 @@ from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
 from nextblock.training.loop import fit
 from nextblock.training.opened_run import opened_run
-from nextblock.training.usable_images import open_training_images
+from nextblock.training.usable_images import check_run_files, open_training_images
 
 from .command_line import parse_run_config
 
@@ -63,9 +64,13 @@ def train(config: PriorTrainConfig) -> None:
     config = with_initial_prior(config, tokenizer)
     with opened_run(config.loop, output_dir, Path(config.pipeline_dir)) as accelerator:
         if config.tokens is not None:
+            if accelerator.is_main_process:
+                files = Path(config.tokens), [MANIFEST_NAME]  # It has the checksums of all others.
+                check_run_files(output_dir, "tokens", *files, "content", config.loop.accepts_changed_options)
             data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
         else:
             options = {"output_dir": output_dir, "num_workers": config.loop.num_workers}
+            options["accepts_changes"] = config.loop.accepts_changed_options
             open_images = partial(open_training_images, accelerator, config.data, **options)
             size = tuple(tokenizer.config.image_size)
             data = image_data(config.data, config.transform, config.loop.seed, size, open_images)

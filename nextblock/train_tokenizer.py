@@ -40,9 +40,9 @@ def train(config: TokenizerTrainConfig) -> None:
                 "the processes were launched with distributed_type FSDP; expected MULTI_GPU, as in "
                 "configs/accelerate/multi-gpu.yaml: a tokenizer is trained whole on every GPU"
             )
-        open_images = partial(
-            open_training_images, accelerator, config.data, output_dir=output_dir, num_workers=config.loop.num_workers
-        )
+        options = {"output_dir": output_dir, "num_workers": config.loop.num_workers}
+        options["accepts_changes"] = config.loop.accepts_changed_options
+        open_images = partial(open_training_images, accelerator, config.data, **options)
         train_data = ImageDataset(open_images(config.data.split), image_size, config.transform, seed)
         eval_data = None
         if config.data.eval_split is not None:

@@ -137,6 +137,29 @@ def test_damaged_shards_are_named_and_written_again(tokenize_here, tokens_dir, t
     assert output.count(": written again") == 3 and files_of(folder) == files_of(tokens_dir)
 
 
+def test_a_job_does_not_go_on_with_other_images(run_here, tokenize_arguments, image_folder, tokens_dir, tmp_path):
+    images, folder = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "out"
+
+    def run(*options) -> None:
+        arguments = [*tokenize_arguments, "--data.path", images, "--output_dir", folder, *options]
+        run_here(tokenize, TokenizeConfig, *arguments)
+
+    run()
+    assert {name: content for name, content in files_of(folder).items() if ".npz" not in name} == {
+        name: content for name, content in files_of(tokens_dir).items() if ".npz" not in name
+    }
+    shutil.copy(images / "train" / "wren" / "01.png", images / "train" / "wren" / "12.png")
+    run()  # All there already.
+    shard = folder / "data" / "train-00001-of-00004.parquet"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ValueError, match="train/wren/12.png is not the file .*, or go on with source_check 'names'"):
+        run()
+    assert not shard.exists()
+    run("--source_check", "names")
+    assert shard.read_bytes() != content
+
+
 def hold_claim(folder, ready, done) -> None:
     with claimed(folder):
         ready.set()
