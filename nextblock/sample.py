@@ -224,8 +224,13 @@ def _draw_missing(
             progress.add(len(batch))
         while writing:
             writing.popleft().result()
+    progress.finish_share()
     if state.is_main_process:
-        progress.wait_while(lambda: not all(files.has(batch) for batch in missing))
+        awaited = [
+            (batch, f"{files.path}: the batch from image {batch.start} on, of rank {number % state.num_processes},")
+            for number, batch in enumerate(missing)
+        ]
+        progress.wait_for_files(lambda: next((text for batch, text in awaited if not files.has(batch)), None))
     progress.close()
 
 

@@ -291,9 +291,14 @@ def _write_missing(
         options = {"num_workers": config.num_workers, "skips_errors": config.on_error == "skip"}
         if mine:
             write_shards(folder, mine, plans[split][0], encoder, progress.add, **options)
+    progress.finish_share()
     if state.is_main_process:
-        awaited = [folder / shard.name for shards in missing.values() for shard in shards]
-        progress.wait_while(lambda: not all(path.is_file() for path in awaited))
+        awaited = {
+            folder / shard.name: f"{folder / shard.name} of rank {number % state.num_processes}"
+            for shards in missing.values()
+            for number, shard in enumerate(shards)
+        }
+        progress.wait_for_files(lambda: next((text for path, text in awaited.items() if not path.is_file()), None))
     progress.close()
 
 
