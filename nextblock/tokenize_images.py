@@ -59,8 +59,8 @@ class TokenizeConfig:
     """At an image that cannot be used: "stop" the job, or "skip" it and list it in rejected.jsonl."""
     source_check: Literal["names", "files", "content"] = "files"
     """What of the images must be as it was for a job to go on: their "names" and labels; sizes and times of their
-    "files" too; or names and the "content" of the files, all of which are then read at every start. A copy of a folder
-    has other times: begin with "content", or go on with "names"."""
+    "files" too; or names and the "content" of the files, all of which are then read at start and end. A copy of a
+    folder has other times: begin with "content", or go on with "names"."""
     rows_per_shard: int = 65536
     """Rows of a full shard, which is what a killed process loses at most."""
     batch_size: int = 128
@@ -151,7 +151,9 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
             if problem is not None:
                 path.unlink()
                 print(f"{problem}: written again")
-        _check_source(config, plans, paths)
+        num_there = sum(path.is_file() for path in paths)
+        if num_there < len(paths) or not (folder / MANIFEST_NAME).is_file():
+            _check_source(config, plans, is_begun=num_there > 0)
     # Nobody looks before what is damaged is gone.
     state.wait_for_everyone()
     stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
@@ -166,6 +168,9 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
         with fixed_threads(config.num_threads):
             _write_missing(config, state, model, plans, missing)
     if state.is_main_process:
+        if not is_finished:
+            # Nor may images have been replaced while the job was at work.
+            _check_source(config, plans, is_begun=True)
         totals = check_finished(folder) if is_finished else finish(folder, job, plans)
         rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
         rows += f" of {config.data.path or config.data.source}"
@@ -173,17 +178,16 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
 
 
 def _check_source(
-    config: TokenizeConfig, plans: dict[str, tuple[RowDataset, list[Shard]]], paths: list[Path]
+    config: TokenizeConfig, plans: dict[str, tuple[RowDataset, list[Shard]]], *, is_begun: bool
 ) -> None:
-    """Refuse images other than those that the shards there are were made of; a whole folder needs none."""
-    num_there = sum(path.is_file() for path in paths)
-    if config.source_check == "names" or num_there == len(paths):
+    """Refuse images other than those that the shards there are were made of."""
+    if config.source_check == "names":
         return
     hint = "expected the same images: start in a new folder, or go on with source_check 'names' if they are the same"
     for split, (dataset, shards) in plans.items():
         record = Path(config.output_dir, f"source-{shards[0].name.partition('-')[0]}.npz")
         files = source_files(config.data, dataset.source, split)
-        check_files(record, *files, config.source_check, is_begun=num_there > 0, hint=hint)
+        check_files(record, *files, config.source_check, is_begun=is_begun, hint=hint)
 
 
 def _with_data(config: TokenizeConfig) -> TokenizeConfig:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nextblock import tokenize_images
 from nextblock.data.token_jobs import Shard
 from nextblock.data.tokens import TokenDataset, TokenManifest
 from nextblock.files.claim import claimed
@@ -158,6 +159,25 @@ def test_a_job_does_not_go_on_with_other_images(run_here, tokenize_arguments, im
     assert not shard.exists()
     run("--source_check", "names")
     assert shard.read_bytes() != content
+
+
+def test_images_replaced_while_a_job_is_at_work_are_named(
+    run_here, tokenize_arguments, image_folder, tmp_path, monkeypatch
+):
+    images, folder = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "out"
+    arguments = [*tokenize_arguments, "--data.path", images, "--output_dir", folder]
+
+    write_shards = tokenize_images.write_shards
+
+    def write_and_replace(*given, **options) -> None:
+        write_shards(*given, **options)
+        shutil.copy(images / "test" / "wren" / "01.png", images / "test" / "wren" / "00.png")
+
+    monkeypatch.setattr(tokenize_images, "write_shards", write_and_replace)
+    for _ in range(2):  # All shards are there the second time.
+        with pytest.raises(ValueError, match="test/wren/00.png is not the file"):
+            run_here(tokenize, TokenizeConfig, *arguments)
+    assert not (folder / "manifest.json").exists()
 
 
 def hold_claim(folder, ready, done) -> None:
