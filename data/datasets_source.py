@@ -277,6 +277,22 @@ def named_failures(path: str) -> Iterator[None]:
         raise ValueError(f"path={path!r} cannot be loaded as a dataset: {error}{cause}") from error
 
 
+def local_files(path: str) -> list[str]:
+    """Lists all files of a dataset's folder but hidden ones.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        Paths below it, sorted.
+    """
+    found = []
+    for parent, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(parent, name).relative_to(path).as_posix() for name in names if name[0] != "."]
+    return sorted(found)
+
+
 def is_saved_to_disk(path: str) -> bool:
     """Whether a folder is what the library's save_to_disk writes."""
     return any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json"))

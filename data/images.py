@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from nextblock.files.names import restored_name
+
 from .augment import TransformConfig, apply_transform
 from .blocks import as_shape
-from .datasets_source import open_dataset
+from .datasets_source import local_files, open_dataset
 from .digits import DigitsSource, load_digits_split
 from .image_folder import scan_image_folder
 from .pixels import to_pixel_values
 from .selection import numbered_from, share_of, with_class_names
 from .streamed_source import open_stream
-from .tar_source import TarSource, scan_tars
+from .tar_source import TarSource, scan_tars, tar_files
 from .unreadable import UnreadableImageError
 
 SOURCES = ("digits", "folder", "datasets", "webdataset")
@@ -203,6 +205,28 @@ def _open_tars(root: Path, config: ImageDataConfig, split: str) -> TarSource:
             )
         source.class_names = class_names
     return source
+
+
+def source_files(config: ImageDataConfig, source: ImageSource, split: str) -> tuple[Path | None, list[str]]:
+    """Lists the files that a source's images are read from.
+
+    Args:
+        config: where the images are.
+        source: what `load_source` opened.
+        split: which split that is.
+
+    Returns:
+        A folder and paths below it, in an order that stays; None and no paths for images that lie in no folder here.
+    """
+    if config.source == "folder":
+        return Path(config.path), [restored_name(source.identifier(index)) for index in range(len(source))]
+    if config.source == "webdataset":
+        root = Path(config.path)
+        files = tar_files(root, split if config.eval_fraction is None else config.split)
+        return root, [file.relative_to(root).as_posix() for file in files]
+    if config.source == "datasets" and Path(config.path).is_dir():
+        return Path(config.path), local_files(config.path)
+    return None, []
 
 
 class ImageDataset(Dataset):

@@ -82,7 +82,7 @@ def scan_tars(root: Path, split: str) -> TarSource:
             the images only.
     """
     members, labels = [], []
-    files = _tar_files(root, split)
+    files = tar_files(root, split)
     for file in files:
         found, found_labels = _scan_tar(file, file.relative_to(root).as_posix())
         members += found
@@ -101,8 +101,19 @@ def scan_tars(root: Path, split: str) -> TarSource:
     return TarSource(root, members, np.array(labels), numbered_classes(max(labels) + 1, len(labels), ".cls"))
 
 
-def _tar_files(root: Path, split: str) -> list[Path]:
-    """The tar files of a split, sorted; archives that are none of them are refused."""
+def tar_files(root: Path, split: str) -> list[Path]:
+    """Finds the tar files of a split.
+
+    Args:
+        root: the folder.
+        split: which split.
+
+    Returns:
+        Their paths, sorted.
+
+    Raises:
+        ValueError: if there are none, they lie in two places, or archives are no tar files.
+    """
     in_folder = [(root / split / name) for name in _names_in(root / split)]
     beside = [root / name for name in _names_in(root) if name.startswith(split)]
     found = [[path for path in paths if path.name.lower().endswith(".tar")] for paths in (in_folder, beside)]

@@ -9,7 +9,7 @@ from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole
 
 from .token_card import token_card
 from .token_jobs import RowDataset, Shard
-from .token_shards import read_footer
+from .token_shards import damage_of_shard, read_footer
 from .tokens import TokenManifest
 
 REJECTED_NAME = "rejected.jsonl"
@@ -52,9 +52,10 @@ def finish(folder: Path, job: TokenManifest, plans: dict[str, tuple[RowDataset, 
         entries, rejected = [], []
         for shard in shards:
             path = folder / "data" / shard.name
+            problem = damage_of_shard(path, len(shard.rows))
+            if problem is not None:
+                raise ValueError(problem)
             num_rows, out = read_footer(path)
-            if num_rows + len(out) != len(shard.rows):
-                raise ValueError(f"{path} has {num_rows} rows and {len(out)} rejects; expected {len(shard.rows)}")
             rejected += out
             entries.append({"file": f"data/{shard.name}", "num_rows": num_rows, "sha256": file_sha256(path)})
         num_rejected = _check_rejected(rejected, len(dataset.source), dataset.num_views, split)

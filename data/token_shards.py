@@ -100,7 +100,30 @@ def write_shard(
     schema = features.arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), _REJECTED_KEY: json.dumps(list(rejected)).encode()})
     table = pa.Table.from_arrays(columns, schema=schema)
-    write_whole(path, lambda file: pq.write_table(table, file))
+    write_whole(path, partial(pq.write_table, table), partial(_check_rows, num_rows=N))
+
+
+def _check_rows(path: Path, num_rows: int) -> None:
+    """Refuse a shard that cannot be read back with all its rows."""
+    found, _ = read_footer(path)
+    if found != num_rows:
+        raise ValueError(f"{path} has {found} rows; expected {num_rows}")
+
+
+def damage_of_shard(path: Path, num_rows: int) -> str | None:
+    """Say what is wrong with a shard by its footer, or None where it is whole.
+
+    Args:
+        path: the file.
+        num_rows: the rows that it has, those that were rejected included.
+    """
+    try:
+        found, rejected = read_footer(path)
+    except ValueError as error:
+        return str(error)
+    if found + len(rejected) == num_rows:
+        return None
+    return f"shard {path} has {found} rows and {len(rejected)} rejects; expected {num_rows}"
 
 
 def read_footer(path: Path) -> tuple[int, list[dict]]:

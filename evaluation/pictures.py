@@ -6,10 +6,13 @@ Legend: N images, HxW pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from nextblock.files.atomic import write_whole
 
 _PADDING = 2
 _BACKGROUND = 255
@@ -120,7 +123,17 @@ def save_curves(
             axes.grid(alpha=0.3)
         else:
             axes.text(0.5, 0.5, "no curves recorded", ha="center", va="center", transform=axes.transAxes)
-    figure.savefig(path, dpi=100)
+    write_whole(Path(path), partial(figure.savefig, format=Path(path).suffix[1:], dpi=100))
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Save a picture as PNG; the file is whole or not there.
+
+    Args:
+        picture: any.
+        path: the file to write.
+    """
+    write_whole(path, partial(picture.save, format="PNG"))
 
 
 def _check_images(images: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from nextblock.files.atomic import write_text_whole
 
+from .pictures import save_picture
 from .training_log import ALARMS_NAME, RECORD_NAME, read_log, series
 
 NUM_PANEL_COLUMNS = 2
@@ -204,7 +205,7 @@ def write_report(run_dir: Path, output: Path) -> None:
     if output.suffix == ".html":
         write_text_whole(output, html_page(run_dir))
     elif output.suffix == ".png":
-        _stacked_image(run_dir).save(output)
+        save_picture(_stacked_image(run_dir), output)
     else:
         raise ValueError(f"output is {str(output)!r}; expected a name that ends in .html or .png")
 

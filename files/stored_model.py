@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .atomic import flush_to_disk
+from .atomic import flush_to_disk, writing
 from .state_dicts import read_state_dict
 
 # More names than this of a kind say nothing new.
@@ -113,7 +113,7 @@ class StoredModel(PreTrainedModel):
             if any(COMPILED_PART in name for name in state):
                 kwargs["state_dict"] = {name.replace(COMPILED_PART, ""): tensor for name, tensor in state.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
+        with writing(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside:
             super().save_pretrained(aside, *args, variant=variant, **kwargs)
             _replace(folder, Path(aside), variant)
         if push_to_hub:  # transformers uploads what it has just written.

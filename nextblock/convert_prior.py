@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from nextblock.files.claim import claimed
 from nextblock.files.state_dicts import infer_size, read_state_dict, write_state_dict
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior
@@ -71,7 +72,6 @@ def _export(config: ConvertPriorConfig) -> None:
     model = BlockPrior.from_pretrained(config.checkpoint, dtype=torch.float32)
     state = prior_to_var(model)
     path = Path(config.output_dir) / f"var_d{model.config.num_layers}.pth"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_state_dict(state, path)
     print(f"{path}: {len(state)} tensors for VAR with {var_arguments(model.config)}")
 
@@ -84,9 +84,15 @@ def main(argv: Sequence[str]) -> None:
         argv=argv,
         flags=("export", "to_pipeline"),
     )
-    if config.export:
-        _export(config)
-        return
+    with claimed(Path(config.output_dir)):
+        if config.export:
+            _export(config)
+        else:
+            _convert(config)
+
+
+def _convert(config: ConvertPriorConfig) -> None:
+    """Write a prior or a pipeline."""
     state = read_state_dict(config.checkpoint)
     num_classes = infer_size(state, ("class_emb.weight", 0), default=1) - 1
     prior = prior_from_var(

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from nextblock.files.claim import claimed
 from nextblock.files.state_dicts import read_state_dict, write_state_dict
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.var_checkpoint import var_arguments, vqvae_from_var, vqvae_to_var
@@ -55,11 +56,16 @@ def main(argv: Sequence[str]) -> None:
         argv=argv,
         flags=("export", "normalized_codes"),
     )
+    with claimed(Path(config.output_dir)):
+        _convert(config)
+
+
+def _convert(config: ConvertTokenizerConfig) -> None:
+    """Do the work."""
     output_dir = Path(config.output_dir)
     if config.export:
         model = VQVAE.from_pretrained(config.checkpoint, dtype=torch.float32)
         state = vqvae_to_var(model, config.phi_names)
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_state_dict(state, output_dir / "vae.pth")
         print(f"{output_dir / 'vae.pth'}: {len(state)} tensors for VAR with {var_arguments(model, state)}")
         return

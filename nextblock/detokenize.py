@@ -14,8 +14,10 @@ from PIL import Image
 
 from nextblock.data.pixels import to_pictures
 from nextblock.data.tokens import TokenDataset, TokenManifest
-from nextblock.evaluation.pictures import image_grid
+from nextblock.evaluation.pictures import image_grid, save_picture
+from nextblock.files.claim import claimed, is_occupied
 from nextblock.tokenizer.modeling_vqvae import VQVAE
+from nextblock.training.peers import PeerWatch
 from nextblock.training.processes import connect_processes
 
 from .command_line import parse_run_config
@@ -50,7 +52,6 @@ class DetokenizeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
 
-@torch.no_grad()
 def detokenize(config: DetokenizeConfig) -> None:
     """Decode rows of tokens; each of several processes writes its part, the main process the grid.
 
@@ -58,11 +59,19 @@ def detokenize(config: DetokenizeConfig) -> None:
         config: the job.
 
     Raises:
-        ValueError: if another tokenizer made the tokens, or rows, split or folder do not fit.
+        ValueError: if another tokenizer made the tokens, rows, split or folder do not fit, or another command works in
+            the folder.
     """
     state = connect_processes(config.cpu)
+    with PeerWatch(state), claimed(Path(config.output_dir), state):
+        _detokenize(config, state)
+
+
+@torch.no_grad()
+def _detokenize(config: DetokenizeConfig, state: PartialState) -> None:
+    """Do the work."""
     folder = Path(config.output_dir)
-    if state.is_main_process and folder.is_dir() and any(folder.iterdir()):
+    if state.is_main_process and is_occupied(folder):
         raise ValueError(f"output_dir {folder} holds files; expected a new or empty folder")
     model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
     manifest = TokenManifest.load(Path(config.tokens))
@@ -72,13 +81,12 @@ def detokenize(config: DetokenizeConfig) -> None:
         raise ValueError(f"first_row is {config.first_row}; expected under {len(tokens)}, the rows of the split")
     rows = list(range(config.first_row, min(config.first_row + config.num_images, len(tokens))))
     state.wait_for_everyone()
-    folder.mkdir(parents=True, exist_ok=True)
     _write_pictures(config, state, model, tokens, rows)
     state.wait_for_everyone()
     if state.is_main_process:
         shown = rows[: _NUM_COLUMNS**2]
         pictures = [np.asarray(Image.open(folder / picture_name(row))) for row in shown]
-        image_grid(np.stack(pictures), _NUM_COLUMNS).save(folder / "grid.png")
+        save_picture(image_grid(np.stack(pictures), _NUM_COLUMNS), folder / "grid.png")
         print(f"{folder}: {len(rows)} pictures and grid.png")
 
 
@@ -91,7 +99,7 @@ def _write_pictures(
         numbers = rows[start : start + config.batch_size]
         idx_Bl = tokens.layout.split(tokens.__getitems__(numbers)["labels"].to(state.device))
         for row, picture in zip(numbers, to_pictures(model.idxBl_to_img(idx_Bl)), strict=True):
-            picture.save(Path(config.output_dir) / picture_name(row))
+            save_picture(picture, Path(config.output_dir) / picture_name(row))
 
 
 def picture_name(row: int) -> str:

@@ -25,10 +25,11 @@ from nextblock.data.pixels import to_uint8
 from nextblock.data.usable import open_usable
 from nextblock.evaluation.codebook import codebook_summary
 from nextblock.evaluation.digits_judge import DigitSet, digit_figures
-from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves
+from nextblock.evaluation.pictures import class_grid, comparison_grid, save_curves, save_picture
 from nextblock.evaluation.reconstruction import reconstruct
 from nextblock.evaluation.report import Aim, Row, environment, format_number, format_table, write_json
 from nextblock.evaluation.training_log import last_value, loss_curves, read_log
+from nextblock.files.claim import claimed
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.pipelines.sample_files import IMAGES_KEY, LABELS_KEY, NPZ_NAME
 
@@ -122,6 +123,12 @@ def main(argv: Sequence[str]) -> None:
     config = parse_run_config(EvaluateConfig, command="evaluate", argv=argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
+    with claimed(Path(config.output_dir)):
+        _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    """Do the work."""
     if config.data.source is None:
         config = replace(config, data=data_of_run(config.run_dirs[0] if config.run_dirs else None)[0])
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
@@ -150,7 +157,6 @@ def main(argv: Sequence[str]) -> None:
         "notes": _notes(config, figures),
     }
     output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     _draw_pictures(output_dir, config, heldout, logs, images, class_labels)
     write_json(report, output_dir / "report.json")
     print(f"layout: {layout}")
@@ -281,8 +287,8 @@ def _draw_pictures(output_dir: Path, config: EvaluateConfig, heldout, logs, imag
     """Save reconstructions, samples and, where a training was named, its loss curves."""
     num_pictures = config.num_pictures
     shown = heldout.originals[:num_pictures], heldout.reconstructions[:num_pictures]
-    comparison_grid(*shown, num_columns=_PICTURE_COLUMNS).save(output_dir / "reconstructions.png")
-    class_grid(images, class_labels, num_columns=_PICTURE_COLUMNS).save(output_dir / "samples.png")
+    save_picture(comparison_grid(*shown, num_columns=_PICTURE_COLUMNS), output_dir / "reconstructions.png")
+    save_picture(class_grid(images, class_labels, num_columns=_PICTURE_COLUMNS), output_dir / "samples.png")
     if logs:
         panels = {f"{stage} loss": loss_curves(log) for stage, log in logs.items()}
         save_curves(panels, output_dir / "curves.png")

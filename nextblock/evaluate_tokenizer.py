@@ -17,9 +17,10 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate
 from nextblock.data.usable import open_usable
 from nextblock.evaluation.codebook import codebook_summary
-from nextblock.evaluation.pictures import comparison_grid
+from nextblock.evaluation.pictures import comparison_grid, save_picture
 from nextblock.evaluation.reconstruction import reconstruct
 from nextblock.evaluation.report import Row, environment, format_table, write_json
+from nextblock.files.claim import claimed
 from nextblock.tokenizer import VQVAE
 
 from .command_line import parse_run_config
@@ -59,6 +60,12 @@ def main(argv: Sequence[str]) -> None:
     config = parse_run_config(EvaluateTokenizerConfig, command="evaluate-tokenizer", argv=argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
+    with claimed(Path(config.output_dir)):
+        _evaluate(config)
+
+
+def _evaluate(config: EvaluateTokenizerConfig) -> None:
+    """Do the work."""
     if config.data.source is None:
         config = replace(config, data=data_of_run(config.tokenizer)[0])
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
@@ -71,7 +78,6 @@ def main(argv: Sequence[str]) -> None:
 
     figures = result.figures()
     output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     report = {
         "tokenizer": config.tokenizer,
         "data": asdict(config.data) | {"measured_split": split, "num_images": len(dataset)},
@@ -83,6 +89,6 @@ def main(argv: Sequence[str]) -> None:
     }
     write_json(report, output_dir / "report.json")
     picture = comparison_grid(result.originals, result.reconstructions, num_columns=config.num_pictures)
-    picture.save(output_dir / "reconstructions.png")
+    save_picture(picture, output_dir / "reconstructions.png")
     print(format_table([Row(name, name.replace("_", " "), value) for name, value in figures.items()]))
     print(f"{len(dataset)} images of split {split!r}; report and picture in {output_dir}")

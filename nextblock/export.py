@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_model
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from nextblock.files.claim import claimed, is_occupied
 from nextblock.files.state_dicts import check_state_dict
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.tokenizer import VQVAE
@@ -39,11 +40,17 @@ def export(config: ExportConfig) -> None:
         config: what to read and where to write.
 
     Raises:
-        ValueError: if the checkpoint is damaged or of a sharded or older training, the folder holds files, or a
-            tokenizer is given that is not the prior's, or not to a prior.
+        ValueError: if the checkpoint is damaged or of a sharded or older training, the folder holds files or another
+            command works in it, or a tokenizer is given that is not the prior's, or not to a prior.
     """
+    with claimed(Path(config.output_dir)):
+        _export(config)
+
+
+def _export(config: ExportConfig) -> None:
+    """Do the work."""
     output_dir = Path(config.output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    if is_occupied(output_dir):
         raise ValueError(f"output_dir {output_dir} holds files; expected a new or empty folder")
     model, has_average = load_trained_model(Path(config.checkpoint))
     if config.tokenizer is None:

@@ -13,6 +13,8 @@ from PIL import Image
 
 from nextblock.data.image_folder import ImageFolderSource, scan_image_folder
 from nextblock.data.selection import is_held_out
+from nextblock.files.atomic import write_text_whole
+from nextblock.files.claim import claimed
 
 from .commands import example_text
 
@@ -225,12 +227,12 @@ def main(argv: Sequence[str]) -> None:
     folder = arguments.output_dir or Path(f"{arguments.images.resolve().name}-configs")
     facts = look_at(arguments.images)
     texts = config_texts(facts, folder)
-    there = sorted(name for name in texts if (folder / name).exists())
-    if there:
-        raise ValueError(f"output_dir {folder} holds {there}; expected a folder without them")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    with claimed(folder):
+        there = sorted(name for name in texts if (folder / name).exists())
+        if there:
+            raise ValueError(f"output_dir {folder} holds {there}; expected a folder without them")
+        for name, text in texts.items():
+            write_text_whole(folder / name, text)
     share = "none" if facts.eval_fraction is None else f"{facts.eval_fraction:.0%} of them, chosen by name"
     found = f"{facts.num_images} pictures, {len(facts.class_names) or 'no'} classes"
     print(f"{arguments.images}: {found}; held out: {facts.eval_split or share}")

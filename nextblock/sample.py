@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from nextblock.evaluation.pictures import class_grid
-from nextblock.files.atomic import write_whole
+from nextblock.evaluation.pictures import class_grid, save_picture
+from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
-from nextblock.files.part_jobs import claimed_folder
+from nextblock.files.part_jobs import begin_job
 from nextblock.pipelines.pipeline_class_to_image import ClassToImagePipeline
 from nextblock.pipelines.sample_files import LOSSY_FORMATS, NpzFile, PictureFolder
 from nextblock.pipelines.sampling_loop import make_request, run
@@ -121,7 +121,7 @@ def sample(config: SampleConfig) -> bool:
             does not hold exactly the images of the job at the end.
     """
     state = connect_processes(config.cpu)
-    with stoppable_job(state) as stoppable:
+    with stoppable_job(state) as stoppable, claimed(Path(config.output_dir), state):
         _sample(config, state, stoppable)
         return True
     return False
@@ -141,30 +141,35 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     files = _open_files(config, pipe, class_labels)
     N = len(class_labels)
     batches = [range(start, min(start + config.batch_size, N)) for start in range(0, N, config.batch_size)]
-    with claimed_folder(folder, job, state):
-        stoppable.done = lambda: f"{sum(len(b) for b in batches if files.has(b))} of {N} images are in {folder}"
-        missing = [batch for batch in batches if not files.has(batch)]
-        is_finished = not missing and (folder / _PICTURE_NAME).is_file()
-        # Nobody writes before everybody has looked.
-        state.wait_for_everyone()
-        if not is_finished:
-            if state.is_main_process:
-                save_run_config(config, folder / "config.yaml")
-            if state.device.type == "cpu":
-                keep_freed_memory()
-            pipe.to(state.device, getattr(torch, config.dtype))
-            with fixed_threads(config.num_threads):
-                draw = partial(_draw, pipe, config, sampling, class_labels)
-                _draw_missing(draw, missing, N, files, state)
+    begin_job(folder, job, state)
+    if state.is_main_process:
+        for problem in files.remove_damaged(batches):
+            print(f"{problem}: drawn again")
+    # Nobody looks before what is damaged is gone.
+    state.wait_for_everyone()
+    stoppable.done = lambda: f"{sum(len(b) for b in batches if files.has(b))} of {N} images are in {folder}"
+    missing = [batch for batch in batches if not files.has(batch)]
+    is_finished = not missing and (folder / _PICTURE_NAME).is_file()
+    # Nobody writes before everybody has looked.
+    state.wait_for_everyone()
+    if not is_finished:
         if state.is_main_process:
-            if not is_finished:
-                files.assemble(batches)
-            files.check()
-            if not is_finished:
-                _draw_picture(folder / _PICTURE_NAME, files, class_labels)
-            processes = f"{state.num_processes} process" + "es" * (state.num_processes > 1)
-            drawn = f"{sum(map(len, missing))} of them drawn now by {processes}"
-            print(f"{files.path}: {N} images, {'all there already' if is_finished else drawn}")
+            save_run_config(config, folder / "config.yaml")
+        if state.device.type == "cpu":
+            keep_freed_memory()
+        pipe.to(state.device, getattr(torch, config.dtype))
+        with fixed_threads(config.num_threads):
+            draw = partial(_draw, pipe, config, sampling, class_labels)
+            _draw_missing(draw, missing, N, files, state)
+    if state.is_main_process:
+        if not is_finished:
+            files.assemble(batches)
+        files.check()
+        if not is_finished:
+            _draw_picture(folder / _PICTURE_NAME, files, class_labels)
+        processes = f"{state.num_processes} process" + "es" * (state.num_processes > 1)
+        drawn = f"{sum(map(len, missing))} of them drawn now by {processes}"
+        print(f"{files.path}: {N} images, {'all there already' if is_finished else drawn}")
 
 
 def _check_against(pipe: ClassToImagePipeline, config: SampleConfig, sampling: SamplingOptions) -> list[int]:
@@ -219,8 +224,13 @@ def _draw_missing(
             progress.add(len(batch))
         while writing:
             writing.popleft().result()
+    progress.finish_share()
     if state.is_main_process:
-        progress.wait_while(lambda: not all(files.has(batch) for batch in missing))
+        awaited = [
+            (batch, f"{files.path}: the batch from image {batch.start} on, of rank {number % state.num_processes},")
+            for number, batch in enumerate(missing)
+        ]
+        progress.wait_for_files(lambda: next((text for batch, text in awaited if not files.has(batch)), None))
     progress.close()
 
 
@@ -244,7 +254,7 @@ def _draw_picture(path: Path, files: NpzFile | PictureFolder, class_labels: np.n
     shown = list(dict.fromkeys(class_labels.tolist()))[:_PICTURE_ROWS]
     indices = np.concatenate([np.flatnonzero(class_labels == label)[:_PICTURE_COLUMNS] for label in shown])
     grid = class_grid(files.read(indices), class_labels[indices], num_columns=_PICTURE_COLUMNS)
-    write_whole(path, partial(grid.save, format="PNG"))
+    save_picture(grid, path)
 
 
 def main(argv: Sequence[str]) -> None:

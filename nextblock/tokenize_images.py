@@ -12,13 +12,16 @@ import torch
 from accelerate import PartialState
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.images import ImageDataConfig, load_source
+from nextblock.data.images import ImageDataConfig, load_source, source_files
+from nextblock.data.source_record import check_files
 from nextblock.data.token_account import check_finished, finish
 from nextblock.data.token_jobs import RowDataset, Shard
+from nextblock.data.token_shards import damage_of_shard
 from nextblock.data.tokens import MANIFEST_NAME, TokenManifest
 from nextblock.data.views import ViewSet
+from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint, model_options
-from nextblock.files.part_jobs import claimed_folder
+from nextblock.files.part_jobs import begin_job
 from nextblock.tokenizer.encoder import Encoder, write_shards
 from nextblock.tokenizer.modeling_vqvae import VQVAE
 from nextblock.training.processes import connect_processes
@@ -54,6 +57,10 @@ class TokenizeConfig:
     """Images with a shorter side under this many pixels are too small."""
     on_error: Literal["stop", "skip"] = "stop"
     """At an image that cannot be used: "stop" the job, or "skip" it and list it in rejected.jsonl."""
+    source_check: Literal["names", "files", "content"] = "files"
+    """What of the images must be as it was for a job to go on: their "names" and labels; sizes and times of their
+    "files" too; or names and the "content" of the files, all of which are then read at start and end. A copy of a
+    folder has other times: begin with "content", or go on with "names"."""
     rows_per_shard: int = 65536
     """Rows of a full shard, which is what a killed process loses at most."""
     batch_size: int = 128
@@ -82,7 +89,11 @@ class TokenizeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if self.ten_crop_ratio is not None and not 1 <= self.ten_crop_ratio < float("inf"):
             raise ValueError(f"ten_crop_ratio is {self.ten_crop_ratio}; expected a number of 1 or more, or null")
-        for name, values in (("on_error", ("stop", "skip")), ("mixed_precision", ("no", "bf16"))):
+        for name, values in (
+            ("on_error", ("stop", "skip")),
+            ("mixed_precision", ("no", "bf16")),
+            ("source_check", ("names", "files", "content")),
+        ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
         if self.data.on_error != "stop":
@@ -113,7 +124,7 @@ def tokenize(config: TokenizeConfig) -> bool:
     """
     config = _with_data(config)
     state = connect_processes(config.cpu)
-    with stoppable_job(state) as stoppable:
+    with stoppable_job(state) as stoppable, claimed(Path(config.output_dir), state):
         _tokenize(config, state, stoppable)
         return True
     return False
@@ -130,25 +141,53 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
         )
     plans = _plan(config, model)
     job = _describe(config, model, plans, state)
-    with claimed_folder(folder, asdict(job), state):
-        (folder / "data").mkdir(exist_ok=True)
-        paths = [folder / "data" / shard.name for _, shards in plans.values() for shard in shards]
-        stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
-        missing = {
-            split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
-            for split, (_, shards) in plans.items()
-        }
-        is_finished = (folder / MANIFEST_NAME).is_file() and not any(missing.values())
-        # Nobody writes before everybody has looked.
-        state.wait_for_everyone()
+    begin_job(folder, asdict(job), state)
+    (folder / "data").mkdir(exist_ok=True)
+    num_rows = {folder / "data" / shard.name: len(shard.rows) for _, shards in plans.values() for shard in shards}
+    paths = list(num_rows)
+    if state.is_main_process:
+        for path in filter(Path.is_file, paths):
+            problem = damage_of_shard(path, num_rows[path])
+            if problem is not None:
+                path.unlink()
+                print(f"{problem}: written again")
+        num_there = sum(path.is_file() for path in paths)
+        if num_there < len(paths) or not (folder / MANIFEST_NAME).is_file():
+            _check_source(config, plans, is_begun=num_there > 0)
+    # Nobody looks before what is damaged is gone.
+    state.wait_for_everyone()
+    stoppable.done = lambda: f"{sum(path.is_file() for path in paths)} of {len(paths)} shards are in {folder}"
+    missing = {
+        split: [shard for shard in shards if not (folder / "data" / shard.name).is_file()]
+        for split, (_, shards) in plans.items()
+    }
+    is_finished = (folder / MANIFEST_NAME).is_file() and not any(missing.values())
+    # Nobody writes before everybody has looked.
+    state.wait_for_everyone()
+    if not is_finished:
+        with fixed_threads(config.num_threads):
+            _write_missing(config, state, model, plans, missing)
+    if state.is_main_process:
         if not is_finished:
-            with fixed_threads(config.num_threads):
-                _write_missing(config, state, model, plans, missing)
-        if state.is_main_process:
-            totals = check_finished(folder) if is_finished else finish(folder, job, plans)
-            rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
-            rows += f" of {config.data.path or config.data.source}"
-            print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+            # Nor may images have been replaced while the job was at work.
+            _check_source(config, plans, is_begun=True)
+        totals = check_finished(folder) if is_finished else finish(folder, job, plans)
+        rows = ", ".join(f"{n} rows of {split}" for split, n in totals.items())
+        rows += f" of {config.data.path or config.data.source}"
+        print(f"{folder}: {rows}" + (", all there already" if is_finished else ""))
+
+
+def _check_source(
+    config: TokenizeConfig, plans: dict[str, tuple[RowDataset, list[Shard]]], *, is_begun: bool
+) -> None:
+    """Refuse images other than those that the shards there are were made of."""
+    if config.source_check == "names":
+        return
+    hint = "expected the same images: start in a new folder, or go on with source_check 'names' if they are the same"
+    for split, (dataset, shards) in plans.items():
+        record = Path(config.output_dir, f"source-{shards[0].name.partition('-')[0]}.npz")
+        files = source_files(config.data, dataset.source, split)
+        check_files(record, *files, config.source_check, is_begun=is_begun, hint=hint)
 
 
 def _with_data(config: TokenizeConfig) -> TokenizeConfig:
@@ -256,9 +295,14 @@ def _write_missing(
         options = {"num_workers": config.num_workers, "skips_errors": config.on_error == "skip"}
         if mine:
             write_shards(folder, mine, plans[split][0], encoder, progress.add, **options)
+    progress.finish_share()
     if state.is_main_process:
-        awaited = [folder / shard.name for shards in missing.values() for shard in shards]
-        progress.wait_while(lambda: not all(path.is_file() for path in awaited))
+        awaited = {
+            folder / shard.name: f"{folder / shard.name} of rank {number % state.num_processes}"
+            for shards in missing.values()
+            for number, shard in enumerate(shards)
+        }
+        progress.wait_for_files(lambda: next((text for path, text in awaited.items() if not path.is_file()), None))
     progress.close()
 
 

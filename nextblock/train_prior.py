@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from nextblock.data.tokens import MANIFEST_NAME
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior.sampling import SamplingOptions
 from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior, with_initial_prior
 from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
-from nextblock.training.accelerator import build_accelerator
-from nextblock.training.failed_start import no_stub_left
 from nextblock.training.loop import fit
-from nextblock.training.usable_images import open_training_images
+from nextblock.training.opened_run import opened_run
+from nextblock.training.usable_images import check_run_files, open_training_images
 
 from .command_line import parse_run_config
 
@@ -54,25 +54,29 @@ def train(config: PriorTrainConfig) -> None:
         config: the run.
 
     Raises:
-        ValueError: if the configuration or the data do not fit, or another tokenizer made the tokens.
+        ValueError: if the configuration or the data do not fit, another tokenizer made the tokens, or another command
+            works in one of the folders.
     """
     if config.data is not None:
         config.data.check_given()
     output_dir = Path(config.output_dir)
     tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
     config = with_initial_prior(config, tokenizer)
-    accelerator = build_accelerator(config.loop, output_dir)
-    if config.tokens is not None:
-        data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
-    else:
-        options = {"output_dir": output_dir, "num_workers": config.loop.num_workers}
-        open_images = partial(open_training_images, accelerator, config.data, **options)
-        size = tuple(tokenizer.config.image_size)
-        data = image_data(config.data, config.transform, config.loop.seed, size, open_images)
-    model = build_prior(config, tokenizer, data.class_names)
-    export = partial(export_pipeline, config.pipeline_dir, config.license)
-    task = PriorTask(accelerator, config, model, tokenizer, data, export)
-    with no_stub_left(output_dir, accelerator.is_main_process):
+    with opened_run(config.loop, output_dir, Path(config.pipeline_dir)) as accelerator:
+        if config.tokens is not None:
+            if accelerator.is_main_process:
+                files = Path(config.tokens), [MANIFEST_NAME]  # It has the checksums of all others.
+                check_run_files(output_dir, "tokens", *files, "content", config.loop.accepts_changed_options)
+            data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
+        else:
+            options = {"output_dir": output_dir, "num_workers": config.loop.num_workers}
+            options["accepts_changes"] = config.loop.accepts_changed_options
+            open_images = partial(open_training_images, accelerator, config.data, **options)
+            size = tuple(tokenizer.config.image_size)
+            data = image_data(config.data, config.transform, config.loop.seed, size, open_images)
+        model = build_prior(config, tokenizer, data.class_names)
+        export = partial(export_pipeline, config.pipeline_dir, config.license)
+        task = PriorTask(accelerator, config, model, tokenizer, data, export)
         fit(accelerator, task, data.train, data.collate, config, output_dir)
 
 

@@ -11,7 +11,8 @@ import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,10 @@ NPZ_NAME = "images.npz"
 IMAGES_KEY, LABELS_KEY = "arr_0", "arr_1"
 LOSSY_FORMATS = ("jpeg", "webp")
 PICTURE_FORMATS = ("png", *LOSSY_FORMATS)
+_ENDINGS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+_NUM_READERS = 4
+# What reading an archive or array that was cut short may raise.
+_DAMAGE = (OSError, ValueError, EOFError, KeyError, struct.error, zipfile.BadZipFile)
 
 
 class NpzFile:
@@ -52,12 +57,30 @@ class NpzFile:
     def write(self, batch: range, images: np.ndarray) -> None:
         """Keep a batch (n, H, W, 3) of bytes."""
         self._parts.mkdir(exist_ok=True)
-        write_whole(self._part(batch), partial(np.save, arr=images))
+        write_whole(self._part(batch), partial(_write_array, images=images), partial(self._check_part, batch))
+
+    def remove_damaged(self, batches: Sequence[range]) -> Iterator[str]:
+        """Remove files that are not whole, so that their images are drawn again, and yield what was wrong with each."""
+        if self.path.is_file():
+            try:
+                map_images(self.path)
+                with np.load(self.path) as arrays:
+                    arrays[LABELS_KEY].shape  # noqa: B018  It is read here.
+            except _DAMAGE as error:
+                self.path.unlink()
+                yield f"{self.path} is damaged ({error})"
+        for batch in batches:
+            if self._part(batch).is_file():
+                try:
+                    self._check_part(batch, self._part(batch))
+                except _DAMAGE as error:
+                    self._part(batch).unlink()
+                    yield str(error)
 
     def assemble(self, batches: Sequence[range]) -> None:
         """Put all batches, which must be on disk, into the .npz file."""
         if not self.path.is_file():
-            write_whole(self.path, partial(self._write_archive, batches=batches))
+            write_whole(self.path, partial(self._write_archive, batches=batches), map_images)
         flush_to_disk(self.path.parent)
         if self._parts.is_dir():
             shutil.rmtree(self._parts)
@@ -83,6 +106,16 @@ class NpzFile:
         """A batch's own file."""
         return self._parts / f"{batch.start:09d}.npy"
 
+    def _check_part(self, batch: range, path: Path) -> None:
+        """Refuse a file that does not hold a batch's images, all of them and nothing else."""
+        shape = (len(batch), *self._shape[1:])
+        try:
+            images = np.load(path, mmap_mode="r")
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is damaged ({error}); expected an array {shape}") from error
+        if images.shape != shape or images.dtype != np.uint8 or images.offset + images.nbytes != path.stat().st_size:
+            raise ValueError(f"{path} holds an array {images.shape} of {images.dtype}; expected {shape} of uint8")
+
     def _write_archive(self, file: BinaryIO, batches: Sequence[range]) -> None:
         """Write what `np.savez` would, byte for byte, with one batch in memory at a time."""
         with zipfile.ZipFile(file, "w") as archive:
@@ -90,13 +123,8 @@ class NpzFile:
                 header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
                 np.lib.format.write_array_header_1_0(member, header)
                 for batch in batches:
-                    images = np.load(self._part(batch))
-                    if images.shape != (len(batch), *self._shape[1:]) or images.dtype != np.uint8:
-                        raise ValueError(
-                            f"{self._part(batch)} holds an array {images.shape} of {images.dtype}; "
-                            f"expected {(len(batch), *self._shape[1:])} of uint8"
-                        )
-                    member.write(images.data)
+                    self._check_part(batch, self._part(batch))
+                    member.write(np.load(self._part(batch)).data)
             with archive.open(f"{LABELS_KEY}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, self._class_labels)
 
@@ -143,7 +171,16 @@ class PictureFolder:
         """Write the pictures of a batch (n, H, W, 3) of bytes."""
         for index, image in zip(batch, images, strict=True):
             self._files[index].parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._files[index], partial(Image.fromarray(image).save, **self._options))
+            write_whole(self._files[index], partial(Image.fromarray(image).save, **self._options), _check_picture)
+
+    def remove_damaged(self, batches: Sequence[range]) -> Iterator[str]:
+        """Remove pictures that are not whole, so that they are drawn again, and yield what was wrong with each."""
+        files = [file for batch in batches for file in self._files[batch.start : batch.stop] if file.is_file()]
+        with ThreadPoolExecutor(_NUM_READERS) as executor:
+            for file, problem in zip(files, executor.map(_damage_of_picture, files), strict=True):
+                if problem is not None:
+                    file.unlink()
+                    yield f"{file} is damaged ({problem})"
 
     def assemble(self, batches: Sequence[range]) -> None:
         """Remove what killed writes have left; the batches are the result."""
@@ -169,6 +206,32 @@ class PictureFolder:
             with Image.open(self._files[index]) as image:
                 images.append(np.asarray(image.convert("RGB")))
         return np.stack(images)
+
+
+def _write_array(file: BinaryIO, images: np.ndarray) -> None:
+    """Write what `np.save` would, byte for byte; that loses the error of a full disk."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(np.ascontiguousarray(images).data)
+
+
+def _damage_of_picture(path: Path) -> str | None:
+    """Say what keeps a picture from being read; None where it can be."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            ending = _ENDINGS.get(image.format, b"")
+        # PIL reads pictures to their last pixel, and no further.
+        return None if path.read_bytes().endswith(ending) else "it is cut short"
+    except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
+        return str(error)
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse a picture that cannot be read back."""
+    damage = _damage_of_picture(path)
+    if damage is not None:
+        raise ValueError(f"{path} is damaged ({damage})")
 
 
 def class_folder_names(num_classes: int, class_names: Sequence[str] | None) -> list[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from nextblock.evaluation.pictures import image_grid
+from nextblock.files.atomic import write_text_whole, write_whole, writing
 
 from .model_card import GRID_NAME, LOADER_NAME, LOADER_TEXT, pipeline_card
 
@@ -66,7 +67,8 @@ def save_pipeline(
     _check_models(pipe)
     folder = Path(save_directory)
     repo_id = hub_options.pop("repo_id", folder.resolve().name)
-    _write_folder(pipe, folder, repo_id, variant, max_shard_size, sample_images, (recipe, metrics, license))
+    with writing(folder):
+        _write_folder(pipe, folder, repo_id, variant, max_shard_size, sample_images, (recipe, metrics, license))
     if push_to_hub:
         upload_folder(folder, repo_id, **hub_options)
 
@@ -107,11 +109,11 @@ def _write_folder(
         # Of another pipeline that was saved here before.
         (folder / GRID_NAME).unlink(missing_ok=True)
     else:
-        (folder / GRID_NAME).write_bytes(grid)
+        write_whole(folder / GRID_NAME, lambda file: file.write(grid))
     facts = {name: card.get(name) for name in _CARD_FACTS}
     text = pipeline_card(pipe, **facts, has_grid=grid is not None, repo_id=repo_id)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / LOADER_NAME).write_text(LOADER_TEXT, encoding="utf-8")
+    write_text_whole(folder / "README.md", text)
+    write_text_whole(folder / LOADER_NAME, LOADER_TEXT)
 
 
 def keep_grid(pipe: DiffusionPipeline, folder: str | os.PathLike | None) -> None:

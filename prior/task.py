@@ -25,7 +25,7 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
-from nextblock.evaluation.pictures import class_grid, image_grid
+from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
 from nextblock.training.initial_weights import find_initial_model, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
@@ -165,7 +165,7 @@ class PriorTask:
             batch = self.data.first_rows(NUM_CHECKED_ROWS)
             idx_BL = self._indices({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
             images = to_uint8(self.tokenizer.idx_to_img(idx_BL))
-            image_grid(images, num_columns=10).save(Path(self.config.output_dir) / "tokens_check.png")
+            save_picture(image_grid(images, num_columns=10), Path(self.config.output_dir) / "tokens_check.png")
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         """Take one optimizer step."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,23 @@ def fresh_accelerate():
     _reset_accelerate()
     yield
     _reset_accelerate()
+
+
+@pytest.fixture(scope="session")
+def full_disk():
+    """Let no file grow beyond some size, as on a disk that is full then."""
+    import resource
+
+    @contextmanager
+    def limit(num_bytes: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,16 @@
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from safetensors import safe_open
 
 from nextblock.evaluation.report import environment
-from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole
+from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole, writing
 
 logger = get_logger(__name__)
 
@@ -31,8 +33,30 @@ def save_checkpoint(
         step: number of steps taken.
         num_kept: newest checkpoints that stay.
         descriptions: texts kept beside the state, by file name: the run's options and the model's configuration.
+
+    Raises:
+        UnwrittenError: if the disk is full or fails; the checkpoints from before are kept then.
     """
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
+    try:
+        with writing(final):
+            _save(accelerator, final, temporary, step, num_kept, descriptions)
+    except Exception:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _save(
+    accelerator: Accelerator,
+    final: Path,
+    temporary: Path,
+    step: int,
+    num_kept: int,
+    descriptions: Mapping[str, str],
+) -> None:
+    """Write a checkpoint aside, put it in place, and delete older ones."""
+    folder = final.parent
     if accelerator.is_main_process:
         for leftover in folder.glob(".step_*.tmp"):
             shutil.rmtree(leftover)
@@ -54,6 +78,7 @@ def save_checkpoint(
         manifest["own_sha256"] = _manifest_sha256(manifest)
         for path in files:
             flush_to_disk(path)
+            _check_whole(path)
         write_text_whole(temporary / MANIFEST_NAME, json.dumps(manifest, indent=2))
         flush_to_disk(temporary)
         if final.exists():
@@ -67,6 +92,15 @@ def save_checkpoint(
             if other not in kept:
                 shutil.rmtree(other)
     accelerator.wait_for_everyone()
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file of tensors that cannot be opened again, by its header and its size."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"):
+            pass
+    elif path.suffix in (".bin", ".pkl", ".pt") and not zipfile.is_zipfile(path):
+        raise OSError(f"{path.name} is not whole")
 
 
 def _manifest_sha256(manifest: dict) -> str:

@@ -31,7 +31,6 @@ from .guards import StepGuard
 from .initial_weights import load_initial_weights
 from .loop_config import LoopConfig
 from .order import StepSampler
-from .peers import PeerWatch
 from .recorder import Recorder
 from .resume import resume
 from .run_config import run_config_text
@@ -86,7 +85,8 @@ def fit(
 ) -> bool:
     """Train a task, from the start or from a checkpoint, and export what it learned.
 
-    SIGTERM or SIGINT at any process makes all of them save after the same step and return without an export.
+    SIGTERM or SIGINT at any process makes all of them save after the same step and return without an export. Several
+    processes are to be watched over by `opened_run` or a `PeerWatch` around the call.
 
     Args:
         accelerator: from `build_accelerator`; the task's models and optimizers are prepared by it.
@@ -109,7 +109,7 @@ def fit(
     options = run_config_text(run_config)
     average = _build_average(accelerator, task.model, config.ema_decay)
     checkpoints = output_dir / "checkpoints"
-    with StopRequest(accelerator) as stop, PeerWatch(accelerator):
+    with StopRequest(accelerator) as stop:
         first_step = resume(accelerator, checkpoints, config, options)
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)

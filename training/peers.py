@@ -6,6 +6,7 @@ matter, and looks whether the others do.
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -63,6 +64,8 @@ class PeerWatch:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._has_launchers_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._store: dist.Store | None = None
+        # Where the others are, known once they have been heard of.
+        self._hosts: dict[int, str] = {}
         self._has_left = threading.Event()
         self._num_looks = 0
         self._store_is_gone = False
@@ -72,6 +75,7 @@ class PeerWatch:
         if self._num_processes > 1:
             # A connection of its own: one that somebody waits at would hold up this thread too.
             self._store = dist.distributed_c10d._get_default_store().clone()
+            self._store.set(f"{self._key(self._rank)}/host", socket.gethostname())
         if self._store is not None or self._launcher is not None:
             for thread in self._threads:
                 thread.start()
@@ -139,24 +143,30 @@ class PeerWatch:
             num_waits = num_waits + 1 if self._num_looks == before else 0
             before = self._num_looks
             if num_waits > self._patience:
-                where = "the launcher" if self._has_launchers_store else f"rank 0 of {self._num_processes}"
+                where = "the launcher" if self._has_launchers_store else self._name(0)
                 self._end(f"{where} has not been heard of for {self._patience * INTERVAL_SECONDS:.0f} s")
 
     def _look_around(self, seen: dict[int, tuple[str | None, int]]) -> None:
         """Compare what the others have written with what they had."""
         for peer, (before, num_looks) in list(seen.items()):
             text = self._read(peer)
+            if text is not None and peer not in self._hosts:
+                self._hosts[peer] = self._store.get(f"{self._key(peer)}/host").decode()
             seen[peer] = text, num_looks + 1 if text == before else 0
             if num_looks > self._patience:
                 silence = f"{self._patience * INTERVAL_SECONDS:.0f} s"
-                self._end(f"rank {peer} of {self._num_processes} has not been heard of for {silence}")
+                self._end(f"{self._name(peer)} has not been heard of for {silence}")
             if text is None or text.isdecimal():
                 continue
             del seen[peer]
             if text == _STOPPED:
                 os.kill(os.getpid(), signal.SIGTERM)
             elif text != _LEFT and not self._has_left.wait(GRACE_SECONDS):
-                self._end(f"rank {peer} of {self._num_processes} {text}")
+                self._end(f"{self._name(peer)} {text}")
+
+    def _name(self, peer: int) -> str:
+        """Name a process by its rank and machine."""
+        return f"rank {peer} of {self._num_processes} on {self._hosts.get(peer, 'a machine not heard of yet')}"
 
     def _lose_store(self, error: RuntimeError) -> None:
         """End this process if it was rank 0's end that closed the store; a launcher's end is another matter."""
@@ -167,7 +177,7 @@ class PeerWatch:
 
     def _end(self, reason: str) -> None:
         """End this process, whatever it waits for."""
-        _say(f"{reason}; rank {self._rank} ends, because it would wait for ever")
+        _say(f"{reason}; rank {self._rank} ends, because it would wait for ever; a restart goes on from what is whole")
         for worker in active_children():
             worker.kill()
         os._exit(1)

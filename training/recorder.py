@@ -15,8 +15,9 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 
+from nextblock.evaluation.pictures import save_picture
 from nextblock.evaluation.training_log import ALARMS_NAME, LOG_NAME
-from nextblock.files.atomic import write_text_whole
+from nextblock.files.atomic import write_text_whole, writing
 
 from .sharding import whole_tensor
 
@@ -111,7 +112,7 @@ class Recorder:
         if not self.accelerator.is_main_process:
             return
         for name, picture in pictures.items():
-            picture.save(self.output_dir / "pictures" / f"{name}_{step:08d}.png")
+            save_picture(picture, self.output_dir / "pictures" / f"{name}_{step:08d}.png")
             for tracker in self.accelerator.trackers:
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, **_image_options(tracker.name))
 
@@ -177,7 +178,7 @@ def _evaluation_of(line: dict) -> dict[str, float]:
 
 def _append_line(path: Path, content: dict) -> None:
     """Append an object as one line of JSON."""
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(content) + "\n")
 
 

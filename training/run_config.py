@@ -10,6 +10,8 @@ from typing import Any
 import docstring_parser
 import yaml
 
+from nextblock.files.atomic import write_text_whole
+
 
 def save_run_config(config: Any, path: str | Path) -> None:
     """Writes every value of a run config, defaults too, as YAML that `--config` reads back.
@@ -18,7 +20,7 @@ def save_run_config(config: Any, path: str | Path) -> None:
         config: Instance of a run config dataclass.
         path: File to write; its folder exists.
     """
-    Path(path).write_text(run_config_text(config), encoding="utf-8")
+    write_text_whole(Path(path), run_config_text(config))
 
 
 def run_config_text(config: Any) -> str:

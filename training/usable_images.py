@@ -4,13 +4,16 @@
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 
-from nextblock.data.images import ImageDataConfig, ImageSource, load_source
+from nextblock.data.images import ImageDataConfig, ImageSource, load_source, source_files
+from nextblock.data.source_record import Check, check_files
+from nextblock.data.token_shards import split_identifier
 from nextblock.data.usable import UsableImages, describe_unreadable, find_unreadable, source_fingerprint
 from nextblock.files.atomic import write_text_whole
 
@@ -19,7 +22,12 @@ logger = get_logger(__name__)
 
 
 def open_training_images(
-    accelerator: Accelerator, config: ImageDataConfig, split: str, output_dir: Path, num_workers: int = 0
+    accelerator: Accelerator,
+    config: ImageDataConfig,
+    split: str,
+    output_dir: Path,
+    num_workers: int = 0,
+    accepts_changes: bool = False,
 ) -> ImageSource:
     """Open the images of a split, without those that cannot be read where `config.on_error` is "skip".
 
@@ -31,6 +39,7 @@ def open_training_images(
         split: which of them.
         output_dir: the run's folder.
         num_workers: threads that read, at least one.
+        accepts_changes: whether a run goes on with files that have changed.
 
     Returns:
         The images.
@@ -39,10 +48,25 @@ def open_training_images(
         ValueError: if the images are missing or unusable, or are no longer those that the run began with.
     """
     source = load_source(config, split)
-    if config.on_error == "stop":
-        return source
+    if config.on_error == "skip":
+        source = _without_unreadable(accelerator, config, split, source, output_dir, num_workers)
+    if accelerator.is_main_process:
+        # Sizes alone: a machine that is lent anew has its copy of the images with other times.
+        check_run_files(output_dir, split, *source_files(config, source, split), "sizes", accepts_changes)
+    return source
+
+
+def _without_unreadable(
+    accelerator: Accelerator,
+    config: ImageDataConfig,
+    split: str,
+    source: ImageSource,
+    output_dir: Path,
+    num_workers: int,
+) -> ImageSource:
+    """Find the images that cannot be read, or take them from the run's list, and leave them out."""
     path, fingerprint = output_dir / UNREADABLE_NAME, source_fingerprint(source)
-    is_begun = any((output_dir / "checkpoints").glob("step_*"))
+    is_begun = _is_begun(output_dir)
     known = _read(path) if accelerator.is_main_process else {}
     # One process looks, so that all agree.
     (entry,) = broadcast_object_list([known.get(split) if is_begun else None])
@@ -67,6 +91,33 @@ def open_training_images(
     described = describe_unreadable(entry["unreadable"], len(source), split)
     logger.warning(f"{described}; all of them are in {path}")
     return UsableImages(source, [item["index"] for item in entry["unreadable"]])
+
+
+def check_run_files(
+    output_dir: Path, name: str, root: Path | None, files: Sequence[str], check: Check, accepts_changes: bool
+) -> None:
+    """Refuse to go on with other files than a run began with; one process does it for all.
+
+    Args:
+        output_dir: the run's folder, which keeps a record of them.
+        name: of the split, or whatever the files are.
+        root: their folder; None where there is none.
+        files: paths below it.
+        check: what of them must be the same.
+        accepts_changes: whether the run goes on with files that have changed.
+
+    Raises:
+        ValueError: naming the first that has changed.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record = output_dir / f"source-{split_identifier(name)}.npz"
+    hint = "expected the same files, or loop.accepts_changed_options true to go on with those that are there"
+    check_files(record, root, files, check, is_begun=_is_begun(output_dir) and not accepts_changes, hint=hint)
+
+
+def _is_begun(output_dir: Path) -> bool:
+    """Whether a run has come to a checkpoint."""
+    return any((output_dir / "checkpoints").glob("step_*"))
 
 
 def _read(path: Path) -> dict:

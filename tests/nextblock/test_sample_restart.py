@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ def files_of(folder) -> dict[str, bytes]:
 
 
 def times_of(folder) -> dict:
-    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_job_that_stopped_goes_on_and_ends_as_if_it_had_not(sample_in, finishe
         with pytest.raises(OSError, match="no space left"):
             sample_in(tmp_path, "--output_format", output_format)
     assert not (tmp_path / "out" / "images.npz").exists() and not (tmp_path / "out" / "samples.png").exists()
-    assert any(path.suffix == ".tmp" for path in (tmp_path / "out").rglob("*"))
+    assert not any(path.suffix == ".tmp" for path in (tmp_path / "out").rglob("*"))
     kept = {path: time for path, time in times_of(tmp_path / "out").items() if path.suffix in (".npy", ".png")}
     sample_in(tmp_path, "--output_format", output_format)
     # The parts before stay as they are.
@@ -166,6 +167,29 @@ def test_a_finished_folder_that_was_tampered_with_is_mended_or_refused(sample_in
         (tmp_path / "out" / "images" / "4-four" / "copy.png").touch()
         with pytest.raises(ValueError, match="4-four/copy.png is there; expected exactly the job's 20 images"):
             sample_in(tmp_path, "--output_format", output_format)
+
+
+def test_damaged_files_are_named_and_drawn_again(sample_in, finished, tmp_path, capsys):
+    output_format, folder = finished
+    shutil.copytree(folder, tmp_path / "out")
+    if output_format == "png":
+        files = [tmp_path / "out" / "images" / name for name in ("4-four/09.png", "0-zero/00.png")]
+        files[0].write_bytes(files[0].read_bytes()[:-20])
+        files[1].write_bytes(b"")
+    else:
+        # An archive cut short; parts that are empty, cut short, or of another batch.
+        files = [tmp_path / "out" / "images.npz", *(tmp_path / "out" / "parts" / f"{n:09d}.npy" for n in (0, 3, 6))]
+        files[0].write_bytes(files[0].read_bytes()[:-20])
+        files[1].parent.mkdir()
+        files[1].write_bytes(b"")
+        np.save(files[2], np.zeros((3, 32, 32, 3), np.uint8))
+        files[2].write_bytes(files[2].read_bytes()[:-20])
+        np.save(files[3], np.zeros((2, 32, 32, 3), np.uint8))
+    sample_in(tmp_path, "--output_format", output_format)
+    output = capsys.readouterr().out
+    for file in files:
+        assert f"{file.relative_to(tmp_path)} " in output
+    assert output.count(": drawn again\n") == len(files) and files_of(tmp_path / "out") == files_of(folder)
 
 
 def test_job_json_says_what_the_images_depend_on(finished):

@@ -57,7 +57,7 @@ def test_the_manifest_says_what_the_folder_holds(tokens_dir, tokenizer_dir, imag
     assert {split: entry["num_images"] for split, entry in manifest.splits.items()} == {"train": 48, "test": 15}
     assert {split: entry["num_views"] for split, entry in manifest.splits.items()} == {"train": 3, "test": 1}
     listed = [shard for entry in manifest.splits.values() for shard in entry["shards"]]
-    others = {MANIFEST_NAME, "job.json", "rejected.jsonl", "README.md"}
+    others = {MANIFEST_NAME, "job.json", "rejected.jsonl", "README.md", "source-train.npz", "source-test.npz"}
     assert {shard["file"] for shard in listed} == files_of(tokens_dir).keys() - others
     assert all(file_sha256(tokens_dir / shard["file"]) == shard["sha256"] for shard in listed)
     assert listed[0]["file"] == "data/train-00000-of-00004.parquet"

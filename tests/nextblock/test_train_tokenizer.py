@@ -342,7 +342,7 @@ def test_a_sharding_launch_is_refused(train_here, tmp_path, monkeypatch):
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
         return accelerator
 
-    monkeypatch.setattr("nextblock.train_tokenizer.build_accelerator", sharding)
+    monkeypatch.setattr("nextblock.training.opened_run.build_accelerator", sharding)
     with pytest.raises(ValueError, match="distributed_type FSDP; expected MULTI_GPU.*trained whole on every GPU"):
         train_here(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -58,12 +58,28 @@ def test_an_npz_file_of_other_images_or_classes_is_refused(tmp_path):
 
 
 def test_a_part_of_another_size_is_refused(tmp_path):
-    files = NpzFile(tmp_path, LABELS, (8, 12))
-    for batch in BATCHES:
-        files.write(batch, IMAGES[:2])
-    with pytest.raises(ValueError, match=r"000000004.npy holds an array \(2, .*; expected \(1, 8, 12, 3\) of uint8"):
+    files, message = NpzFile(tmp_path, LABELS, (8, 12)), r"holds an array \(2, .*; expected \(1, 8, 12, 3\) of uint8"
+    files.write(BATCHES[0], IMAGES[:2])
+    with pytest.raises(ValueError, match=message):
+        files.write(BATCHES[2], IMAGES[:2])
+    assert len(list((tmp_path / "parts").iterdir())) == 1
+    for batch in BATCHES[1:]:
+        np.save(tmp_path / "parts" / f"{batch.start:09d}.npy", IMAGES[:2])
+    with pytest.raises(ValueError, match=f"000000004.npy {message}"):
         files.assemble(BATCHES)
     assert not files.path.exists()
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("num_lost", [1, 5, 20, 60])
+def test_a_picture_cut_short_is_removed(tmp_path, output_format, num_lost):
+    files = PictureFolder(tmp_path, LABELS, 13, None, output_format, 95)
+    write(files)
+    cut = tmp_path / "images" / "03" / f"2.{output_format}"
+    cut.write_bytes(cut.read_bytes()[:-num_lost])
+    (problem,) = files.remove_damaged(BATCHES)
+    assert problem.startswith(f"{cut} is damaged (") and not cut.exists()
+    assert list(files.remove_damaged(BATCHES)) == [] and not files.has(BATCHES[1])
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])

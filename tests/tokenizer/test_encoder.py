@@ -1,6 +1,5 @@
 """The parts of a job: encoding options, shards that are missing or counted, one run at a time, sources that agree."""
 
-import fcntl
 import json
 import multiprocessing
 import shutil
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from nextblock import tokenize_images
 from nextblock.data.token_jobs import Shard
 from nextblock.data.tokens import TokenDataset, TokenManifest
-from nextblock.files import part_jobs
+from nextblock.files.claim import claimed
 from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.encoder import Encoder
@@ -122,36 +122,79 @@ def test_only_missing_shards_are_made_again(tokenize_here, tokens_dir, tmp_path)
     assert files_of(folder) == files_of(tokens_dir)
 
 
-def test_a_finished_folder_whose_counts_are_wrong_is_refused(tokenize_here, tokens_dir, tmp_path):
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_damaged_shards_are_named_and_written_again(tokenize_here, tokens_dir, tmp_path, capsys, has_manifest):
     folder = shutil.copytree(tokens_dir, tmp_path / "copy")
-    shutil.copy(folder / "data" / "test-00000-of-00001.parquet", folder / "data" / "train-00002-of-00004.parquet")
-    with pytest.raises(ValueError, match="train-00002-of-00004.parquet has 15 rows; its manifest says 40"):
-        tokenize_here(folder)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="has 15 rows and 0 rejects; expected 40"):
-        tokenize_here(folder)
-    (folder / "data" / "train-00002-of-00004.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match="train-00002-of-00004.parquet cannot be read"):
-        tokenize_here(folder)
+    if not has_manifest:
+        (folder / "manifest.json").unlink()
+    empty, short, torn = (folder / "data" / f"train-0000{n}-of-00004.parquet" for n in range(3))
+    empty.write_bytes(b"")
+    shutil.copy(folder / "data" / "test-00000-of-00001.parquet", short)
+    torn.write_bytes(torn.read_bytes()[:-100])
+    tokenize_here(folder)
+    output = capsys.readouterr().out
+    assert f"shard {short} has 15 rows and 0 rejects; expected 40: written again" in output
+    assert f"shard {empty} cannot be read" in output and f"shard {torn} cannot be read" in output
+    assert output.count(": written again") == 3 and files_of(folder) == files_of(tokens_dir)
 
 
-def hold_lock(path, ready, done) -> None:
-    with open(path, "r+") as file:
-        fcntl.lockf(file, fcntl.LOCK_SH)
+def test_a_job_does_not_go_on_with_other_images(run_here, tokenize_arguments, image_folder, tokens_dir, tmp_path):
+    images, folder = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "out"
+
+    def run(*options) -> None:
+        arguments = [*tokenize_arguments, "--data.path", images, "--output_dir", folder, *options]
+        run_here(tokenize, TokenizeConfig, *arguments)
+
+    run()
+    assert {name: content for name, content in files_of(folder).items() if ".npz" not in name} == {
+        name: content for name, content in files_of(tokens_dir).items() if ".npz" not in name
+    }
+    shutil.copy(images / "train" / "wren" / "01.png", images / "train" / "wren" / "12.png")
+    run()  # All there already.
+    shard = folder / "data" / "train-00001-of-00004.parquet"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ValueError, match="train/wren/12.png is not the file .*, or go on with source_check 'names'"):
+        run()
+    assert not shard.exists()
+    run("--source_check", "names")
+    assert shard.read_bytes() != content
+
+
+def test_images_replaced_while_a_job_is_at_work_are_named(
+    run_here, tokenize_arguments, image_folder, tmp_path, monkeypatch
+):
+    images, folder = shutil.copytree(image_folder, tmp_path / "images"), tmp_path / "out"
+    arguments = [*tokenize_arguments, "--data.path", images, "--output_dir", folder]
+
+    write_shards = tokenize_images.write_shards
+
+    def write_and_replace(*given, **options) -> None:
+        write_shards(*given, **options)
+        shutil.copy(images / "test" / "wren" / "01.png", images / "test" / "wren" / "00.png")
+
+    monkeypatch.setattr(tokenize_images, "write_shards", write_and_replace)
+    for _ in range(2):  # All shards are there the second time.
+        with pytest.raises(ValueError, match="test/wren/00.png is not the file"):
+            run_here(tokenize, TokenizeConfig, *arguments)
+    assert not (folder / "manifest.json").exists()
+
+
+def hold_claim(folder, ready, done) -> None:
+    with claimed(folder):
         ready.set()
         done.wait(60)
 
 
-def test_two_runs_do_not_work_in_one_folder(tokenize_here, tokens_dir, tmp_path, monkeypatch):
+def test_two_runs_do_not_work_in_one_folder(tokenize_here, tokens_dir, tmp_path):
     folder = shutil.copytree(tokens_dir, tmp_path / "copy")
-    monkeypatch.setattr(part_jobs, "_LOCK_SECONDS", 0.3)
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
-    other = context.Process(target=hold_lock, args=(folder / "job.json", ready, done))
+    other = context.Process(target=hold_claim, args=(folder, ready, done))
     other.start()
     try:
         assert ready.wait(60)
-        with pytest.raises(ValueError, match="another run is at work there"):
+        with pytest.raises(ValueError, match=f"in use by process {other.pid} on"):
             tokenize_here(folder)
     finally:
         done.set()

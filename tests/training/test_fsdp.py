@@ -86,11 +86,11 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
 
     from nextblock import train_prior as prior_train
     from nextblock.command_line import parse_run_config
-    from nextblock.training import loop
+    from nextblock.training import loop, opened_run
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    build_accelerator, take_step = prior_train.build_accelerator, loop._Training._step
+    build_accelerator, take_step = opened_run.build_accelerator, loop._Training._step
 
     def build_sharding_accelerator(*args):
         accelerator = build_accelerator(*args)
@@ -111,11 +111,11 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         take_step(self, micro_batches, step)
 
-    prior_train.build_accelerator, loop._Training._step = build_sharding_accelerator, step_of_sharded
+    opened_run.build_accelerator, loop._Training._step = build_sharding_accelerator, step_of_sharded
     try:
         prior_train.train(parse_run_config(prior_train.PriorTrainConfig, command="test", argv=arguments))
     finally:
-        prior_train.build_accelerator, loop._Training._step = build_accelerator, take_step
+        opened_run.build_accelerator, loop._Training._step = build_accelerator, take_step
 
 
 if __name__ == "__main__":

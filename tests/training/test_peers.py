@@ -59,12 +59,14 @@ for pid in ranks:
     os.kill(pid, signal.SIGKILL)
 print(json.dumps(codes))
 """
+HOST = socket.gethostname()
+RANK_1 = f"rank 1 of 2 on {HOST}"
 SILENT = "os.kill(os.getpid(), signal.SIGSTOP)"
 # What happens to a rank, to which, what the other one does meanwhile, and how that one ends.
 CASES = {
-    "silence of 1": (1, SILENT, "dist.barrier()", 1, "rank 1 of 2 has not been heard of for 2 s; rank 0 ends"),
-    "silence of 0": (0, SILENT, "time.sleep(60)", 1, "rank 0 of 2 has not been heard of for 2 s; rank 1 ends"),
-    "an error": (1, "raise KeyError('x')", "time.sleep(60)", 1, "rank 1 of 2 failed: KeyError: 'x'; rank 0 ends"),
+    "silence of 1": (1, SILENT, "dist.barrier()", 1, f"{RANK_1} has not been heard of for 2 s; rank 0 ends"),
+    "silence of 0": (0, SILENT, "time.sleep(60)", 1, f"rank 0 of 2 on {HOST} has not been heard of for 2 s; rank 1"),
+    "an error": (1, "raise KeyError('x')", "time.sleep(60)", 1, f"{RANK_1} failed: KeyError: 'x'; rank 0 ends"),
     "death of 0": (0, "os._exit(3)", "time.sleep(60)", 1, "rank 0 of 2, which keeps the connections, is gone"),
     "stop of 0": (0, "raise peers.Stopped(signal.SIGTERM)", "time.sleep(60)", -signal.SIGTERM, ""),
     "stop of 1": (1, "raise peers.Stopped(signal.SIGINT)", "time.sleep(60)", -signal.SIGTERM, ""),
@@ -140,3 +142,43 @@ def test_a_training_saves_and_stops_when_its_launcher_is_killed(tokenizer_argume
         for pid in children:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+# Rank 1 falls silent where a training opens its images, long before its first step.
+BEFORE_FIT = """
+import os, signal, sys
+from nextblock import train_tokenizer
+from nextblock.__main__ import main
+from nextblock.training.peers import PeerWatch
+
+PeerWatch.__init__.__defaults__ = (2.0,)
+if os.environ["RANK"] == "1":
+    train_tokenizer.open_training_images = lambda *args, **options: os.kill(os.getpid(), signal.SIGSTOP)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_before_the_first_step_is_not_waited_for(tokenizer_arguments, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    arguments = ["train-tokenizer", *tokenizer_arguments, "--loop.tracker", "null", "--data.on_error", "skip"]
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEFORE_FIT, *arguments, "--output_dir", str(tmp_path / "run")],
+            env=os.environ | names | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output = ranks[0].communicate(timeout=120)[0]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert ranks[0].returncode == 1 and f"{RANK_1} has not been heard of for 2 s; rank 0 ends" in output, output
