@@ -112,6 +112,12 @@ def read_picture(file: str | Path | BinaryIO, max_pixels: int | None = None) -> 
         return _opened(io.BytesIO(pixels_alone), max_pixels)
 
 
+def picture_size(file: BinaryIO) -> tuple[int, int]:
+    """Return the (width, height) that a picture claims, without unpacking it; raises what PIL's readers raise."""
+    with Image.open(file, formats=_formats()) as image:
+        return image.size
+
+
 def _opened(file: BinaryIO, max_pixels: int | None) -> Image.Image:
     """Open a picture with PIL."""
     with Image.open(file, formats=_formats()) as image:
