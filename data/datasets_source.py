@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .class_numbers import numbered_classes
-from .reading import is_picture_file, read_picture
+from nextblock.files.regular import check_size, is_regular
+
+from .class_numbers import check_names, numbered_classes
+from .reading import MAX_PICTURE_BYTES, is_picture_file, is_picture_name, read_picture
 from .tar_members import check_plain
 from .unreadable import UnreadableImageError
 
@@ -86,7 +88,9 @@ def decode_stored(stored: dict | None, column: str, identifier: str) -> Image.Im
         if is_local_path(path):
             return read_picture(path)
         with xopen(path, "rb") as file:
-            return read_picture(io.BytesIO(file.read()))
+            content = file.read(MAX_PICTURE_BYTES + 1)
+        check_size(len(content), MAX_PICTURE_BYTES, "the file")
+        return read_picture(io.BytesIO(content))
     except MemoryError:
         raise
     except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
@@ -195,6 +199,7 @@ def check_labels(labels: np.ndarray, class_names: list[str], column: str) -> Non
     Raises:
         ValueError: naming the column.
     """
+    check_names(class_names, f"label_column={column!r}")
     missing = np.flatnonzero(labels < 0)
     if len(missing):
         raise ValueError(
@@ -250,8 +255,8 @@ def check_image_files(path: str, rows) -> None:
     for parent, folders, names in os.walk(path):
         lost += [Path(parent, name) for name in folders if Path(parent, name).is_symlink() and name[0] != "."]
         folders[:] = [name for name in folders if name[0] != "."]
-        unknown = [name for name in names if name[0] != "." and Path(name).suffix.lower() not in ImageFolder.EXTENSIONS]
-        lost += [file for file in (Path(parent, name) for name in unknown) if _may_be_picture(file)]
+        files = [Path(parent, name) for name in names if name[0] != "."]
+        lost += [file for file in files if not _is_known(file, ImageFolder.EXTENSIONS) and _may_be_picture(file)]
     if lost:
         raise ValueError(
             f"path={path!r}: `datasets` passes over {len(lost)} images or links to folders, such as {min(lost)}; "
@@ -259,9 +264,16 @@ def check_image_files(path: str, rows) -> None:
         )
 
 
+def _is_known(file: Path, suffixes: Collection[str]) -> bool:
+    """Whether the library reads a file as an image: it passes over pipes and links that lead nowhere."""
+    return file.suffix.lower() in suffixes and is_regular(file)
+
+
 def _may_be_picture(file: Path) -> bool:
-    """Whether a file is a picture, or a link that leads nowhere."""
-    return is_picture_file(file) if file.is_file() else file.is_symlink() and not file.exists()
+    """Whether a file is a picture, something else called so, or a link that leads nowhere."""
+    if is_regular(file):
+        return is_picture_file(file)
+    return bool(is_picture_name(file.name)) or file.is_symlink() and not os.path.exists(file)
 
 
 @contextmanager

@@ -4,11 +4,13 @@ Legend: N images.
 """
 
 import os
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
 
 from nextblock.files.names import escaped_name
+from nextblock.files.regular import is_regular
 
 from .reading import is_picture_file, is_picture_name, read_picture
 from .unreadable import UnreadableImageError
@@ -96,6 +98,8 @@ def scan_image_folder(root: Path, split: str) -> ImageFolderSource:
         folder = root
     loose, class_folders = _list(folder)
     by_class = {entry.name: _images_below(entry, (folder.resolve(),)) for entry in class_folders}
+    if loose:
+        loose = sorted(loose + _pictures_that_are_folders(folder, by_class))
     expected = f"expected images ({_SOME_SUFFIXES} …), or one sub-folder of them for each class"
     if loose and any(by_class.values()):
         in_class = next(files[0] for files in by_class.values() if files)
@@ -122,9 +126,13 @@ def _images_below(folder: Path, parents: tuple[Path, ...]) -> list[Path]:
     if place in parents:
         raise ValueError(f"{folder} is a link back to {place}, in which it lies; expected no such circle")
     files, folders = _list(folder)
-    for entry in folders:
-        files += _images_below(entry, (*parents, place))
-    return sorted(files)
+    below = {entry.name: _images_below(entry, (*parents, place)) for entry in folders}
+    return sorted([*files, *chain.from_iterable(below.values()), *_pictures_that_are_folders(folder, below)])
+
+
+def _pictures_that_are_folders(folder: Path, below: dict[str, list[Path]]) -> list[Path]:
+    """Folders without images that are called like one: each an image that cannot be read."""
+    return [folder / name for name, files in below.items() if not files and is_picture_name(name)]
 
 
 def _list(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -135,7 +143,7 @@ def _list(folder: Path) -> tuple[list[Path], list[Path]]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if os.path.isdir(entry.path):  # which a circle of links is not
                     folders.append(Path(entry.path))
                 elif _is_picture(entry):
                     files.append(Path(entry.path))
@@ -146,15 +154,11 @@ def _list(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _is_picture(entry: os.DirEntry) -> bool:
     """Whether what is no folder is a picture, by its name or else by its first bytes."""
-    if not entry.is_file():
-        if not entry.is_symlink() or os.path.exists(entry.path):
-            # A pipe say, at which reading would wait for ever.
-            if is_picture_name(entry.name):
-                raise ValueError(f"{entry.path} is neither a file nor a folder; expected images in files")
-            return False
-        # A link that leads nowhere is an image that cannot be read, if it is one; without a suffix it may be a folder.
-        says = is_picture_name(entry.name)
-        if says is None:
-            raise ValueError(f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there")
-        return says
-    return is_picture_file(entry.path)
+    if is_regular(entry.path):
+        return is_picture_file(entry.path)
+    # A pipe or a device, or a link that leads nowhere: by its name an image that cannot be read.
+    says = is_picture_name(entry.name)
+    if says is None and entry.is_symlink() and not os.path.exists(entry.path):
+        # It may be a folder.
+        raise ValueError(f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there")
+    return bool(says)

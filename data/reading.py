@@ -3,7 +3,9 @@
 A file is a picture by the end of its name; where the name says nothing, by its first bytes.
 """
 
+import functools
 import io
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
+
+from nextblock.files.regular import check_size, open_regular
 
 from .pixels import to_rgb
 
@@ -36,6 +40,8 @@ _FIRST_BYTES = re.compile(
     re.DOTALL,
 )
 NUM_FIRST_BYTES = 16
+# Of as many pixels as PIL opens, in 16 bits and not compressed.
+MAX_PICTURE_BYTES = 1 << 30
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 # All application segments but the kind of JPEG, the tags and the colour transform, and comments.
@@ -69,43 +75,62 @@ def is_picture_file(file: str | Path) -> bool:
     """Tell whether a file is a picture, by its name or else by its first bytes."""
     says = is_picture_name(str(file))
     if says is None:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             return starts_as_picture(stream.read(NUM_FIRST_BYTES))
     return says
 
 
-def read_picture(file: str | Path | BinaryIO) -> Image.Image:
+def read_picture(file: str | Path | BinaryIO, max_pixels: int | None = None) -> Image.Image:
     """Read a picture, whatever its kind, as upright RGB; see `nextblock.data.pixels.to_rgb`.
 
     Args:
         file: its path, or an open file.
+        max_pixels: a larger picture is not unpacked; None leaves it to PIL, which stops at 179 million.
 
     Returns:
         RGB picture.
 
     Raises:
         Exception: what PIL's readers raise at a file that is broken, and `UnreadableModeError`.
+        NotRegularError, TooLargeError: see `nextblock.files.regular`.
     """
+    if isinstance(file, str | Path):
+        with open_regular(file) as stream:
+            return read_picture(stream, max_pixels)
+    check_size(file.seek(0, os.SEEK_END), MAX_PICTURE_BYTES, "the file")
+    file.seek(0)
     try:
-        with Image.open(file) as image:
-            return to_rgb(image)
-    except (MemoryError, FileNotFoundError, Image.DecompressionBombError):
+        return _opened(file, max_pixels)
+    except (MemoryError, Image.DecompressionBombError):
         raise
     except Exception:
         # PIL refuses good pictures for what lies beside the pixels: megabytes of text, a damaged colour profile.
-        pixels_alone = _without_metadata(_content(file))
+        file.seek(0)
+        pixels_alone = _without_metadata(file.read())
         if pixels_alone is None:
             raise
-        with Image.open(io.BytesIO(pixels_alone)) as image:
-            return to_rgb(image)
+        return _opened(io.BytesIO(pixels_alone), max_pixels)
 
 
-def _content(file: str | Path | BinaryIO) -> bytes:
-    """All bytes of a file."""
-    if isinstance(file, str | Path):
-        return Path(file).read_bytes()
-    file.seek(0)
-    return file.read()
+def picture_size(file: BinaryIO) -> tuple[int, int]:
+    """Return the (width, height) that a picture claims, without unpacking it; raises what PIL's readers raise."""
+    with Image.open(file, formats=_formats()) as image:
+        return image.size
+
+
+def _opened(file: BinaryIO, max_pixels: int | None) -> Image.Image:
+    """Open a picture with PIL."""
+    with Image.open(file, formats=_formats()) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels; expected {max_pixels} at most")
+        return to_rgb(image)
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """PIL's formats but PostScript, a programme that another programme would run."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def _without_metadata(content: bytes) -> bytes | None:

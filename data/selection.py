@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
+
+from nextblock.files.regular import is_regular, read_text
+
+from .class_numbers import check_names
 
 if TYPE_CHECKING:
     from .images import ImageSource
@@ -131,10 +134,11 @@ def with_class_names(source: ImageSource, given: list[str] | str | None, *, is_e
         return source
     names = given
     if isinstance(given, str):
-        if not Path(given).is_file():
+        if not is_regular(given):
             raise ValueError(f"class_names={given!r} is no file; expected names by label, or a file with one a line")
-        names = Path(given).read_text(encoding="utf-8").splitlines()
+        names = read_text(given).splitlines()
     names = [name.strip() for name in names]
+    check_names(names, f"class_names={str(given)[:200]}")
     if "" in names or len(set(names)) < len(names):
         raise ValueError(f"class_names={given!r} holds blank or repeated names; expected one for each class")
     num_classes = len(source.class_names)

@@ -11,8 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from nextblock.files.regular import check_size, open_regular
+
+from .reading import MAX_PICTURE_BYTES
+
 _BLOCK = tarfile.BLOCKSIZE
 _BLOCKS_AT_A_TIME = 2048
+# Of the records that stand before a member for its long name and the like.
+MAX_HEADER_BYTES = 1 << 20
 
 
 class Member(NamedTuple):
@@ -51,6 +57,10 @@ def check_plain(file: Path) -> None:
             f"{file} holds {len(archives)} archives joined, of which `datasets` reads the first alone; expected one a "
             "file, or data.source 'webdataset', which reads them all"
         )
+    for entry in archives[0]:
+        # It reads whole members, labels among them, and fills the holes of sparse ones.
+        _check_whole(entry, file)
+        check_size(entry.size, MAX_PICTURE_BYTES, f"{entry.name} of {file}")
     links = [entry.name for entry in archives[0] if not (entry.isreg() or entry.isdir())]
     if links:
         raise ValueError(
@@ -63,21 +73,41 @@ def _archives(file: Path) -> Iterator[list[tarfile.TarInfo]]:
     """Yield the entries of each of the archives in a tar file."""
     start = 0
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             length = stream.seek(0, os.SEEK_END)
             if not length:
                 raise ValueError(f"{file} is empty; expected a tar file")
             while start is not None:
                 stream.seek(start)
-                with tarfile.TarFile(fileobj=stream) as archive:
-                    entries = archive.getmembers()
-                    # Where the reader stopped, for whatever reason.
-                    end = archive.offset
+                # The end is where the reader stopped, for whatever reason.
+                entries, end = _entries(stream)
                 yield entries
                 _check_end(stream, start, end, length, entries, file)
                 start = _next_header(stream, end)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{file} is no tar file that can be read: {error}") from error
+
+
+def _entries(stream: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
+    """Read the headers from where a stream is; return them and where they end."""
+    try:
+        with tarfile.TarFile(fileobj=_Headers(stream)) as archive:
+            return archive.getmembers(), archive.offset
+    except (ValueError, OverflowError, RecursionError) as error:  # what records that make no sense let it stumble over
+        raise tarfile.ReadError(f"its headers make no sense ({error})") from error
+
+
+class _Headers:
+    """A tar file as Python's reader of headers asks for it, which would believe any size that one of them claims."""
+
+    def __init__(self, stream: BinaryIO):
+        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+
+    def read(self, size: int) -> bytes:
+        """Read a block, or the record that a header announces."""
+        if size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header announces {size} bytes of names; expected {MAX_HEADER_BYTES} at most")
+        return self._read(size)
 
 
 def _check_end(
@@ -113,13 +143,19 @@ def _resolved(entries: list[tarfile.TarInfo], file: Path) -> list[Member]:
         if entry.isdir():
             continue
         target = _followed(entry, by_name)
-        if target is not None and target.sparse is not None:
-            raise ValueError(f"{file}: {entry.name} is stored with holes (a sparse file); expected plain files")
+        if target is not None:
+            _check_whole(target, file)
         if target is None:
             members.append(Member(entry.name, -1, 0))
         elif not target.isdir():
             members.append(Member(entry.name, target.offset_data, target.size))
     return members
+
+
+def _check_whole(entry: tarfile.TarInfo, file: Path) -> None:
+    """Refuse a file of which an archive holds parts, and for the rest of it a claim that it is zeros."""
+    if entry.sparse is not None:
+        raise ValueError(f"{file}: {entry.name} is stored with holes (a sparse file); expected plain files")
 
 
 def _followed(entry: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

@@ -13,11 +13,15 @@ import numpy as np
 from PIL import Image
 
 from nextblock.files.names import escaped_name
+from nextblock.files.regular import check_size, open_regular
 
 from .class_numbers import numbered_classes
-from .reading import NUM_FIRST_BYTES, is_picture_name, read_picture, starts_as_picture
+from .reading import MAX_PICTURE_BYTES, NUM_FIRST_BYTES, is_picture_name, read_picture, starts_as_picture
 from .tar_members import Member, scan_members
 from .unreadable import UnreadableImageError
+
+# Of a class number, spaces and line ends around it.
+MAX_LABEL_BYTES = 64
 
 
 class TarSource:
@@ -47,7 +51,8 @@ class TarSource:
         try:
             if offset < 0:
                 raise FileNotFoundError("a link to what is not in the archive")
-            with open(self.root / file, "rb") as archive:
+            check_size(size, MAX_PICTURE_BYTES, "the member")
+            with open_regular(self.root / file) as archive:
                 archive.seek(offset)
                 content = archive.read(size)
             return read_picture(io.BytesIO(content))
@@ -136,7 +141,7 @@ def _scan_tar(file: Path, name: str) -> tuple[list[tuple[str, str, int, int]], l
     """The images of one tar file in its order, and their labels; names with a leading dot are passed over."""
     images, labels = {}, {}
     members = scan_members(file)
-    with open(file, "rb") as archive:
+    with open_regular(file) as archive:
         for member in members:
             # WebDataset's key ends at the first dot of the file's name.
             folder, _, base = member.name.rpartition("/")
@@ -150,7 +155,7 @@ def _scan_tar(file: Path, name: str) -> tuple[list[tuple[str, str, int, int]], l
             elif base.lower().endswith(".cls"):
                 if key in labels:
                     raise ValueError(f"{file}: {member.name} is a second label of its sample; expected one each")
-                labels[key] = _read_label(_content(archive, member, 64), f"{member.name} of {file}")
+                labels[key] = _read_label(archive, member, f"{member.name} of {file}")
     lost = ["/".join(filter(None, key)) for key in labels if key not in images]
     if lost:
         raise ValueError(
@@ -174,9 +179,11 @@ def _content(archive: BinaryIO, member: Member, max_size: int) -> bytes:
     return archive.read(min(member.size, max_size))
 
 
-def _read_label(content: bytes, where: str) -> int:
+def _read_label(archive: BinaryIO, member: Member, where: str) -> int:
     """A class number written in decimal digits."""
-    text = content.decode("ascii", errors="replace").strip()
+    if member.size > MAX_LABEL_BYTES:
+        raise ValueError(f"{where} has {member.size} bytes; expected a class number, in {MAX_LABEL_BYTES} at most")
+    text = _content(archive, member, MAX_LABEL_BYTES).decode("ascii", errors="replace").strip()
     if not text.isdecimal() or len(text) > 18:
         raise ValueError(f"{where} holds {text[:40]!r}; expected a class number, 0 or more")
     return int(text)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from nextblock.files.atomic import file_sha256, write_whole
+from nextblock.files.regular import check_regular
 
 from .blocks import BlockLayout
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REJECTED_KEY = b"nextblock.rejected"
+# What a shard may claim to hold: so many bytes, or so many for each byte of the file. Runs of one value, of which
+# Parquet keeps the length alone, are all that packs tightly.
+_SMALL_BYTES, _MAX_EXPANSION = 1 << 28, 1000
 
 
 class ShardRows(NamedTuple):
@@ -136,6 +140,7 @@ def read_footer(path: Path) -> tuple[int, list[dict]]:
     import pyarrow.parquet as pq
 
     try:
+        check_regular(path)
         footer = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"shard {path} cannot be read: {error}") from error
@@ -159,15 +164,32 @@ def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
         raise ValueError(f"shard {path} is missing; its manifest lists it")
     if file_sha256(path) != sha256:
         raise ValueError(f"shard {path} has changed since it was written; expected the checksum of its manifest")
+    _check_claims(path, num_rows)
     table = pq.read_table(path, columns=["idx", "label", "view"]).combine_chunks()
-    if table.num_rows != num_rows:
-        raise ValueError(f"shard {path} has {table.num_rows} rows; expected {num_rows} as in its manifest")
     column = table["idx"].combine_chunks()
     lengths = np.unique(np.diff(column.offsets.to_numpy()))
     if len(lengths) > 1:
         raise ValueError(f"shard {path} has rows of {lengths.min()} to {lengths.max()} tokens; expected equal lengths")
     idx = column.flatten().to_numpy().reshape(num_rows, lengths[0] if len(lengths) else 0)
     return ShardRows(idx, table["label"].to_numpy().astype(np.int64), table["view"].to_numpy())
+
+
+def _check_claims(path: Path, num_rows: int) -> None:
+    """Refuse a shard whose footer claims other rows than its manifest, or more of them than its bytes can mean."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.read_metadata(path)
+    except pa.ArrowException as error:
+        raise ValueError(f"shard {path} cannot be read: {error}") from error
+    if footer.num_rows != num_rows:
+        raise ValueError(f"shard {path} has {footer.num_rows} rows; expected {num_rows} as in its manifest")
+    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+    num_values = sum(group.column(n).num_values for group in groups for n in range(group.num_columns))
+    most = max(_SMALL_BYTES, _MAX_EXPANSION * path.stat().st_size) // 8
+    if num_values > most:
+        raise ValueError(f"shard {path} claims {num_values} values; expected {most} at most in a file of its size")
 
 
 def open_rows(

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from nextblock.files.atomic import write_text_whole
 from nextblock.files.fingerprints import model_fingerprint
+from nextblock.files.regular import read_json
 
 from .blocks import BlockLayout
 from .keyed_random import keyed_uniform
@@ -80,10 +81,7 @@ class TokenManifest:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise ValueError(f"{folder} has no {MANIFEST_NAME}; expected a folder that `nextblock tokenize` finished")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        fields = read_json(path)
         if not isinstance(fields, dict):
             raise ValueError(f"{path} holds {type(fields).__name__}; expected the manifest of a folder of tokens")
         if fields.get("format_version") != FORMAT_VERSION:

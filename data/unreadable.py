@@ -6,8 +6,11 @@ import re
 from PIL import Image, UnidentifiedImageError
 
 from nextblock.files.names import printable
+from nextblock.files.regular import NotRegularError, TooLargeError
 
-REASONS = ("corrupt", "truncated", "too small", "unreadable mode", "decompression bomb", "missing")
+REASONS = ("corrupt", "truncated", "too small", "too large", "unreadable mode", "decompression bomb", "missing")
+# Names that lead nowhere: a circle of links, what is longer than a name can be, a socket.
+_NOWHERE = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 _TRUNCATED = re.compile(r"truncated|unexpected end|not enough (image )?data|end of file", re.IGNORECASE)
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
 
@@ -57,7 +60,11 @@ def rejection_reason(error: Exception) -> str | None:
         return "decompression bomb"
     if isinstance(error, UnreadableModeError):
         return "unreadable mode"
+    if isinstance(error, TooLargeError):
+        return "too large"
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return "missing"
+    if isinstance(error, NotRegularError) or isinstance(error, OSError) and error.errno in _NOWHERE:
         return "missing"
     # A broken file can ask for a seek to nowhere, which is EINVAL.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):

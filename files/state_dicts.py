@@ -53,6 +53,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"checkpoint {str(path)!r} holds {others}, no tensors; expected tensors by name")
+    for name, tensor in state.items():
+        # A view of a few bytes may claim to be of any size, which copying would make true.
+        held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
+        if tensor.numel() * tensor.element_size() > held:
+            raise ValueError(
+                f"checkpoint {str(path)!r}: {name} claims to be {tuple(tensor.shape)}, of which {held} bytes are "
+                "there; expected tensors that are stored whole"
+            )
     return state
 
 

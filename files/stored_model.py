@@ -1,6 +1,5 @@
 """Models on disk: what is loaded is whole, and what is saved leaves nothing of an older save that a load could take."""
 
-import json
 import tempfile
 from collections.abc import Collection, Mapping
 from functools import wraps
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .atomic import flush_to_disk, writing
+from .regular import read_json
 from .state_dicts import read_state_dict
 
 # More names than this of a kind say nothing new.
@@ -143,7 +143,7 @@ def read_stored_weights(folder: str | Path) -> dict[str, Tensor]:
         return read_state_dict(folder / whole)
     if not (folder / index).exists():
         raise ValueError(f"{str(folder)!r} holds no {whole}; expected the folder of a saved model")
-    places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+    places = read_json(folder / index)["weight_map"]
     shards = {name: read_state_dict(folder / name) for name in sorted(set(places.values()))}
     lost = [f"{name} in {shard}" for name, shard in places.items() if name not in shards[shard]]
     if lost:

@@ -9,10 +9,11 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from nextblock.files.regular import MAX_YAML_BYTES, check_size, check_yaml, is_regular, read_text
 
 from .commands import example_text
 
@@ -56,6 +57,16 @@ class _ExampleParser(ArgumentParser):
     """
 
     example = ""
+    piped: dict[str, str]
+
+    def read_pipe(self, path: str) -> str:
+        """Read what a command wrote, once however often arguments are parsed; it ends with the command."""
+        if path not in self.piped:
+            with open(path, "rb") as pipe:
+                content = pipe.read(MAX_YAML_BYTES + 1)
+            check_size(len(content), MAX_YAML_BYTES, path)
+            self.piped[path] = content.decode("utf-8")
+        return self.piped[path]
 
     def format_help(self) -> str:
         return super().format_help() + (f"\n{self.example}" if self.example else "")
@@ -84,12 +95,22 @@ def _nearest(name: str, options: Sequence[str]) -> list[str]:
     return namesakes[:3] or difflib.get_close_matches(name, options, n=1, cutoff=0.0)
 
 
+# How a shell names the end of `<(COMMAND)`.
+_SUBSTITUTION = re.compile(r"/(dev|proc/self)/fd/\d+")
+
+
 class _NamedConfigFile(ActionConfigFile):
-    """Config file option that also takes the name of a shipped config."""
+    """Config file option that also takes the name of a shipped config, or `<(COMMAND)` of a shell."""
 
     def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None):
-        if Path(values).is_file():
-            super().__call__(parser, cfg, values, option_string)
+        is_file = is_regular(values)
+        if is_file or _SUBSTITUTION.fullmatch(values):
+            try:
+                text = read_text(values, MAX_YAML_BYTES) if is_file else parser.read_pipe(values)
+                check_yaml(text, values)
+            except (ValueError, OSError) as error:
+                parser.error(f"--config: {error}")
+            super().__call__(parser, cfg, values if is_file else text, option_string)
             return
         shipped = shipped_configs()
         if values not in shipped:
@@ -124,7 +145,7 @@ def _run_config_parser(config_class: type, command: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     help_text = "YAML file, or the name of a shipped config. May be repeated; the last value counts."
-    parser.example = example_text(command)
+    parser.example, parser.piped = example_text(command), {}
     parser.add_argument("--config", action=_NamedConfigFile, help=help_text)
     parser.add_class_arguments(config_class, as_group=False)
     return parser

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from nextblock.files.claim import claimed
+from nextblock.files.regular import read_text
 from nextblock.files.state_dicts import infer_size, read_state_dict, write_state_dict
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior
@@ -64,7 +65,7 @@ def _read_class_names(source: str | None, num_classes: int) -> list[str] | None:
         return None
     if not Path(source).is_file():
         raise ValueError(f"class_names is {source!r}; expected a file with names, 'imagenet' or 'none'")
-    return Path(source).read_text(encoding="utf-8").splitlines()
+    return read_text(source).splitlines()
 
 
 def _export(config: ConvertPriorConfig) -> None:

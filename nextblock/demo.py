@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from PIL import Image
 
 from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines.demo_limits import DemoLimits
 
 from .command_line import parse_run_config
 
@@ -36,6 +38,9 @@ class DemoConfig:
     """Precision of the models; the quantizer stays in float32."""
     cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
+    limits: DemoLimits = field(default_factory=DemoLimits)
+    """What one request may ask for."""
+
     def __post_init__(self):
         if self.port is not None and not 0 < self.port < 65536:
             raise ValueError(f"port is {self.port}; expected 1 to 65535, or null")
@@ -50,9 +55,19 @@ def main(argv: Sequence[str]) -> None:
     config = parse_run_config(DemoConfig, command="demo", argv=argv)
     # Read when gradio is imported, which the page does.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from nextblock.pipelines.demo_guards import launch_limits
     from nextblock.pipelines.demo_page import CSS, build_page
 
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     pipe = ClassToImagePipeline.from_pretrained(config.pipeline).to(device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
-    build_page(pipe).launch(server_name=config.host, server_port=config.port, share=config.share, css=CSS)
+    limits = config.limits
+    # Gradio opens pictures too; PIL refuses twice as many pixels, whoever opens them.
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels
+    build_page(pipe, limits).launch(
+        server_name=config.host,
+        server_port=config.port,
+        share=config.share,
+        css=CSS,
+        **launch_limits(limits),
+    )

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import DataLoader
 
 from nextblock.data.augment import TransformConfig
@@ -30,8 +29,9 @@ from nextblock.evaluation.reconstruction import reconstruct
 from nextblock.evaluation.report import Aim, Row, environment, format_number, format_table, write_json
 from nextblock.evaluation.training_log import last_value, loss_curves, read_log
 from nextblock.files.claim import claimed
+from nextblock.files.regular import read_yaml
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.pipelines.sample_files import IMAGES_KEY, LABELS_KEY, NPZ_NAME
+from nextblock.pipelines.sample_files import NPZ_NAME, read_samples
 
 from .command_line import parse_run_config
 from .run_data import data_of_run
@@ -178,9 +178,7 @@ def _read_samples(folder: Path) -> tuple:
         if not path.is_file():
             expected = "what `nextblock sample` writes with output_format npz"
             raise ValueError(f"samples: {path} does not exist; expected {expected}")
-    with np.load(images_path) as arrays:
-        images, class_labels = arrays[IMAGES_KEY], arrays[LABELS_KEY]
-    return images, class_labels, yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    return *read_samples(images_path), read_yaml(config_path)
 
 
 def _check_samples(images, image_size: Sequence[int]) -> None:

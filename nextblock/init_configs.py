@@ -15,6 +15,7 @@ from nextblock.data.image_folder import ImageFolderSource, scan_image_folder
 from nextblock.data.selection import is_held_out
 from nextblock.files.atomic import write_text_whole
 from nextblock.files.claim import claimed
+from nextblock.files.regular import open_regular
 
 from .commands import example_text
 
@@ -94,7 +95,7 @@ def _sizes_of(folder: Path, source: ImageFolderSource) -> list[tuple[int, int]]:
     sizes, step = [], max(1, len(source) // _MAX_OPENED)
     for index in range(0, len(source), step):
         try:
-            with Image.open(folder / source.identifier(index)) as image:
+            with open_regular(folder / source.identifier(index)) as file, Image.open(file) as image:
                 sizes.append(image.size)
         except (OSError, ValueError, SyntaxError):  # What PIL raises for files that are no pictures.
             continue

@@ -3,10 +3,9 @@
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
-
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig
+from nextblock.files.regular import read_yaml
 
 _CONFIG_NAME = "config.yaml"
 
@@ -24,7 +23,7 @@ def data_of_run(folder: str | None) -> tuple[ImageDataConfig, TransformConfig]:
         ValueError: if no training left its options there, or they name no images or are not understood.
     """
     path = None if folder is None else Path(folder, _CONFIG_NAME)
-    options = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    options = read_yaml(path) if path is not None and path.is_file() else {}
     data = options.get("data") if isinstance(options, dict) else None
     if not data or data.get("source") is None:
         where = "" if path is None else f", and {path} is not there or names no images"

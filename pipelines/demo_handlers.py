@@ -16,11 +16,14 @@ from nextblock.data.unreadable import UnreadableImageError
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import image_grid
 
+from .demo_limits import MAX_LAYERS, DemoLimits
+
 Captioned = tuple[Image.Image, str]
 # More pictures of blocks than this say no more.
 MAX_SHOWN_BLOCKS = 16
 # A brush is not for single pixels.
 EDITOR_SIDE = 512
+NO_OTHERS = DemoLimits()
 
 
 def sample(
@@ -30,6 +33,7 @@ def sample(
     seed: int,
     options: Mapping,
     is_progressive: bool = False,
+    limits: DemoLimits = NO_OTHERS,
 ) -> tuple[list[Captioned], list[list[Image.Image]]]:
     """Sample images.
 
@@ -40,13 +44,24 @@ def sample(
         seed: of the generator that seeds every image's own.
         options: fields of `prior.sampling.SamplingOptions`.
         is_progressive: whether to decode the images after each block too.
+        limits: of one request, as for every function here.
 
     Returns:
         The images with their classes' names; and the images after each block, or nothing.
 
     Raises:
-        ValueError: as the pipeline.
+        ValueError: as the pipeline; or if more is asked for than the limits allow.
     """
+    if class_labels is not None and not isinstance(class_labels, list):
+        raise ValueError(f"class_labels is {class_labels!r}; expected a list of labels")
+    limits.check_count([None] if class_labels is None else class_labels, num_images_per_label)
+    if is_progressive:
+        num_images = len(class_labels or [None]) * num_images_per_label if type(num_images_per_label) is int else 0
+        if num_images * pipe.num_timesteps > limits.max_decoded:
+            raise ValueError(
+                f"{num_images} images after each of {pipe.num_timesteps} blocks are asked for; expected "
+                f"{limits.max_decoded} pictures at most"
+            )
     arguments = {"num_images_per_label": num_images_per_label, "generator": _generator(seed), **options}
     frames = pipe.progressive(class_labels, **arguments) if is_progressive else []
     images = frames[-1] if is_progressive else pipe(class_labels, **arguments).images
@@ -93,12 +108,13 @@ def call_text(pipe, class_labels: list[int] | None, num_images_per_label: int, s
     return f"images = pipe(\n{''.join(lines)}    generator=torch.Generator().manual_seed({seed}),\n).images"
 
 
-def reconstruct(pipe, image: Image.Image | str | None) -> list[Captioned]:
+def reconstruct(pipe, image: Image.Image | str | None, limits: DemoLimits = NO_OTHERS) -> list[Captioned]:
     """Show an image beside what the tokenizer keeps of it.
 
     Args:
         pipe: a `ClassToImagePipeline`.
         image: any size, or its file; its center is cut out, as for images that are held out of training.
+        limits: of one request.
 
     Returns:
         The image at the tokenizer's size, and its reconstruction with its PSNR.
@@ -106,7 +122,7 @@ def reconstruct(pipe, image: Image.Image | str | None) -> list[Captioned]:
     Raises:
         ValueError: if there is no image.
     """
-    original = fit_image(_opened(pipe, image, "image"), pipe.tokenizer.config.image_size)
+    original = fit_image(_opened(pipe, image, "image", limits), pipe.tokenizer.config.image_size)
     reconstruction = pipe.reconstruct(original).images[0]
     decibels = psnr(_levels(reconstruction), _levels(original), data_range=255).item()
     layout, (H, W) = pipe.tokenizer.layout, pipe.tokenizer.config.image_size
@@ -115,7 +131,13 @@ def reconstruct(pipe, image: Image.Image | str | None) -> list[Captioned]:
 
 
 def inpaint(
-    pipe, drawing: Mapping | None, class_label: int | None, num_images_per_label: int, seed: int, options: Mapping
+    pipe,
+    drawing: Mapping | None,
+    class_label: int | None,
+    num_images_per_label: int,
+    seed: int,
+    options: Mapping,
+    limits: DemoLimits = NO_OTHERS,
 ) -> list[Image.Image]:
     """Paint anew what lies under the strokes of a drawing.
 
@@ -127,6 +149,7 @@ def inpaint(
         num_images_per_label: pictures to paint.
         seed: of the generator that seeds every image's own.
         options: fields of `prior.sampling.SamplingOptions`.
+        limits: of one request.
 
     Returns:
         The pictures.
@@ -134,9 +157,16 @@ def inpaint(
     Raises:
         ValueError: if there is no background or no stroke; or as the pipeline.
     """
+    limits.check_count(class_label, num_images_per_label)
     drawing = drawing or {}
-    image = _opened(pipe, drawing.get("background"), "background")
-    strokes = [np.asarray(layer.convert("RGBA"))[..., 3] >= 128 for layer in drawing.get("layers") or []]
+    image = _opened(pipe, drawing.get("background"), "background", limits)
+    layers = drawing.get("layers") or []
+    sizes = {layer.size for layer in layers}
+    if len(layers) > MAX_LAYERS or len(sizes) > 1:
+        raise ValueError(
+            f"the drawing has {len(layers)} layers of {len(sizes)} sizes; expected {MAX_LAYERS} at most, of one size"
+        )
+    strokes = [np.asarray(layer.convert("RGBA"))[..., 3] >= 128 for layer in layers]
     mask = np.any(strokes, axis=0) if strokes else np.zeros((1, 1), dtype=bool)
     if not mask.any():
         raise ValueError("the drawing has no strokes; expected some over what is to be painted anew")
@@ -145,7 +175,11 @@ def inpaint(
 
 
 def interpolate(
-    pipe, image_a: Image.Image | str | None, image_b: Image.Image | str | None, num_steps: int
+    pipe,
+    image_a: Image.Image | str | None,
+    image_b: Image.Image | str | None,
+    num_steps: int,
+    limits: DemoLimits = NO_OTHERS,
 ) -> list[Image.Image]:
     """Go from one image to another in code space.
 
@@ -154,6 +188,7 @@ def interpolate(
         image_a: the first image, of any size, or its file.
         image_b: the last image.
         num_steps: images, the reconstructions of both among them.
+        limits: of one request.
 
     Returns:
         The images.
@@ -161,7 +196,8 @@ def interpolate(
     Raises:
         ValueError: if an image is missing; or as the pipeline.
     """
-    ends = _opened(pipe, image_a, "first image"), _opened(pipe, image_b, "last image")
+    limits.check_count(None, num_steps)
+    ends = _opened(pipe, image_a, "first image", limits), _opened(pipe, image_b, "last image", limits)
     return pipe.interpolate(*ends, num_steps).images
 
 
@@ -187,12 +223,14 @@ def _repeated(image: Image.Image, factor: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _opened(pipe, image: Image.Image | str | None, name: str) -> Image.Image:
+def _opened(pipe, image: Image.Image | str | None, name: str, limits: DemoLimits) -> Image.Image:
     """Open a picture or its file as for training; one that `enlarged` made becomes what it was."""
     if image is None:
         raise ValueError(f"the {name} is missing; expected a picture")
+    if isinstance(image, Image.Image):
+        limits.check_pixels(*image.size)
     try:
-        image = to_rgb(image) if isinstance(image, Image.Image) else read_picture(image)
+        image = to_rgb(image) if isinstance(image, Image.Image) else read_picture(image, limits.max_pixels)
     except MemoryError:
         raise
     except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over

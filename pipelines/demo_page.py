@@ -3,16 +3,15 @@
 Legend: H×W pixels.
 """
 
-import html
-from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
 
 import gradio as gr
 
 from nextblock.prior.sampling import GUIDANCE_SCHEDULES, SamplingOptions
 
 from . import demo_handlers as handlers
+from .demo_guards import guard, reported
+from .demo_limits import DemoLimits
 
 OPTION_NAMES = [field.name for field in fields(SamplingOptions)]
 # Images below this many pixels a side are shown pixel by pixel, and many in a row.
@@ -28,36 +27,46 @@ CSS = """
 QUEUE = {"concurrency_id": "pipeline", "concurrency_limit": 1}
 
 
-def build_page(pipe) -> gr.Blocks:
+# Files that the page has made or received are deleted after an hour; looked after every ten minutes.
+CACHE_SECONDS = (600, 3600)
+
+
+def build_page(pipe, limits: DemoLimits = handlers.NO_OTHERS) -> gr.Blocks:
     """Lay out the page of a pipeline, with first samples.
 
     Args:
         pipe: a `ClassToImagePipeline`.
+        limits: of one request.
 
     Returns:
         The page, to be launched with `css=CSS`.
     """
-    with gr.Blocks(title="nextblock", analytics_enabled=False) as page:
+    with gr.Blocks(title="nextblock", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.Markdown(_description(pipe))
         with gr.Tab("Sample"):
-            _sample_tab(pipe)
+            _sample_tab(pipe, limits)
         with gr.Tab("Reconstruct"):
-            _reconstruct_tab(pipe)
+            _reconstruct_tab(pipe, limits)
         with gr.Tab("In-paint"):
-            _inpaint_tab(pipe)
+            _inpaint_tab(pipe, limits)
         with gr.Tab("Interpolate"):
-            _interpolate_tab(pipe)
-    return page
+            _interpolate_tab(pipe, limits)
+    for component in {field._id: field for function in page.fns.values() for field in function.inputs}.values():
+        guard(component, limits)
+    return page.queue(max_size=limits.max_waiting)
 
 
-def _sample_tab(pipe) -> None:
+def _sample_tab(pipe, limits: DemoLimits) -> None:
     num_classes = pipe.prior.conditions.num_classes
     num_shown, num_images = (10, 4) if _is_small(pipe) else (4, 1)
+    num_shown = min(num_shown, limits.max_images)
+    num_images = max(1, min(num_images, limits.max_images // num_shown))
+    num_decoded = max(1, min(num_shown, num_classes)) * num_images * pipe.num_timesteps
 
     def draw(labels, count, is_progressive, seed, *values):
         given = dict(zip(OPTION_NAMES, values, strict=True))
         labels = labels if num_classes else None
-        drawn, frames = handlers.sample(pipe, labels, count, seed, given, is_progressive)
+        drawn, frames = handlers.sample(pipe, labels, count, seed, given, is_progressive, limits)
         num_columns = _num_columns(pipe, len(drawn), count)
         blocks = handlers.block_pictures(pipe, frames, num_columns) if is_progressive else []
         return drawn, num_columns, blocks, handlers.call_text(pipe, labels, count, seed, given)
@@ -69,10 +78,12 @@ def _sample_tab(pipe) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             labels = _class_choice(pipe, "Classes", list(range(min(num_shown, num_classes))))
-            count = gr.Slider(1, 16, num_images, step=1, label="Images of each class" if num_classes else "Images")
+            name = "Images of each class" if num_classes else "Images"
+            count = gr.Slider(1, min(16, limits.max_images), num_images, step=1, label=name)
             seed, options = _sampling_fields(pipe)
             is_progressive = gr.Checkbox(
-                pipe.num_timesteps <= handlers.MAX_SHOWN_BLOCKS, label="Show the images after each block"
+                pipe.num_timesteps <= handlers.MAX_SHOWN_BLOCKS and num_decoded <= limits.max_decoded,
+                label="Show the images after each block",
             )
             with gr.Row():
                 button = gr.Button("Generate", variant="primary")
@@ -86,8 +97,8 @@ def _sample_tab(pipe) -> None:
                 _gallery(pipe, blocks, visible=bool(blocks)),
                 gr.Code(text, label="The same in Python", language="python", interactive=False),
             ]
-    button.click(_reported(show), inputs, shown, api_name="sample", **QUEUE)
-    next_button.click(lambda seed: (seed or 0) + 1, seed, seed).then(_reported(show), inputs, shown, **QUEUE)
+    button.click(reported(show), inputs, shown, api_name="sample", **QUEUE)
+    next_button.click(lambda seed: (seed or 0) + 1, seed, seed).then(reported(show), inputs, shown, **QUEUE)
 
 
 def _picture_field(label: str, height: int | None = None) -> gr.Image:
@@ -95,18 +106,18 @@ def _picture_field(label: str, height: int | None = None) -> gr.Image:
     return gr.Image(type="filepath", image_mode=None, label=label, sources=["upload", "clipboard"], height=height)
 
 
-def _reconstruct_tab(pipe) -> None:
+def _reconstruct_tab(pipe, limits: DemoLimits) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             image = _picture_field("Image")
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=5):
             pictures = _gallery(pipe, num_columns=2)
-    run = _reported(lambda image: handlers.reconstruct(pipe, image))
+    run = reported(lambda image: handlers.reconstruct(pipe, image, limits))
     gr.on([image.upload, button.click], run, image, pictures, api_name="reconstruct", **QUEUE)
 
 
-def _inpaint_tab(pipe) -> None:
+def _inpaint_tab(pipe, limits: DemoLimits) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             editor = gr.ImageEditor(
@@ -121,7 +132,7 @@ def _inpaint_tab(pipe) -> None:
             )
             sample_button = gr.Button("Take a sample to paint on")
             label = _class_choice(pipe, "Class", 0 if pipe.prior.conditions.num_classes else None)
-            count = gr.Slider(1, 16, 4, step=1, label="Images")
+            count = gr.Slider(1, min(16, limits.max_images), min(4, limits.max_images), step=1, label="Images")
             seed, options = _sampling_fields(pipe)
             button = gr.Button("In-paint", variant="primary")
         with gr.Column(scale=4):
@@ -129,18 +140,18 @@ def _inpaint_tab(pipe) -> None:
 
     def paint(drawing, label, count, seed, *values):
         given = dict(zip(OPTION_NAMES, values, strict=True))
-        return handlers.inpaint(pipe, drawing, label, count, seed, given)
+        return handlers.inpaint(pipe, drawing, label, count, seed, given, limits)
 
     def take_sample(label, seed, *values):
         given = dict(zip(OPTION_NAMES, values, strict=True))
         drawn, _ = handlers.sample(pipe, None if label is None else [label], 1, seed, given)
         return handlers.enlarged(drawn[0][0])
 
-    button.click(_reported(paint), [editor, label, count, seed, *options], pictures, api_name="inpaint", **QUEUE)
-    sample_button.click(_reported(take_sample), [label, seed, *options], editor, api_name="draw", **QUEUE)
+    button.click(reported(paint), [editor, label, count, seed, *options], pictures, api_name="inpaint", **QUEUE)
+    sample_button.click(reported(take_sample), [label, seed, *options], editor, api_name="draw", **QUEUE)
 
 
-def _interpolate_tab(pipe) -> None:
+def _interpolate_tab(pipe, limits: DemoLimits) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             ends = [
@@ -151,7 +162,7 @@ def _interpolate_tab(pipe) -> None:
             button = gr.Button("Interpolate", variant="primary")
         with gr.Column(scale=5):
             pictures = _gallery(pipe)
-    run = _reported(lambda first, last, num_steps: handlers.interpolate(pipe, first, last, num_steps))
+    run = reported(lambda first, last, num_steps: handlers.interpolate(pipe, first, last, num_steps, limits))
     button.click(run, [*ends, num_steps], pictures, api_name="interpolate", **QUEUE)
 
 
@@ -256,17 +267,3 @@ def _description(pipe) -> str:
         f"{pipe.tokenizer.config.vocab_size} codes, {pipe.prior.conditions.num_classes or 'no'} classes, "
         f"{num_parameters:.1f} M parameters."
     )
-
-
-def _reported(handler: Callable) -> Callable:
-    """Show what the pipeline refuses as a message on the page."""
-
-    @wraps(handler)
-    def show(*values):
-        try:
-            return handler(*values)
-        except ValueError as error:
-            # Gradio takes a message for HTML, and names of files and classes are anybody's.
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
-
-    return show

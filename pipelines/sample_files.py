@@ -6,11 +6,13 @@ Legend: N images of the job, n of a batch, HxW pixels.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from nextblock.files.atomic import flush_to_disk, write_whole
+from nextblock.files.regular import open_regular
 
 NPZ_NAME = "images.npz"
 # ADM's evaluator wants the images under the first name; the second is where its samples have their labels.
@@ -31,6 +34,8 @@ _ENDINGS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _NUM_READERS = 4
 # What reading an archive or array that was cut short may raise.
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, struct.error, zipfile.BadZipFile)
+# Pictures of one colour are all that packs more tightly.
+MAX_EXPANSION = 100
 
 
 class NpzFile:
@@ -249,6 +254,51 @@ def class_folder_names(num_classes: int, class_names: Sequence[str] | None) -> l
         return names
     words = [re.sub(r"\W+", "_", name)[:50] for name in class_names]
     return [f"{number}-{word}" for number, word in zip(names, words, strict=True)]
+
+
+def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read the images and the classes of an .npz file.
+
+    Args:
+        path: of it.
+
+    Returns:
+        (N, H, W, 3) uint8, and (N,) integers.
+
+    Raises:
+        ValueError: if it holds something else, or claims to hold more than its size can mean.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            for key in (IMAGES_KEY, LABELS_KEY):
+                _check_claim(archive, key, path)
+            file.seek(0)
+            with np.load(file) as arrays:
+                images, class_labels = arrays[IMAGES_KEY], arrays[LABELS_KEY]
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; expected what `nextblock sample` writes") from error
+    is_whole = images.ndim == 4 and images.shape[3] == 3 and class_labels.shape == images.shape[:1]
+    if not is_whole or images.dtype != np.uint8 or class_labels.dtype.kind not in "iu":
+        held = f"arrays {images.shape} of {images.dtype} and {class_labels.shape} of {class_labels.dtype}"
+        raise ValueError(f"{path} holds {held}; expected (N, H, W, 3) of uint8 and (N,) of integers")
+    return images, class_labels
+
+
+def _check_claim(archive: zipfile.ZipFile, key: str, path: Path) -> None:
+    """Refuse an array whose header claims another size than its member has, or a member that unpacks without end."""
+    info = archive.getinfo(f"{key}.npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"{path}: {key} is of version {version}; expected one of {list(read_header)}")
+        shape, _, dtype = read_header[version](member)
+        claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+    most = MAX_EXPANSION * os.path.getsize(path)
+    if claimed != held or held > most:
+        raise ValueError(
+            f"{path}: the header of {key} claims {claimed} bytes, its member {held}; expected as many, {most} at most"
+        )
 
 
 def map_images(path: Path) -> np.ndarray:

@@ -17,6 +17,10 @@ from .family import Prior
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 GUIDANCE_SCHEDULES = get_args(GuidanceSchedule)
+# Far beyond what is of use, and well inside what float32 and bfloat16 can compute with.
+MAX_GUIDANCE_SCALE = 1e3
+GUIDANCE_POWERS = (1e-3, 1e3)
+TEMPERATURES = (1e-6, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +28,14 @@ class SamplingOptions:
     """How tokens are drawn from logits."""
 
     guidance_scale: float = 1.0
-    """Strength s of classifier-free guidance, logits = uncond + s·(cond − uncond); 1 is none."""
+    """Strength s of classifier-free guidance, logits = uncond + s·(cond − uncond), 0 to 1000; 1 is none."""
     guidance_schedule: GuidanceSchedule = "constant"
     """Whether s holds for all blocks ("constant") or grows from 1 at the first to s at the last: "linear" (VAR), or
     "power-cosine" (MDT: 1 + (s − 1)·(1 − cos(π·(k/(K−1))^power))/2)."""
     guidance_power: float = 1.0
-    """Power of the schedule "power-cosine", above 0; the larger, the later guidance sets in."""
+    """Power of the schedule "power-cosine", 0.001 to 1000; the larger, the later guidance sets in."""
     temperature: float = 1.0
-    """Divides the logits, above 0; below 1 sharpens the distribution of tokens."""
+    """Divides the logits, 1e-6 to 1e6; below 1 sharpens the distribution of tokens, at last to the likeliest alone."""
     top_k: int = 0
     """Draw each token among the k likeliest codes; 0 among all."""
     top_p: float = 1.0
@@ -43,20 +47,31 @@ class SamplingOptions:
     looking at and not for measuring (VAR's demo); scale layouts only."""
 
     def __post_init__(self):
-        scale, power = self.guidance_scale, self.guidance_power
-        _check_number("guidance_scale", scale, "a finite number of at least 0", lambda s: 0 <= s < math.inf)
+        self._check_number("guidance_scale", 0, MAX_GUIDANCE_SCALE)
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
             raise ValueError(
                 f"guidance_schedule is {self.guidance_schedule!r}; expected one of {list(GUIDANCE_SCHEDULES)}"
             )
-        _check_number("guidance_power", power, "a finite number above 0", lambda p: 0 < p < math.inf)
-        _check_number("temperature", self.temperature, "a finite number above 0", lambda t: 0 < t < math.inf)
+        self._check_number("guidance_power", *GUIDANCE_POWERS)
+        self._check_number("temperature", *TEMPERATURES)
         if type(self.top_k) is not int or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k!r}; expected an integer from 0 (off) to the number of codes")
-        _check_number("top_p", self.top_p, "a number in (0, 1]", lambda p: 0 < p <= 1)
-        _check_number("min_p", self.min_p, "a number in [0, 1]", lambda p: 0 <= p <= 1)
+        self._check_number("top_p", 0, 1, is_open=True)
+        self._check_number("min_p", 0, 1)
         if not isinstance(self.is_smooth, bool):
             raise ValueError(f"is_smooth is {self.is_smooth!r}; expected True or False")
+
+    def _check_number(self, name: str, low: float, high: float, *, is_open: bool = False) -> None:
+        """Refuse what is no number from `low`, which itself is out where the range is open, to `high`."""
+        value = getattr(self, name)
+        # NaN is in no range.
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+        if not is_number or is_open and float(value) == low:
+            expected = f"a number in ({low:g}, {high:g}]" if is_open else f"a number from {low:g} to {high:g}"
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
+        if type(value) not in (int, float):
+            # Of numpy or fractions: half precision would reach into the arithmetic.
+            object.__setattr__(self, name, float(value))
 
     @classmethod
     def stored(cls, values: "SamplingOptions | Mapping | None") -> "SamplingOptions":
@@ -134,12 +149,6 @@ def _given_options() -> type:
 GivenSamplingOptions = _given_options()
 
 
-def _check_number(name: str, value: float, expected: str, is_allowed) -> None:
-    """Refuse what is no number, or none in the range."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not is_allowed(value):
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
-
-
 def image_generators(generator: Generator | list[Generator] | None, num_images: int) -> list[Generator]:
     """Give every image a generator of its own.
 
@@ -183,7 +192,10 @@ def truncate_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     Returns:
         (…, V) with −inf in place of what is removed.
     """
-    logits, descending = logits / options.temperature, None
+    descending = None
+    if options.temperature != 1:
+        # Two infinities in a row would make its distribution NaN.
+        logits = (logits / options.temperature).clamp(max=torch.finfo(logits.dtype).max)
     if 0 < options.top_k < logits.shape[-1]:
         descending = logits.topk(options.top_k, dim=-1).values
         logits = logits.masked_fill(logits < descending[..., -1:], -torch.inf)
@@ -245,6 +257,8 @@ def mix_codes(logits: Tensor, gumbels: Tensor, codes: Tensor, progress: float) -
     Returns:
         The heaviest code (B, l) int64, and the mixture (B, l, C).
     """
+    # The largest becomes 0: what follows overflows to −inf alone.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
     noisy = logits * (1 + progress) + gumbels.to(logits.dtype)
     weights = (noisy / smooth_temperature(progress)).softmax(dim=-1)
     return noisy.argmax(dim=-1), weights.to(codes.dtype) @ codes

@@ -6,6 +6,7 @@ Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code 
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import wraps
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from .quantizer import Codebook, Codec, Quantizer
 
 # Past this many blocks, a batch holds too few tokens a block to say anything of it.
 STATISTICS_MAX_BLOCKS = 64
+# Of the images that codes start from, in one pass: the 512 of a run on digits are one, of 256 px eight (1.4 GB).
+ENCODED_PIXELS = 1 << 19
 
 
 @dataclass
@@ -278,7 +281,13 @@ class VQVAE(StoredModel):
             pixel_values: (B, 3, H, W) in [-1, 1]; the same on every process.
             seed: chooses among the features.
         """
-        self.quantizer.start_from(self.encode(pixel_values), seed)
+        features = [self.encode(part) for part in pixel_values.split(self.num_encoded_at_once)]
+        self.quantizer.start_from(torch.cat(features), seed)
+
+    @property
+    def num_encoded_at_once(self) -> int:
+        """Images whose features are taken in one pass to start the codes from them: what fits wherever one trains."""
+        return max(1, ENCODED_PIXELS // prod(self.config.image_size))
 
     def update_codebook(self, *keys: int, was_skipped: Tensor | None = None) -> None:
         """Let the codebook follow the forward passes since the last call: moving averages, revival.

@@ -30,6 +30,7 @@ from .configuration_vqvae import VQVAEConfig
 from .losses import TokenizerLossConfig, assignment_entropy, reconstruction_loss, tokenizer_losses
 from .modeling_vqvae import VQVAE, VQVAEOutput
 from .perceptual import PerceptualConfig
+from .processes import all_reduced, rank_and_world_size
 
 VQVAEOptions = options_dataclass(VQVAEConfig)
 # What a fine-tuning may change of a tokenizer: how it is trained.
@@ -140,13 +141,23 @@ class TokenizerTask:
             return
         num_samples, seed = len(self.train_data), self.config.loop.seed
         order = keyed_uniform(seed, samples=torch.arange(num_samples)).argsort()
-        # Every process takes the same images, so the codes start equal without communication.
         chosen = order[: self.config.num_init_images].tolist()
-        batch = collate([self.train_data[(0, index)] for index in chosen])
-        # Dropout would give every process features of its own.
+        # Dropout would make the codes depend on which process encodes an image.
         model.eval()
-        model.initialize_codebook(batch["pixel_values"].to(self.accelerator.device), seed)
+        model.quantizer.start_from(self._features(model, chosen), seed)
         model.train()
+
+    @torch.no_grad()
+    def _features(self, model: VQVAE, indices: list[int]) -> Tensor:
+        """Encode training images, each process its share of them, and give all features to every process."""
+        size, (rank, num_processes) = model.num_encoded_at_once, rank_and_world_size()
+        shape = (len(indices), model.config.embedding_dim, *model.layout.grid)
+        features = torch.zeros(shape, device=self.accelerator.device)
+        # Batches are the same however many processes there are, and so is how their features are rounded.
+        for start in range(rank * size, len(indices), num_processes * size):
+            batch = collate([self.train_data[(0, index)] for index in indices[start : start + size]])
+            features[start : start + size] = model.encode(batch["pixel_values"].to(self.accelerator.device))
+        return all_reduced(features)
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         """Take one step of the tokenizer, then one of the discriminator; then let the codebook follow."""

@@ -1,7 +1,6 @@
 """Starting a training from a trained model, its architecture and its weights, instead of random ones: fine-tuning."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig
 
+from nextblock.files.regular import read_json
 from nextblock.files.state_dicts import check_state_dict
 from nextblock.files.stored_model import read_stored_weights
 
@@ -116,7 +116,7 @@ def load_initial_weights(model: nn.Module, folder: str | Path, fresh: Sequence[s
 
 def _model_type(config: Path) -> str | None:
     """Return the kind of model that a config.json is of."""
-    return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    return read_json(config).get("model_type")
 
 
 def _as_stored(stored: PreTrainedConfig, name: str, value: Any) -> Any:

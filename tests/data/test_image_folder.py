@@ -1,6 +1,7 @@
 """What lies in a folder is an image, or named, or known to be none: links, other kinds, other names, labels."""
 
 import os
+import socket
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ from PIL import Image
 
 from nextblock.data.images import ImageDataConfig, load_source
 from nextblock.data.unreadable import UnreadableImageError
+from nextblock.data.usable import find_unreadable
 from nextblock.files.names import restored_name
 
 
@@ -92,12 +94,37 @@ def test_images_beside_class_folders_are_an_error_that_names_examples(tmp_path):
     assert "such as b and cat/a.png" in refused(tmp_path)
 
 
-def test_what_is_neither_file_nor_folder_is_named(tmp_path):
-    solid(tmp_path / "cat" / "a.png", 1)
-    os.mkfifo(tmp_path / "cat" / "notes")
+def test_what_is_neither_file_nor_folder_is_an_image_that_cannot_be_read(tmp_path):
+    cat = tmp_path / "cat"
+    solid(cat / "a.png", 1)
+    os.mkfifo(cat / "notes")
     assert len(opened(tmp_path)) == 1
-    os.mkfifo(tmp_path / "cat" / "b.png")
-    assert "b.png is neither a file nor a folder" in refused(tmp_path)
+    os.mkfifo(cat / "pipe.png")
+    os.symlink("/dev/zero", cat / "device.jpg")
+    os.symlink("circle.png", cat / "circle.png")
+    os.symlink(cat / "nowhere", cat / "dangling.png")
+    (cat / "folder.png").mkdir()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(cat / "socket.gif"))
+    listener.close()
+    source = opened(tmp_path)
+    names = ["circle.png", "dangling.png", "device.jpg", "folder.png", "pipe.png", "socket.gif"]
+    assert [source.identifier(index) for index in range(7)] == [f"cat/{name}" for name in ["a.png", *names]]
+    for index, name in enumerate(names, start=1):
+        with pytest.raises(UnreadableImageError, match=name) as error:
+            source.image(index)
+        assert error.value.reason == "missing" and str(tmp_path) not in error.value.detail
+    assert "a pipe; expected a file" in find_unreadable(source, [5])[0]["detail"]
+    # A folder that holds images is one, whatever it is called.
+    solid(cat / "folder.png" / "b.png", 1)
+    assert "cat/folder.png/b.png" in [each.identifier(index) for each in [opened(tmp_path)] for index in range(7)]
+
+
+def test_a_folder_called_like_a_picture_beside_loose_ones_is_no_image(tmp_path):
+    solid(tmp_path / "a.png", 1)
+    (tmp_path / "x.png").mkdir()
+    source = opened(tmp_path)
+    assert [entry["image_id"] for entry in find_unreadable(source, range(len(source)))] == ["x.png"]
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
+from nextblock.data.reading import MAX_PICTURE_BYTES
 from nextblock.data.tokens import TokenDataset, TokenManifest
 from nextblock.data.unreadable import REASONS, UnreadableImageError, rejection_reason
 from nextblock.files.names import restored_name
@@ -83,6 +84,8 @@ def bad_images(tmp_path) -> Path:
     for name, content in GOOD.items():
         (root / name).write_bytes(content)
     os.symlink(tmp_path / "nowhere.png", root / "dangling.png")
+    with open(root / "huge.png", "wb") as file:
+        file.truncate(MAX_PICTURE_BYTES + 1)  # all of it a hole
     return root.parent
 
 
@@ -101,12 +104,12 @@ def test_a_folder_of_bad_files_is_accounted_for(bad_images, arguments, run_here,
     assert all(line.keys() == {"split", "image_id", "reason", "detail"} for line in lines)
     reasons = {line["image_id"]: line["reason"] for line in lines}
     expected = {f"train/{name}": reason for name, (_, reason) in BAD.items()}
-    assert reasons == expected | {"train/dangling.png": "missing"}
-    assert set(reasons.values()) == set(REASONS) and len(lines) == len(BAD) + 1
+    assert reasons == expected | {"train/dangling.png": "missing", "train/huge.png": "too large"}
+    assert set(reasons.values()) == set(REASONS) and len(lines) == len(BAD) + 2
     # Nothing that differs from machine to machine.
     assert str(tmp_path) not in json.dumps(lines) and " 0x" not in json.dumps(lines)
     entry = TokenManifest.load(tmp_path / "tokens").splits["train"]
-    assert (entry["num_images"], entry["num_rejected"], entry["num_views"]) == (len(BAD) + 1 + len(GOOD), 17, 2)
+    assert (entry["num_images"], entry["num_rejected"], entry["num_views"]) == (len(BAD) + 2 + len(GOOD), 18, 2)
     tokens = TokenDataset(tmp_path / "tokens", "train", samples_views=True)
     assert len(tokens) == len(GOOD)
     tables = [pq.read_table(tmp_path / "tokens" / shard["file"]) for shard in entry["shards"]]
@@ -178,7 +181,7 @@ def test_counts_that_do_not_add_up_fail_the_job(bad_images, arguments, run_here,
     monkeypatch.setattr("nextblock.tokenize_images.finish", spoiled)
     with pytest.raises(KeyboardInterrupt):
         run_here(tokenize, TokenizeConfig, *arguments, *source)
-    message = "17 images were rejected in view 0 and 18 in view 1; expected the same images"
+    message = "18 images were rejected in view 0 and 19 in view 1; expected the same images"
     with pytest.raises(ValueError, match=message):
         run_here(tokenize, TokenizeConfig, *arguments, *source, "--source_check", "names")
     assert not (tmp_path / "tokens" / "manifest.json").exists()

@@ -333,7 +333,7 @@ def test_wrong_options_end_the_command_with_a_message(train_here, tmp_path, caps
         (["--class_dropout", 1.5], "class_dropout is 1.5; expected a number in [0, 1]"),
         (["--eval_batch_size", 0], "eval_batch_size is 0; expected at least 1"),
         (["--sampling.guidance_schedule", "cosine"], "guidance_schedule"),
-        (["--sampling.guidance_scale", -1], "guidance_scale is -1.0; expected a finite number of at least 0"),
+        (["--sampling.guidance_scale", -1], "guidance_scale is -1.0; expected a number from 0 to 1000"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             train_here(tmp_path, *wrong)

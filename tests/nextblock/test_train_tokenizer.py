@@ -270,6 +270,33 @@ def test_codes_start_as_the_same_features_on_every_process(image_folder, fresh_a
     assert len(codebooks[0].unique(dim=0)) == 24
 
 
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_images_that_codes_start_from_are_encoded_a_few_at_a_time_and_shared(
+    num_processes, image_folder, fresh_accelerate, monkeypatch
+):
+    data = ImageDataConfig(source="folder", path=str(image_folder))
+    images = ImageDataset(load_source(data, "train"), (16, 16), TransformConfig(), seed=0)
+    torch.manual_seed(0)
+    model = VQVAE(VQVAEConfig(image_size=16, codebook_init="data", hidden_dim=8, embedding_dim=4, vocab_size=24))
+    config = TokenizerTrainConfig(output_dir="unused", num_init_images=11)
+    monkeypatch.setattr("nextblock.tokenizer.modeling_vqvae.ENCODED_PIXELS", 3 * 16 * 16)
+    sizes, shares, encode = [], [], model.encode
+    monkeypatch.setattr(model, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr("nextblock.tokenizer.task.all_reduced", lambda tensor: tensor)
+    task = TokenizerTask(Accelerator(cpu=True), config, model, images, None)
+    for rank in range(num_processes):
+        monkeypatch.setattr("nextblock.tokenizer.task.rank_and_world_size", lambda rank=rank: (rank, num_processes))
+        shares.append(task._features(model, list(range(11))))
+    assert sorted(sizes) == [2, 3, 3, 3]
+    whole = collate([images[(0, index)] for index in range(11)])["pixel_values"]
+    expected = torch.cat([encode(part) for part in whole.split(3)])
+    assert torch.equal(sum(shares), expected)
+    # The model's own method takes no more at once.
+    sizes.clear()
+    model.initialize_codebook(whole, seed=0)
+    assert max(sizes) == 3 and sum(sizes) == 11
+
+
 def test_uniform_codes_stay_as_they_were_drawn(image_folder, fresh_accelerate):
     torch.manual_seed(0)
     model = VQVAE(VQVAEConfig(image_size=16, hidden_dim=4, embedding_dim=4))

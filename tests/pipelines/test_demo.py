@@ -1,5 +1,8 @@
 """The demo's command, and the page's wiring as its own HTTP clients meet it."""
 
+import json
+import re
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 
 import numpy as np
@@ -11,8 +14,10 @@ from nextblock import demo
 from nextblock.command_line import parse_run_config
 from nextblock.data.reading import read_picture
 from nextblock.pipelines import ClassToImagePipeline, demo_handlers
+from nextblock.pipelines.demo_limits import DemoLimits
 
 OPTIONS = {"guidance_scale": 1.5, "guidance_schedule": "linear", "guidance_power": 1.0, "temperature": 1.0}
+LIMITS = DemoLimits(max_pixels=10_000, max_upload_bytes=1_000_000)
 OPTIONS |= {"top_k": 6, "top_p": 1.0, "min_p": 0.0, "is_smooth": False}
 
 
@@ -30,7 +35,7 @@ def page(pipe):
     pytest.importorskip("gradio")
     from nextblock.pipelines.demo_page import build_page
 
-    return build_page(pipe)
+    return build_page(pipe, LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,9 @@ def client(page):
     """A client of the page, which this process serves."""
     import gradio_client
 
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    from nextblock.pipelines.demo_guards import launch_limits
+
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_limits(LIMITS))
     yield gradio_client.Client(address, verbose=False)
     page.close(verbose=False)
 
@@ -209,3 +216,136 @@ def test_the_command_serves_the_named_pipeline(pipe, tmp_path, monkeypatch):
     assert options["server_name"] == "127.0.0.1" and options["server_port"] == 8123
     assert options["share"] is False and "pixelated" in options["css"]
     assert "16×16 pixels as 21 tokens in 3 scales up to 4×4; 12 codes, 3 classes" in component(page, "Markdown").value
+
+
+def ask(client, name: str, data: list, **more) -> str:
+    """What the page's interface answers to a body that no client of its own would send."""
+    httpx = pytest.importorskip("httpx")
+    address = f"{client.src}gradio_api/call/{name}"
+    content = json.dumps({"data": data} | more)
+    answer = httpx.post(address, content=content, headers={"content-type": "application/json"})
+    if answer.status_code != 200:
+        return f"{answer.status_code} {answer.text}"
+    return httpx.get(f"{address}/{answer.json()['event_id']}", timeout=60).text
+
+
+SAMPLE = [[0], 1, False, 0, *OPTIONS.values()]
+
+
+def replaced(place: int, value) -> list:
+    return [*SAMPLE[:place], value, *SAMPLE[place + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (replaced(0, [0] * 10_000), "10000 are given; expected 64 at most"),
+        (replaced(0, [0] * 300_000), "413 the request is too large"),
+        ([[0, 1, 2] * 16, 2, *SAMPLE[2:]], r"48 \\u00d7 2 images are asked for at once; expected 64 at most"),
+        (replaced(1, 10**9), "greater than maximum"),
+        (replaced(1, "many"), "Images of each class: "),
+        (replaced(1, [[[3]]]), "Images of each class: "),
+        (replaced(1, float("nan")), "event: error|422|400"),
+        (replaced(3, 1e400), "Seed: |422|400"),
+        (replaced(3, 2**64), "seed is 18446744073709551616; expected an integer"),
+        (replaced(3, {"a": 1}), "Seed: "),
+        (replaced(4, 1e38), "greater than maximum"),
+        (replaced(5, "steep"), "is not in the list of choices"),
+        (replaced(7, 1e-40), "less than minimum"),
+        (replaced(8, 10**30), "greater than maximum"),
+        (replaced(11, "yes"), "is_smooth is 'yes'; expected True or False"),
+        (replaced(0, 2), "class_labels is 2; expected a list of labels"),
+        (replaced(0, [[1]]), "is not in the list of choices"),
+        (SAMPLE[:4], "event: error"),
+        ([], "event: error"),
+    ],
+    ids=range(19),
+)
+def test_what_a_stranger_sends_is_answered_in_one_line(data, message, client):
+    answer = ask(client, "sample", data)
+    assert re.search(message, answer), answer
+    assert len(answer) < 2000 and "Traceback" not in answer
+
+
+def test_the_page_still_draws_after_what_it_has_refused(client):
+    assert "event: complete" in ask(client, "sample", SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"path": "/etc/passwd"}, "event: error"),
+        ({"path": "../../../../etc/passwd"}, "event: error"),
+        ({"path": "http://127.0.0.1:1/x.png"}, "an address is given; expected a picture that is uploaded"),
+        ({"path": "x", "url": "file:///etc/passwd"}, "event: error"),
+        ({"path": 3}, "event: error"),
+        ("data:image/png;base64,AAAA", "event: error"),
+        ([[[]]], "event: error"),
+    ],
+    ids=range(7),
+)
+def test_files_that_were_not_uploaded_are_not_read(file, message, client):
+    if isinstance(file, dict):
+        file |= {"meta": {"_type": "gradio.FileData"}}
+    answer = ask(client, "reconstruct", [file])
+    assert message in answer and "root:" not in answer
+
+
+def test_uploads_are_bounded_in_bytes_and_pixels(client, tmp_path):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    httpx = pytest.importorskip("httpx")
+    for size, expected in ((1_100_000, 413), (3_000_000, 413), (10_000, 200)):
+        upload = {"files": ("x.png", bytes(size), "image/png")}
+        assert httpx.post(f"{client.src}gradio_api/upload", files=upload).status_code == expected
+    chunks = (bytes(100_000) for _ in range(40))
+    with suppress(httpx.HTTPError):
+        answer = httpx.post(f"{client.src}gradio_api/call/sample", content=chunks)
+        assert answer.status_code >= 400
+    Image.new("RGB", (400, 400)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (4, 4)).save(tmp_path / "programme.eps")
+    (tmp_path / "programme.eps").rename(tmp_path / "programme.png")
+    messages = dict.fromkeys(["text", "programme"], "no picture that can be read")
+    messages["large"] = "the picture has 400×400 pixels; expected 10000 at most"
+    for name, message in messages.items():
+        handle = handle_file(str(tmp_path / f"{name}.png"))
+        for call in (
+            lambda handle: client.predict(handle, api_name="/reconstruct"),
+            lambda handle: client.predict(handle, handle, 3, api_name="/interpolate"),
+            lambda handle: client.predict(
+                {"background": handle, "layers": [], "composite": None}, 1, 1, 4, *OPTIONS.values(), api_name="/inpaint"
+            ),
+        ):
+            with pytest.raises(AppError, match=message):
+                call(handle)
+
+
+def test_drawings_are_bounded(client, page, files, monkeypatch):
+    from gradio_client.exceptions import AppError
+
+    (handle, _), _ = files
+    drawing = {"background": handle, "layers": [handle] * 20, "composite": None}
+    with pytest.raises(AppError, match="the drawing has 20 layers; expected 8 at most"):
+        client.predict(drawing, 1, 1, 4, *OPTIONS.values(), api_name="/inpaint")
+    httpx = pytest.importorskip("httpx")
+    editor = component(page, "ImageEditor")
+    form = {"component_id": str(editor._id), "session_hash": "s", "fn_name": "accept_blobs", "type": "layer"}
+    for index, expected in (("3", 200), ("1000000000000", 500), ("-1", 500)):
+        body = form | {"id": "a", "index": index}
+        answer = httpx.post(f"{client.src}gradio_api/component_server", data=body, files={"file": b"x"})
+        assert answer.status_code == expected
+    assert len(editor.blob_storage["a"].layers) == 4
+    monkeypatch.setattr("nextblock.pipelines.demo_guards.MAX_DRAWINGS", 3)
+    for number in range(4):
+        body = form | {"id": str(number), "index": "0"}
+        httpx.post(f"{client.src}gradio_api/component_server", data=body, files={"file": b"x"})
+    assert list(editor.blob_storage) == ["1", "2", "3"]
+
+
+def test_files_of_the_machine_are_not_served_and_the_queue_is_bounded(client, page):
+    httpx = pytest.importorskip("httpx")
+    for path in ("/etc/passwd", "pyproject.toml", "../../etc/passwd", __file__):
+        assert httpx.get(f"{client.src}gradio_api/file={path}").status_code in (403, 404)
+    assert page._queue.max_size == LIMITS.max_waiting and page.max_file_size == LIMITS.max_upload_bytes

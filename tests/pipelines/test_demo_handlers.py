@@ -1,5 +1,7 @@
 """What the demo page's buttons do, bit for bit as the pipeline itself."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from nextblock.data.pixels import fit_image
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import image_grid
 from nextblock.pipelines import demo_handlers as handlers
+from nextblock.pipelines.demo_limits import BodyLimit, DemoLimits, one_line
 
 OPTIONS = {
     "guidance_scale": 1.5,
@@ -174,3 +177,79 @@ def test_classes_without_names_go_by_number(build_pipeline):
     pipe = build_pipeline()
     pipe.prior.config.class_names = None
     assert handlers.sample(pipe, [2], 1, 0, {})[0][0][1] == "class 2"
+
+
+def test_more_than_the_limits_allow_is_refused_before_anything_is_computed(build_pipeline, tmp_path, monkeypatch):
+    pipe, limits = build_pipeline(), DemoLimits(max_images=6, max_decoded=12, max_pixels=300)
+    monkeypatch.setattr(pipe.prior, "decode_block", None)
+    large, layers = picture(size=(20, 16)), [Image.new("RGBA", (16, 16))] * 9
+    large.save(tmp_path / "large.png")
+    painted = {"background": picture(), "layers": layers}
+    ragged = {"background": picture(), "layers": [layers[0], Image.new("RGBA", (8, 8))]}
+    wrong = {
+        "7 × 1 images are asked for": lambda: handlers.sample(pipe, [0] * 7, 1, 0, {}, False, limits),
+        "2 × 4 images are asked for": lambda: handlers.sample(pipe, [0, 1], 4, 0, {}, False, limits),
+        "1 × 1000000000": lambda: handlers.sample(pipe, [0], 10**9, 0, {}, False, limits),
+        "5 images after each of 3 blocks": lambda: handlers.sample(pipe, [0], 5, 0, {}, True, limits),
+        "class_labels is 'wren'; expected a list": lambda: handlers.sample(pipe, "wren", 1, 0, {}, False, limits),
+        "1 × 7 images": lambda: handlers.interpolate(pipe, picture(), picture(), 7, limits),
+        "the picture has 16×20 pixels": lambda: handlers.reconstruct(pipe, large, limits),
+        "20×16 pixels; expected 300": lambda: handlers.reconstruct(pipe, str(tmp_path / "large.png"), limits),
+        "9 layers of 1 sizes; expected 8": lambda: handlers.inpaint(pipe, painted, 0, 1, 0, {}, limits),
+        "2 layers of 2 sizes": lambda: handlers.inpaint(pipe, ragged, 0, 1, 0, {}, limits),
+        "3 × 3 images": lambda: handlers.inpaint(pipe, ragged, [0, 1, 2], 3, 0, {}, limits),
+        "expected a positive integer": lambda: handlers.sample(pipe, [0], "3", 0, {}, False, limits),
+        "temperature is 1e-40": lambda: handlers.sample(pipe, [0], 1, 0, {"temperature": 1e-40}, False, limits),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, 1 << 50])
+def test_limits_are_positive_integers(value):
+    with pytest.raises(ValueError, match="limits.max_images is .*; expected an integer from 1"):
+        DemoLimits(max_images=value)
+
+
+def test_a_message_is_one_line_of_bounded_length():
+    assert one_line("a\n  b\tc") == "a b c" and len(one_line("x" * 10_000)) == 300
+
+
+@pytest.mark.parametrize(
+    ("headers", "chunks", "is_whole"),
+    [
+        ({}, [b"x" * 100], True),
+        ({b"content-length": b"99999999999"}, [], False),
+        ({b"content-length": b"-1"}, [], False),
+        ({b"content-length": b"9" * 5000}, [], False),
+        ({}, [b"x" * 100_000] * 5, False),
+        ({b"content-length": b"1"}, [b"x" * 300_000], False),
+        ({b"content-type": b"multipart/form-data; boundary=x"}, [b"x" * 100_000] * 5, True),
+        ({b"content-type": b"multipart/form-data; boundary=x"}, [b"x" * 100_000] * 20, False),
+    ],
+    ids=range(8),
+)
+def test_bodies_are_bounded_whatever_their_headers_say(headers, chunks, is_whole):
+    seen, answers = [], []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] == "http.request":
+            seen.append(message["body"])
+            if not message["more_body"]:
+                await send({"type": "http.response.start", "status": 200})
+                return
+
+    last = len(chunks) - 1
+    waiting = [{"type": "http.request", "body": body, "more_body": n < last} for n, body in enumerate(chunks)]
+
+    async def receive():
+        return waiting.pop(0)
+
+    async def send(message):
+        answers.append(message.get("status"))
+
+    scope = {"type": "http", "headers": list(headers.items())}
+    asyncio.run(BodyLimit(app, max_upload_bytes=1_000_000)(scope, receive, send))
+    assert (answers[:1] == [200]) is is_whole
+    assert sum(map(len, seen)) <= 1_300_000

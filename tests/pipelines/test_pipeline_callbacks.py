@@ -140,7 +140,7 @@ def test_a_guidance_scale_that_is_none_is_refused(build_pipeline):
         pipe._guidance_scale = 2.0 if pipe.prior.config.num_classes == 0 else float("nan")
         return tensors
 
-    with pytest.raises(ValueError, match="guidance_scale is nan; expected a finite number"):
+    with pytest.raises(ValueError, match="guidance_scale is nan; expected a number from 0 to 1000"):
         build_pipeline()(0, callback_on_step_end=set_scale)
     with pytest.raises(ValueError, match="guidance_scale is 2.0; expected 1 for a model without classes"):
         build_pipeline(num_classes=0)(callback_on_step_end=set_scale)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nextblock.files.atomic import write_whole
-from nextblock.pipelines.sample_files import NpzFile, PictureFolder, class_folder_names, map_images
+from nextblock.pipelines.sample_files import NpzFile, PictureFolder, class_folder_names, map_images, read_samples
 
 LABELS = np.array([0, 0, 3, 3, 12], np.int64)
 BATCHES = [range(0, 2), range(2, 4), range(4, 5)]
@@ -139,3 +139,53 @@ def test_a_file_appears_only_once_it_is_whole(tmp_path):
     assert not path.exists()
     write_whole(path, lambda file: file.write(b"whole"))
     assert path.read_bytes() == b"whole" and sorted(tmp_path.iterdir()) == [path]
+
+
+def write_npz(path, images: bytes, compression: int = zipfile.ZIP_STORED) -> None:
+    """An .npz file of two members as they are given."""
+    labels = io.BytesIO()
+    np.save(labels, np.zeros(2, np.int64))
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("arr_0.npy", images)
+        archive.writestr("arr_1.npy", labels.getvalue())
+
+
+def npy(shape: tuple, content: bytes = b"", descr: str = "|u1") -> bytes:
+    """A header that claims a shape, and some content."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    ("content", "compression", "message"),
+    [
+        (npy((10**6, 1000, 1000, 3)), zipfile.ZIP_STORED, "arr_0 claims 3000000000000 bytes, its member 0"),
+        (npy((2, 1000, 1000, 3), bytes(6_000_000)), zipfile.ZIP_DEFLATED, "expected as many, [0-9]* at most"),
+        (npy((2, 2, 2, 3), bytes(23)), zipfile.ZIP_STORED, "claims 24 bytes, its member 23"),
+        (npy((2, 2, 2), bytes(8)), zipfile.ZIP_STORED, r"holds arrays \(2, 2, 2\) of uint8"),
+        (npy((3, 2, 2, 3), bytes(36)), zipfile.ZIP_STORED, "holds arrays"),
+        (npy((2, 2, 2, 3), bytes(96), "<f4"), zipfile.ZIP_STORED, "holds arrays .* of float32"),
+        (npy((2,), bytes(16), "|O"), zipfile.ZIP_STORED, "[Oo]bject"),
+        (b"no array", zipfile.ZIP_STORED, "magic"),
+    ],
+    ids=range(8),
+)
+def test_samples_that_claim_more_than_they_hold_are_refused(content, compression, message, tmp_path):
+    write_npz(tmp_path / "x.npz", content, compression)
+    with pytest.raises(ValueError, match=message):
+        read_samples(tmp_path / "x.npz")
+
+
+def test_samples_are_read_packed_or_not_and_files_of_other_kinds_are_named(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", images, np.array([1, 0]))
+        read, class_labels = read_samples(tmp_path / "x.npz")
+        assert np.array_equal(read, images) and class_labels.tolist() == [1, 0]
+    (tmp_path / "x.npz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="x.npz cannot be read"):
+        read_samples(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", images)
+    with pytest.raises(ValueError, match="x.npz cannot be read: .*arr_1"):
+        read_samples(tmp_path / "x.npz")

@@ -48,7 +48,7 @@ def test_linear_schedule_is_vars(cfg):
 
 @pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf")])
 def test_bad_guidance_scale_is_refused(scale):
-    with pytest.raises(ValueError, match="guidance_scale is .*finite number of at least 0"):
+    with pytest.raises(ValueError, match="guidance_scale is .*expected a number from 0 to 1000"):
         guidance_scales(scale, "constant", 3)
 
 
@@ -125,7 +125,7 @@ def test_top_p_looks_at_what_top_k_left():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
+        ({"temperature": 0.0}, r"temperature is 0.0; expected a number from 1e-06 to 1e\+06"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
@@ -292,7 +292,7 @@ def test_power_cosine_schedule_is_mdts(power, expected):
 
 @pytest.mark.parametrize("power", [0, -1.0, float("nan"), float("inf"), "2", True])
 def test_bad_guidance_power_is_refused(power):
-    with pytest.raises(ValueError, match="guidance_power is .*; expected a finite number above 0"):
+    with pytest.raises(ValueError, match="guidance_power is .*; expected a number from 0.001 to 1000"):
         guidance_scales(1.5, "constant", 3, power)
 
 
@@ -326,7 +326,7 @@ def test_min_p_is_looked_at_in_drawing():
 
 @pytest.mark.parametrize("min_p", [-0.1, 1.1, float("nan"), None])
 def test_bad_min_p_is_refused(min_p):
-    with pytest.raises(ValueError, match=r"min_p is .*; expected a number in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"min_p is .*; expected a number from 0 to 1"):
         SamplingOptions(min_p=min_p)
 
 
