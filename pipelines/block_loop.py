@@ -21,13 +21,14 @@ class BlockLoop:
         pipe: the call's own copy of the pipeline, whose `guidance_scale` and `interrupt` a callback may set.
         request: what was asked for.
         num_images: n.
+        num_rows: R.
         bar: progress bar that counts blocks.
         keeps_maps: whether to keep the map after every block.
     """
 
-    def __init__(self, pipe, request: SamplingRequest, num_images: int, bar, keeps_maps: bool):
+    def __init__(self, pipe, request: SamplingRequest, num_images: int, num_rows: int, bar, keeps_maps: bool):
         self.maps: list[Tensor] = []
-        self.canvas = pipe.tokenizer.quantizer.start(request.batch.num_rows)
+        self.canvas = pipe.tokenizer.quantizer.start(num_rows)
         self._pipe, self._request, self._num_images, self._bar = pipe, request, num_images, bar
         self._keeps_maps = keeps_maps
         self._options = request.options

@@ -16,7 +16,7 @@ from nextblock.data.blocks import BlockLayout
 
 from .given_images import ImageInput, images_to_pixel_values, masks_to_tensor, split_images, split_masks
 from .sampling_loop import decode, hooks_freed
-from .sampling_request import OUTPUT_TYPES, check_counts
+from .sampling_request import MAX_BATCH_SIZE, OUTPUT_TYPES, BatchShape, check_counts
 
 PICTURE_TYPES = OUTPUT_TYPES[:3]
 Labels = int | str | Sequence[int | str] | Tensor | None
@@ -77,7 +77,7 @@ def reconstruct(
         images = pipe.tokenizer.layout.split(idx_BL)
         if output_type != "latent":
             features = pipe.tokenizer.quantizer.idx_to_features(idx_BL)
-            images = decode(pipe, features, decode_batch_size, output_type)
+            images = decode(pipe, features, BatchShape(num_images=decode_batch_size or MAX_BATCH_SIZE), output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
@@ -105,7 +105,8 @@ def interpolate(
         idx_BL = pipe.tokenizer.img_to_idx(torch.cat(ends))
         first, last = pipe.tokenizer.quantizer.idx_to_features(idx_BL).split(1)
         weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
-        images = decode(pipe, torch.lerp(first, last, weights.view(-1, 1, 1, 1)), decode_batch_size, output_type)
+        features = torch.lerp(first, last, weights.view(-1, 1, 1, 1))
+        images = decode(pipe, features, BatchShape(num_images=decode_batch_size or MAX_BATCH_SIZE), output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 

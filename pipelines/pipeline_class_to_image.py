@@ -163,7 +163,9 @@ class ClassToImagePipeline(DiffusionPipeline):
                 and a dict of tensors; returns a dict of those it replaces. It may set `_guidance_scale`, `_interrupt`.
             callback_on_step_end_tensor_inputs: "idx" (n, L_k); "logits" (n, L_k, V), redrawn by the same numbers.
             decode_batch_size: images decoded at a time; None decodes in the batches that were sampled.
-            batch_size: images sampled at a time, up to 64 if None; the last batch is padded, so that all round alike.
+            batch_size: images sampled at a time, the last batch padded: an image is then the same to the bit in every
+                request. None samples up to 64 at a time and nothing that was not asked for; results of different
+                requests agree but for rounding.
 
         Returns:
             An `ImagePipelineOutput` whose `images` hold all images of the first label, then of the second, and so on.

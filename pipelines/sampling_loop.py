@@ -6,6 +6,7 @@ Legend: B images, n images of a batch, K blocks, L_k tokens of block k, C code c
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -66,7 +67,7 @@ def make_request(
         generators=image_generators(generator, len(labels)),
         given_idx_BL=None if idx_Bl is None else prior.layout.join(idx_Bl),
         options=options,
-        batch=BatchShape.choose(len(labels), batch_size, prior, pipe._execution_device),
+        batch=BatchShape() if batch_size is None else BatchShape(num_images=batch_size, is_filled=True),
         callback=callback,
         tensor_inputs=tensor_inputs,
     )
@@ -89,7 +90,7 @@ def run(pipe, request: SamplingRequest, output_type: str, decode_batch_size: int
         idx_Bl, maps = _sample(pipe, request)
         if output_type == "latent":
             return idx_Bl
-        return decode(pipe, maps[-1], decode_batch_size or request.batch.num_images, output_type)
+        return _decode_sampled(pipe, maps[-1], request, output_type, decode_batch_size)
 
 
 @torch.no_grad()
@@ -97,18 +98,22 @@ def run_progressively(pipe, request: SamplingRequest, output_type: str, decode_b
     """Sample the images of a request and decode them after every block; see `run`."""
     with hooks_freed(pipe):
         _, maps = _sample(pipe, request, keeps_maps=True)
-        num_decoded = decode_batch_size or request.batch.num_images
-        return [decode(pipe, features, num_decoded, output_type) for features in maps]
+        return [_decode_sampled(pipe, features, request, output_type, decode_batch_size) for features in maps]
 
 
-def decode(pipe, features: Tensor, num_images: int | None, output_type: str):
-    """Decode maps (B, C, h, w) in batches of one shape; refuse those, and images, that are NaN or infinite."""
+def decode(pipe, features: Tensor, batch: BatchShape, output_type: str):
+    """Decode maps (B, C, h, w) in batches; refuse those, and images, that are NaN or infinite."""
     run_offload_hook(pipe.tokenizer)
-    batch = BatchShape.choose(len(features), num_images, pipe.tokenizer, pipe._execution_device)
     parts = features.split(batch.num_images)
     images = torch.cat([pipe.tokenizer.decode(batch.pad(part))[: len(part)] for part in parts])
     check_finite("decoding", {"the quantized map": features, "the image": images})
     return to_output(images.clamp(-1, 1).float(), output_type)
+
+
+def _decode_sampled(pipe, features: Tensor, request: SamplingRequest, output_type: str, decode_batch_size: int | None):
+    """Decode in batches of the size asked for, else in those that were sampled; filled up as those were."""
+    batch = replace(request.batch, num_images=decode_batch_size or request.batch.num_images)
+    return decode(pipe, features, batch, output_type)
 
 
 @contextmanager
@@ -121,7 +126,7 @@ def hooks_freed(pipe) -> Iterator[None]:
 
 
 def _sample(pipe, request: SamplingRequest, keeps_maps: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-    """Sample all images in batches of one shape.
+    """Sample all images, batch by batch.
 
     Returns K tensors (B, L_k) of indices, −1 where a callback stopped before, and the maps (B, C, h, w) after each
     block, or the last alone.
@@ -145,17 +150,17 @@ def _sample_batch(pipe, request: SamplingRequest, start: int, bar, keeps_maps: b
     """Sample one batch; padded rows are computed and dropped."""
     batch, rows = request.batch, slice(start, start + request.batch.num_images)
     own, given = request.generators[rows], request.given_idx_BL
-    n = len(own)
+    n, num_rows = len(own), batch.num_rows(len(own))
     # Every batch begins as the call says: an image does not depend on what a callback did to another batch.
     pipe._guidance_scale = request.options.guidance_scale
-    loop, idx_Bl = BlockLoop(pipe, request, n, bar, keeps_maps), []
+    loop, idx_Bl = BlockLoop(pipe, request, n, num_rows, bar, keeps_maps), []
     if not pipe.interrupt:
         idx_Bl = generate(
             pipe.prior,
-            request.condition[rows].padded(batch.num_rows),
+            request.condition[rows].padded(num_rows),
             pipe.tokenizer.quantizer,
             request.options,
-            own + [torch.Generator().manual_seed(0) for _ in range(batch.num_rows - n)],
+            own + [torch.Generator().manual_seed(0) for _ in range(num_rows - n)],
             given_idx_BL=None if given is None else batch.pad(given[rows]),
             on_block_end=loop,
             is_guidance_fixed=request.callback is None,

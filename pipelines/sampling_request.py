@@ -20,28 +20,25 @@ MAX_BATCH_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """How many images go into a batch, and how many rows it is padded to.
+    """How many images go into a batch, and whether a batch of fewer is filled up.
 
     Args:
         num_images: images in every batch but the last.
-        num_rows: rows computed, the same for every batch.
+        is_filled: whether the last batch is padded to as many: all are then computed, and rounded, alike. Only who asks
+            for a size pays for rows that nobody wants.
     """
 
-    num_images: int
-    num_rows: int
+    num_images: int = MAX_BATCH_SIZE
+    is_filled: bool = False
 
-    @classmethod
-    def choose(cls, num_images: int, batch_size: int | None, model: torch.nn.Module, device) -> "BatchShape":
-        """Split a number of images into batches of one shape."""
-        size = min(num_images, MAX_BATCH_SIZE) if batch_size is None else batch_size
-        if device.type == "cpu" and model.dtype == torch.float32:
-            # Odd numbers of rows take other kernels, which round differently; multiples of four mostly agree.
-            return cls(num_images=size, num_rows=-(-size // 4) * 4)
-        return cls(num_images=size, num_rows=size)
+    def num_rows(self, num_images: int) -> int:
+        """Return how many rows are computed for a batch of images."""
+        return self.num_images if self.is_filled else num_images
 
     def pad(self, rows: Tensor) -> Tensor:
         """Repeat the first row at the end, up to the batch's rows."""
-        return torch.cat([rows, rows[:1].expand(self.num_rows - len(rows), *rows.shape[1:])])
+        num_missing = self.num_rows(len(rows)) - len(rows)
+        return torch.cat([rows, rows[:1].expand(num_missing, *rows.shape[1:])]) if num_missing else rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,7 @@ class SamplingRequest:
         generators: B generators.
         given_idx_BL: (B, L) known tokens, −1 for those to sample; or None.
         options: how tokens are drawn.
-        batch: shape of a sampled batch.
+        batch: how many images are sampled at a time.
         callback: `callback_on_step_end`, or None.
         tensor_inputs: names of the tensors that the callback receives.
     """

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nextblock.training.precision import full_precision, in_run_precision, outside_autocast
 
+from .linear import Linear
 from .losses import IGNORED_LABEL
 
 
@@ -54,7 +55,8 @@ def chunked_head_loss(
 def _is_bare_linear(head: nn.Module) -> bool:
     """Tell whether a head is its weight and bias, and nothing happens when it is called."""
     hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    return type(head) is nn.Linear and head.bias is not None and "forward" not in vars(head) and not any(hooks)
+    is_linear = type(head) in (nn.Linear, Linear) and head.bias is not None
+    return is_linear and "forward" not in vars(head) and not any(hooks)
 
 
 def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:

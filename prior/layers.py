@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attention
+from .linear import BiasedLinear, Linear
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
 
@@ -57,13 +58,6 @@ class CachedAttention:
         return attention(q, keys, values, self.scale)
 
 
-class BiasedLinear(nn.Linear):
-    """Linear map whose bias comes with the call: added within the product, and kept by whoever calls."""
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, bias)
-
-
 class BlockAttention(nn.Module):
     """Multi-head attention with query and value biases and none on keys, as in VAR.
 
@@ -87,7 +81,7 @@ class BlockAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
         if is_normalized:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +109,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, dropout: float):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
+        self.fc1 = Linear(hidden_size, inner_size)
+        self.fc2 = Linear(inner_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,7 +153,7 @@ class PriorLayer(GradientCheckpointingLayer):
         if use_shared_adaln:
             self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, hidden_size))
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Turn the condition into gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, D).
@@ -204,7 +198,7 @@ class ModulatedHead(nn.Module):
     def __init__(self, hidden_size: int, norm_eps: float):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Turn the class embedding (B, D) into scale and shift, each (B, 1, D)."""

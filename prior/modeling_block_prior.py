@@ -24,6 +24,7 @@ from .configuration_block_prior import BlockPriorConfig
 from .family import check_given, check_quantizer
 from .generation import BlockStep, generate
 from .layers import BlockAttention, CachedAttention, KeyValueCache, ModulatedHead, PriorLayer
+from .linear import Linear
 from .losses import PriorOutput, prior_output
 from .sampling import SamplingOptions, image_generators
 
@@ -54,12 +55,12 @@ class BlockPrior(StoredModel):
         if config.input_embedding == "tokens":
             self.word_embed = nn.Embedding(V, D)
         else:
-            self.word_embed = nn.Linear(config.embedding_dim, D)
+            self.word_embed = Linear(config.embedding_dim, D)
         self.pos_start = nn.Parameter(torch.empty(1, self.layout.block_lengths[0], D))
         self.pos_1LC = nn.Parameter(torch.empty(1, self.layout.num_tokens, D))
         self.lvl_embed = nn.Embedding(self.layout.num_blocks, D)
         if config.use_shared_adaln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
         self.blocks = nn.ModuleList(
             PriorLayer(
                 D,
@@ -75,7 +76,7 @@ class BlockPrior(StoredModel):
             for i in range(config.num_layers)
         )
         self.head_nm = ModulatedHead(D, config.norm_eps)
-        self.head = nn.Linear(D, V)
+        self.head = Linear(D, V)
         self.post_init()
 
     @property

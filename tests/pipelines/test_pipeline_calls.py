@@ -168,7 +168,7 @@ def test_a_request_is_decoded_in_parts(pipe, seeds):
     options = {"class_labels": [0, 1, 2], "num_images_per_label": 3, "output_type": "pt"}
     whole, sizes = pipe(generator=seeds(9), **options).images, []
     hook = pipe.tokenizer.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    for decode_batch_size, expected in ((1, [4] * 9), (4, [4] * 3), (5, [8] * 2), (None, [12])):
+    for decode_batch_size, expected in ((1, [1] * 9), (4, [4, 4, 1]), (5, [5, 4]), (None, [9])):
         sizes.clear()
         parts = pipe(generator=seeds(9), decode_batch_size=decode_batch_size, **options).images
         assert sizes == expected
