@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from nextblock.files.regular import check_size, is_regular
+from nextblock.files.regular import check_regular, check_size, is_regular
 
 from .class_numbers import check_names, numbered_classes
 from .reading import MAX_PICTURE_BYTES, is_picture_file, is_picture_name, read_picture
@@ -25,6 +25,8 @@ from .unreadable import UnreadableImageError
 if TYPE_CHECKING:
     from .images import ImageDataConfig
 
+# Of files in which the library looks for rows; it passes over what is called so and is no file.
+_DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".tsv", ".txt", ".zip")
 IMAGE_DTYPES = ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
 
 
@@ -231,10 +233,13 @@ def check_tar_files(path: str) -> None:
     """Refuse a folder with tar files that the library would read a part of only, without a word.
 
     Raises:
-        ValueError: naming the tar file.
+        ValueError: naming the tar file; or what is called like a file of data and is none, such as a pipe.
     """
-    for file in sorted(Path(path).rglob("*.tar")) if Path(path).is_dir() else ():
-        check_plain(file)
+    entries = _entries(path) if Path(path).is_dir() else ()
+    for file in sorted(entry.path for entry in entries if entry.name.endswith(_DATA_SUFFIXES)):
+        check_regular(file)
+        if file.endswith(".tar"):
+            check_plain(Path(file))
 
 
 def check_image_files(path: str, rows) -> None:
@@ -251,12 +256,11 @@ def check_image_files(path: str, rows) -> None:
         return
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    lost = []
-    for parent, folders, names in os.walk(path):
-        lost += [Path(parent, name) for name in folders if Path(parent, name).is_symlink() and name[0] != "."]
-        folders[:] = [name for name in folders if name[0] != "."]
-        files = [Path(parent, name) for name in names if name[0] != "."]
-        lost += [file for file in files if not _is_known(file, ImageFolder.EXTENSIONS) and _may_be_picture(file)]
+    lost = [
+        Path(entry.path)
+        for entry in _entries(path)
+        if not _is_known(entry, ImageFolder.EXTENSIONS) and _may_be_picture(entry)
+    ]
     if lost:
         raise ValueError(
             f"path={path!r}: `datasets` passes over {len(lost)} images or links to folders, such as {min(lost)}; "
@@ -264,16 +268,34 @@ def check_image_files(path: str, rows) -> None:
         )
 
 
-def _is_known(file: Path, suffixes: Collection[str]) -> bool:
-    """Whether the library reads a file as an image: it passes over pipes and links that lead nowhere."""
-    return file.suffix.lower() in suffixes and is_regular(file)
+def _entries(folder: str) -> Iterator[os.DirEntry]:
+    """Yield all that lies below a folder but folders themselves; names with a leading dot are passed over."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
+            else:
+                yield entry
 
 
-def _may_be_picture(file: Path) -> bool:
-    """Whether a file is a picture, something else called so, or a link that leads nowhere."""
-    if is_regular(file):
-        return is_picture_file(file)
-    return bool(is_picture_name(file.name)) or file.is_symlink() and not os.path.exists(file)
+def _is_known(entry: os.DirEntry, suffixes: Collection[str]) -> bool:
+    """Whether the library reads something as an image: it passes over pipes and links that lead nowhere."""
+    return Path(entry.name).suffix.lower() in suffixes and _is_file(entry)
+
+
+def _may_be_picture(entry: os.DirEntry) -> bool:
+    """Whether something is a picture or called so, or a link to a folder or to nowhere."""
+    if _is_file(entry):
+        return is_picture_file(entry.path)
+    is_lost = entry.is_symlink() and (os.path.isdir(entry.path) or not os.path.exists(entry.path))
+    return bool(is_picture_name(entry.name)) or is_lost
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Whether an entry is a regular file, or a link to one; most are, as their folder says without a look at them."""
+    return entry.is_file(follow_symlinks=False) or is_regular(entry.path)
 
 
 @contextmanager

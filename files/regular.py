@@ -132,27 +132,31 @@ def read_json(path: str | os.PathLike, max_bytes: int = MAX_TEXT_BYTES) -> Any:
 def read_yaml(path: str | os.PathLike) -> Any:
     """Read a regular file of YAML; see `check_yaml`."""
     text = read_text(path, MAX_YAML_BYTES)
-    check_yaml(text, path)
-    return yaml.safe_load(text)
+    return check_yaml(text, path)
 
 
-def check_yaml(text: str, path: str | os.PathLike) -> None:
-    """Refuse text that is no YAML, or whose aliases make too much of it, or a circle.
+def check_yaml(text: str, path: str | os.PathLike) -> Any:
+    """Read YAML; refuse text that is none, or whose aliases make too much of it, or a circle.
 
     Args:
         text: of the file.
         path: of the file, for the message.
+
+    Returns:
+        What it holds.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
     try:
         num_values = _count_values(yaml.compose(text, yaml.SafeLoader), {})
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if num_values <= MAX_YAML_VALUES:
+            return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        # The last are what its reader stumbles over, such as dates that there are not.
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no YAML that can be read: {reason}") from error
-    if num_values > MAX_YAML_VALUES:
-        raise TooLargeError(f"{path} holds {num_values} values by its aliases; expected {MAX_YAML_VALUES} at most")
+    raise TooLargeError(f"{path} holds {num_values} values by its aliases; expected {MAX_YAML_VALUES} at most")
 
 
 def _count_values(node: yaml.Node | None, counts: dict[int, int | None]) -> int:

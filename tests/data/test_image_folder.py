@@ -120,6 +120,20 @@ def test_what_is_neither_file_nor_folder_is_an_image_that_cannot_be_read(tmp_pat
     assert "cat/folder.png/b.png" in [each.identifier(index) for each in [opened(tmp_path)] for index in range(7)]
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_pipes_that_datasets_would_pass_over_are_named(is_streamed, tmp_path):
+    solid(tmp_path / "rows" / "a.png", 1)
+    options = {"source": "datasets", "label_column": None, "is_streamed": is_streamed}
+    os.mkfifo(tmp_path / "rows" / "x.png")
+    with pytest.raises(ValueError, match="passes over 1 images or links to folders, such as .*x.png"):
+        load_source(ImageDataConfig(path=str(tmp_path / "rows"), **options), "train", in_order=True)
+    for name in ("b.parquet", "metadata.csv", "b.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is a pipe; expected a file"):
+            load_source(ImageDataConfig(path=str(tmp_path), **options), "train", in_order=True)
+        (tmp_path / name).unlink()
+
+
 def test_a_folder_called_like_a_picture_beside_loose_ones_is_no_image(tmp_path):
     solid(tmp_path / "a.png", 1)
     (tmp_path / "x.png").mkdir()

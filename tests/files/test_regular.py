@@ -112,8 +112,13 @@ def bomb() -> str:
         ("a: [", "is no YAML that can be read"),
         ("a: \x00", "is no YAML that can be read"),
         ("a: *b", "is no YAML that can be read"),
+        ("a: " + "9" * 5000, "is no YAML that can be read: Exceeds the limit"),
+        ("a: 2024-99-99", "is no YAML that can be read: month must be"),
+        ("a: !!python/object/apply:os.system [true]", "is no YAML that can be read: could not determine"),
+        ("a: !!int x", "is no YAML that can be read"),
+        ("? {a: 1}\n: 1", "is no YAML that can be read: .*unhashable"),
     ],
-    ids=range(8),
+    ids=range(13),
 )
 def test_yaml_that_cannot_be_meant_is_named(text, message, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
