@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 
 @pytest.mark.slow
-def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_path):
+def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, read_metrics, tmp_path):
     def arguments(name: str, *options: str) -> list[str]:
         folders = ["--output_dir", tmp_path / name, "--pipeline_dir", tmp_path / name / "pipeline"]
         fixed = ["--loop.ema_decay", "null", "--loop.tracker", "null", *folders, *options]
@@ -30,6 +30,7 @@ def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_pat
     # A step that moves nothing, from the weights of the whole one.
     still = ["--optimizer.learning_rate", "1e-30", "--optimizer.weight_decay", "0", "--loop.num_steps", "1"]
     jobs.append(arguments("tuned", "--loop.init_from", str(tmp_path / "whole/pipeline"), *still))
+    jobs.append(arguments("half", "--loop.mixed_precision", "bf16"))
     process = subprocess.Popen(
         [sys.executable, __file__, json.dumps(jobs)],
         cwd=tmp_path,
@@ -55,6 +56,16 @@ def test_a_sharded_prior_equals_a_whole_one(prior_arguments, run_on_two, tmp_pat
     stopped = load_file(tmp_path / "stopped" / "pipeline/prior/model.safetensors")
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in exported["sharded"].items())
     assert (tmp_path / "sharded" / "pictures" / "samples_00000006.png").is_file()
+    lines = {name: read_metrics(tmp_path / name) for name in ("whole", "half")}
+    for exact, rounded in zip(lines["whole"], lines["half"], strict=True):
+        assert exact.keys() == rounded.keys()
+        for name in ("train/loss", "eval/loss"):
+            if name in exact:
+                assert exact[name] == pytest.approx(rounded[name], abs=0.01) and exact[name] != rounded[name]
+    half = load_file(tmp_path / "half" / "pipeline/prior/model.safetensors")
+    for name, tensor in exported["whole"].items():
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], tensor, rtol=0, atol=0.02, msg=name)
 
 
 def main() -> None:
@@ -87,6 +98,7 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
     from nextblock import train_prior as prior_train
     from nextblock.command_line import parse_run_config
     from nextblock.training import loop, opened_run
+    from nextblock.training.sharding import sharded_precision
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -101,6 +113,7 @@ def train_sharded(arguments: list[str], is_signalled: bool) -> None:
             auto_wrap_policy="transformer_based_wrap",
             reshard_after_forward=True,
             state_dict_type="SHARDED_STATE_DICT",
+            mixed_precision_policy=sharded_precision(accelerator.mixed_precision),
             cpu_ram_efficient_loading=False,
         )
         return accelerator
