@@ -43,7 +43,7 @@ def client(page):
     """A client of the page, which this process serves."""
     import gradio_client
 
-    from nextblock.pipelines.demo_guards import launch_limits
+    from nextblock.pipelines.demo_page import launch_limits
 
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_limits(LIMITS))
     yield gradio_client.Client(address, verbose=False)
