@@ -144,7 +144,10 @@ def read_footer(path: Path) -> tuple[int, list[dict]]:
         footer = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"shard {path} cannot be read: {error}") from error
-    return footer.num_rows, json.loads((footer.metadata or {}).get(_REJECTED_KEY, b"[]"))
+    try:
+        return footer.num_rows, json.loads((footer.metadata or {}).get(_REJECTED_KEY, b"[]"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"shard {path} has a damaged list of rejected images: {error}") from error
 
 
 def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:

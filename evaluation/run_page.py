@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from nextblock.data.reading import MAX_PICTURE_BYTES, read_picture
 from nextblock.files.atomic import write_text_whole
+from nextblock.files.regular import read_content, read_json, read_text
 
 from .pictures import save_picture
 from .training_log import ALARMS_NAME, RECORD_NAME, read_log, series
@@ -139,10 +141,10 @@ def html_page(run_dir: Path) -> str:
         parts.append(f"<h2>{html.escape(kind)}</h2>")
         for path in paths:
             step = path.stem.rsplit("_", 1)[1].lstrip("0") or "0"
-            picture = _embedded(path.read_bytes(), path.name)
+            picture = _embedded(read_content(path, MAX_PICTURE_BYTES), path.name)
             parts.append(f"<figure>{picture}<figcaption>step {html.escape(step)}</figcaption></figure>")
     if (run_dir / "config.yaml").is_file():
-        text = html.escape((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        text = html.escape(read_text(run_dir / "config.yaml"))
         parts.append(f"<h2>Configuration</h2><pre>{text}</pre>")
     return "\n".join(parts) + "\n</html>\n"
 
@@ -156,7 +158,7 @@ def _starts_table(run_dir: Path) -> str:
     path = run_dir / RECORD_NAME
     if not path.is_file():
         return ""
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+    starts = read_json(path)["starts"]
     names = dict.fromkeys(name for start in starts for name in start)
     rows = [[name, *(_cell(start.get(name)) for start in starts)] for name in names]
     return "<h2>Runs</h2>" + _table(rows)
@@ -176,7 +178,7 @@ def _table(rows: list[list[str]]) -> str:
 def _alarm_list(run_dir: Path) -> str:
     """List the alarms that rang."""
     path = run_dir / ALARMS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_text(path).splitlines() if path.is_file() else []
     alarms = [html.escape(json.loads(line)["alarm"]) for line in lines]
     items = "".join(f"<li class=alarm>{alarm}</li>" for alarm in alarms) or "<li>none</li>"
     return f"<h2>Alarms</h2><ul>{items}</ul>"
@@ -215,7 +217,7 @@ def _stacked_image(run_dir: Path) -> Image.Image:
     curves = io.BytesIO()
     draw_curves(read_log(run_dir)).savefig(curves, format="png", dpi=110)
     images = [Image.open(curves).convert("RGB")]
-    images += [Image.open(paths[-1]).convert("RGB") for paths in chosen_pictures(run_dir).values()]
+    images += [read_picture(paths[-1]) for paths in chosen_pictures(run_dir).values()]
     size = max(image.width for image in images), sum(image.height for image in images)
     canvas, top = Image.new("RGB", size, "white"), 0
     for image in images:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nextblock.files.regular import read_text
+
 LOG_NAME, ALARMS_NAME, RECORD_NAME = "metrics.jsonl", "alarms.jsonl", "run.json"
 
 
@@ -27,7 +29,7 @@ def read_log(run_dir: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected the output folder of a training")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

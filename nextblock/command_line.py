@@ -6,9 +6,11 @@
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -35,6 +37,7 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
         An instance of config_class.
     """
     parser = _run_config_parser(config_class, command)
+    _check_group_files(parser, config_class, argv)
     namespace = parser.parse_args(list(argv))
     given = parser.parse_args(list(argv), defaults=False)
     namespace.pop("config")
@@ -149,6 +152,26 @@ def _run_config_parser(config_class: type, command: str) -> ArgumentParser:
     parser.add_argument("--config", action=_NamedConfigFile, help=help_text)
     parser.add_class_arguments(config_class, as_group=False)
     return parser
+
+
+def _check_group_files(parser: ArgumentParser, config_class: type, argv: Sequence[str]) -> None:
+    """Refuse what is given for a whole group of options, as in `--loop FILE`, and is no file of options."""
+    groups = set(_groups(config_class))
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    for option, value in pairwise(words):
+        if option in groups and os.path.exists(value):
+            try:
+                check_yaml(read_text(value, MAX_YAML_BYTES), value)
+            except (ValueError, OSError) as error:
+                parser.error(f"{option}: {error}")
+
+
+def _groups(config_class: type, prefix: str = "--") -> Iterator[str]:
+    """Yield the options that stand for a group."""
+    for name, hint in get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            yield f"{prefix}{name}"
+            yield from _groups(hint, f"{prefix}{name}.")
 
 
 def _misplaced_nulls(config_class: type, namespace: Namespace, prefix: str = "") -> Iterator[str]:

@@ -55,8 +55,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_run_config(DemoConfig, command="demo", argv=argv)
     # Read when gradio is imported, which the page does.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from nextblock.pipelines.demo_guards import launch_limits
-    from nextblock.pipelines.demo_page import CSS, build_page
+    from nextblock.pipelines.demo_page import CSS, build_page, launch_limits
 
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     pipe = ClassToImagePipeline.from_pretrained(config.pipeline).to(device, getattr(torch, config.dtype))

@@ -15,6 +15,7 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.data.token_account import REJECTED_NAME
 from nextblock.data.token_shards import read_footer, read_shard
 from nextblock.data.tokens import TokenManifest
+from nextblock.files.regular import read_text
 
 from .command_line import parse_run_config
 
@@ -56,7 +57,7 @@ def damage_of(folder: Path) -> list[str]:
             problems += _count(split, entry, np.bincount(np.concatenate(views), minlength=1), num_rejected)
     try:
         # Names may hold characters at which splitlines would end a line too.
-        lines = (folder / REJECTED_NAME).read_text(encoding="utf-8").split("\n")
+        lines = read_text(folder / REJECTED_NAME).split("\n")
         splits = [json.loads(line)["split"] for line in lines if line]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [*problems, f"{folder / REJECTED_NAME} cannot be read: {error}"]

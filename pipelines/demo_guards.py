@@ -10,21 +10,13 @@ from collections.abc import Callable
 from functools import wraps
 
 import gradio as gr
-from gradio_client.utils import is_http_url_like
-from starlette.middleware import Middleware
 
 from nextblock.files.regular import open_regular
 
-from .demo_limits import MAX_LAYERS, BodyLimit, DemoLimits, one_line
+from .demo_limits import MAX_LAYERS, DemoLimits, one_line
 
 # Drawings that editors have sent a part of.
 MAX_DRAWINGS = 64
-
-
-def launch_limits(limits: DemoLimits) -> dict:
-    """Return the options of Gradio's `launch` by which the limits hold for uploads and for bodies of requests."""
-    middleware = [Middleware(BodyLimit, max_upload_bytes=limits.max_upload_bytes)]
-    return {"max_file_size": limits.max_upload_bytes, "app_kwargs": {"middleware": middleware}}
 
 
 def refusal(error: object) -> gr.Error:
@@ -68,7 +60,7 @@ def guard(component: gr.components.Component, limits: DemoLimits) -> gr.componen
 
     @wraps(fetch)
     async def fetched(url_or_file_path):
-        if is_http_url_like(str(url_or_file_path)):
+        if str(url_or_file_path).lower().startswith(("http:", "https:")):
             raise refusal("an address is given; expected a picture that is uploaded")
         return await fetch(url_or_file_path)
 

@@ -6,12 +6,13 @@ Legend: H×W pixels.
 from dataclasses import fields
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from nextblock.prior.sampling import GUIDANCE_SCHEDULES, SamplingOptions
 
 from . import demo_handlers as handlers
 from .demo_guards import guard, reported
-from .demo_limits import DemoLimits
+from .demo_limits import BodyLimit, DemoLimits
 
 OPTION_NAMES = [field.name for field in fields(SamplingOptions)]
 # Images below this many pixels a side are shown pixel by pixel, and many in a row.
@@ -54,6 +55,12 @@ def build_page(pipe, limits: DemoLimits = handlers.NO_OTHERS) -> gr.Blocks:
     for component in {field._id: field for function in page.fns.values() for field in function.inputs}.values():
         guard(component, limits)
     return page.queue(max_size=limits.max_waiting)
+
+
+def launch_limits(limits: DemoLimits) -> dict:
+    """Return the options of Gradio's `launch` by which the limits hold for uploads and for bodies of requests."""
+    middleware = [Middleware(BodyLimit, max_upload_bytes=limits.max_upload_bytes)]
+    return {"max_file_size": limits.max_upload_bytes, "app_kwargs": {"middleware": middleware}}
 
 
 def _sample_tab(pipe, limits: DemoLimits) -> None:

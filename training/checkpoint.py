@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from nextblock.evaluation.report import environment
 from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole, writing
+from nextblock.files.regular import read_json
 
 logger = get_logger(__name__)
 
@@ -112,7 +113,7 @@ def _manifest_sha256(manifest: dict) -> str:
 def damage(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint, or None if it is whole."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / MANIFEST_NAME)
         is_whole = manifest["own_sha256"] == _manifest_sha256(manifest)
     except (FileNotFoundError, NotADirectoryError):
         return f"{MANIFEST_NAME} is missing"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from nextblock.data.images import ImageDataConfig, load_source
 from nextblock.data.reading import MAX_PICTURE_BYTES, read_picture
-from nextblock.data.token_shards import read_shard
+from nextblock.data.token_shards import read_footer, read_shard
 from nextblock.data.tokens import TokenManifest
 from nextblock.data.unreadable import UnreadableImageError
 from nextblock.data.usable import find_unreadable
@@ -165,6 +165,13 @@ def test_a_shard_that_claims_more_values_than_its_bytes_mean_is_not_unpacked(tmp
         read_shard(path, 1, file_sha256(path))
     with pytest.raises(ValueError, match="has 1 rows; expected 1000000000000 as in its manifest"):
         read_shard(path, 10**12, file_sha256(path))
+
+
+def test_a_list_of_rejects_beyond_reading_is_named(tmp_path):
+    table = pa.table({"idx": [1]}).replace_schema_metadata({"nextblock.rejected": "[" * 5000})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet has a damaged list of rejected images"):
+        read_footer(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format_version": ' + "1" * 1_000_000 + "}"])

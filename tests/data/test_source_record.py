@@ -46,6 +46,13 @@ def test_the_first_changed_file_is_named(files, tmp_path, check):
     goes_on(tmp_path, *files, check)
 
 
+def test_what_is_no_file_is_not_waited_for(files, tmp_path):
+    root, names = files
+    os.mkfifo(root / "pipe.png")
+    os.symlink("/dev/zero", root / "endless.png")
+    goes_on(tmp_path, root, [*names, "pipe.png", "endless.png"], "content")
+
+
 def test_equal_sizes_are_told_apart_by_times_or_content(files, tmp_path):
     root, names = files
     times = (root / names[0]).stat()

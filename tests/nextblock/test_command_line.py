@@ -157,6 +157,8 @@ def test_what_a_command_writes_is_a_config_and_a_pipe_of_any_other_name_is_none(
     os.close(reader)
     assert (run.output_dir, run.num_steps) == ("piped", 8)
     os.mkfifo(tmp_path / "pipe.yaml")
+    for words in (["--model", str(tmp_path / "pipe.yaml")], [f"--optimizer={tmp_path / 'pipe.yaml'}"]):
+        assert "pipe.yaml is a pipe; expected a file" in refusal(capsys, "--output_dir", "out", *words)
     for name in (str(tmp_path / "pipe.yaml"), "/dev/zero", str(tmp_path)):
         assert "is neither a file nor a shipped config" in refusal(capsys, "--config", name)
 

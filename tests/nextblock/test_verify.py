@@ -1,6 +1,7 @@
 """Verification: a whole folder passes, and each kind of damage is named."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -45,6 +46,18 @@ def test_a_manifest_that_is_none_is_named(folder, text, message):
     (folder / MANIFEST_NAME).write_text(text)
     with pytest.raises(ValueError, match=f"{MANIFEST_NAME} {message}"):
         damage_of(folder)
+
+
+@pytest.mark.parametrize("name", [SHARD, "rejected.jsonl", MANIFEST_NAME])
+def test_a_pipe_in_a_files_place_is_named_and_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    if name == MANIFEST_NAME:
+        with pytest.raises(ValueError, match="has no manifest.json"):
+            damage_of(folder)
+        return
+    (problem,) = damage_of(folder)
+    assert name in problem and ("is a pipe" in problem or "is missing" in problem)
 
 
 def test_damaged_and_missing_files_are_named(folder, capsys):

@@ -43,7 +43,7 @@ def client(page):
     """A client of the page, which this process serves."""
     import gradio_client
 
-    from nextblock.pipelines.demo_guards import launch_limits
+    from nextblock.pipelines.demo_page import launch_limits
 
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch_limits(LIMITS))
     yield gradio_client.Client(address, verbose=False)
@@ -209,11 +209,14 @@ def test_without_gradio_the_command_says_how_to_install_it(found, monkeypatch, c
 def test_the_command_serves_the_named_pipeline(pipe, tmp_path, monkeypatch):
     gradio = pytest.importorskip("gradio")
     launched = []
+    # The command bounds what PIL unpacks in its process, which here is the tests'.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: launched.append((page, options)))
     pipe.save_pretrained(tmp_path)
     demo.main(["--pipeline", str(tmp_path), "--cpu", "true", "--port", "8123", "--dtype", "bfloat16"])
     ((page, options),) = launched
     assert options["server_name"] == "127.0.0.1" and options["server_port"] == 8123
+    assert options["max_file_size"] == 1 << 25 and Image.MAX_IMAGE_PIXELS == 1 << 25
     assert options["share"] is False and "pixelated" in options["css"]
     assert "16×16 pixels as 21 tokens in 3 scales up to 4×4; 12 codes, 3 classes" in component(page, "Markdown").value
 
