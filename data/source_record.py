@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from nextblock.files.atomic import write_whole
+from nextblock.files.regular import NotRegularError, open_regular
 
 Check = Literal["sizes", "files", "content"]
 _NUM_READERS = 8
@@ -88,9 +89,9 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 def _digest(path: Path) -> bytes:
     """Hash a file; one that cannot be read has a digest too."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").digest()[:_DIGEST_SIZE]
-    except OSError:
+    except (OSError, NotRegularError):
         return bytes(_DIGEST_SIZE)
 
 
