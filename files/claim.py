@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+from .atomic import UnwrittenError, writing
+
 LOCK_NAME = ".nextblock.lock"
 # How long processes of a killed command have to vanish, and those of a finished one to leave.
 _VANISH_SECONDS, _LEAVE_SECONDS = 20.0, 2.0
@@ -59,7 +61,11 @@ def claimed(folder: Path, state: Processes | None = None, *, option: str = "outp
     try:
         if state is None or state.is_main_process:
             made = [each for each in (folder, *folder.parents) if not each.exists()]
-            descriptor = _take(folder, option)
+            try:
+                descriptor = _take(folder, option)
+            except BaseException:
+                _remove_empty(made)
+                raise
             if state is not None:
                 # Each process holds a share: it keeps others out for as long as any of them lives.
                 _lock(descriptor, fcntl.LOCK_SH, folder)
@@ -91,9 +97,7 @@ def _take(folder: Path, option: str) -> int:
         descriptor = _open(folder, option)
         is_locked = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, folder)
         if is_locked and _is_there(descriptor, folder):
-            os.ftruncate(descriptor, 0)
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            _sign(descriptor, folder)
             return descriptor
         holder = {} if is_locked else _holder(descriptor)
         os.close(descriptor)
@@ -106,6 +110,19 @@ def _take(folder: Path, option: str) -> int:
                 "that one, stop it, or choose another folder"
             )
         time.sleep(0.1)
+
+
+def _sign(descriptor: int, folder: Path) -> None:
+    """Write down who holds a claim; what cannot even hold that is given up again."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    try:
+        with writing(folder / LOCK_NAME):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+    except UnwrittenError:
+        (folder / LOCK_NAME).unlink()
+        os.close(descriptor)
+        raise
 
 
 def _open(folder: Path, option: str) -> int:
@@ -168,6 +185,11 @@ def _give_up(descriptor: int, folder: Path, made: list[Path]) -> None:
         time.sleep(0.02)
     if _is_there(descriptor, folder):
         (folder / LOCK_NAME).unlink()
+    _remove_empty(made)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove folders that were made for nothing."""
     with suppress(OSError):  # Something is in it, or it is gone.
         for each in made:
             each.rmdir()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .atomic import write_text_whole
 from .claim import LOCK_NAME, Processes
+from .regular import read_json
 
 JOB_NAME = "job.json"
 
@@ -34,9 +35,9 @@ def begin_job(folder: Path, job: Mapping, state: Processes) -> None:
         write_text_whole(path, json.dumps(job, indent=2) + "\n")
     state.wait_for_everyone()
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError as error:
-        raise ValueError(f"output_dir {folder}: {JOB_NAME} is damaged ({error}); expected a new folder") from error
+        raise ValueError(f"output_dir {folder}: {error}; expected a new folder") from error
     if not isinstance(found, dict):
         raise ValueError(f"output_dir {folder}: {JOB_NAME} holds no job; expected a new folder")
     _check_job(found, json.loads(json.dumps(job)), folder)

@@ -142,9 +142,8 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     N = len(class_labels)
     batches = [range(start, min(start + config.batch_size, N)) for start in range(0, N, config.batch_size)]
     begin_job(folder, job, state)
-    if state.is_main_process:
-        for problem in files.remove_damaged(batches):
-            print(f"{problem}: drawn again")
+    for problem in files.remove_damaged(batches[state.process_index :: state.num_processes]):
+        print(f"{problem}: drawn again")
     # Nobody looks before what is damaged is gone.
     state.wait_for_everyone()
     stoppable.done = lambda: f"{sum(len(b) for b in batches if files.has(b))} of {N} images are in {folder}"

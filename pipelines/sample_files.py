@@ -65,8 +65,11 @@ class NpzFile:
         write_whole(self._part(batch), partial(_write_array, images=images), partial(self._check_part, batch))
 
     def remove_damaged(self, batches: Sequence[range]) -> Iterator[str]:
-        """Remove files that are not whole, so that their images are drawn again, and yield what was wrong with each."""
-        if self.path.is_file():
+        """Remove files that are not whole, so that their images are drawn again, and yield what was wrong with each.
+
+        Processes may share the batches; the archive of all goes with the first one.
+        """
+        if self.path.is_file() and any(batch.start == 0 for batch in batches):
             try:
                 map_images(self.path)
                 with np.load(self.path) as arrays:

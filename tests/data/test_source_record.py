@@ -30,12 +30,14 @@ def goes_on(tmp_path, root, names, check, is_begun=True) -> None:
 @pytest.mark.parametrize("check", ["sizes", "files", "content"])
 def test_the_first_changed_file_is_named(files, tmp_path, check):
     root, names = files
+    os.mkfifo(root / "pipe.png")
+    names.append("pipe.png")
     goes_on(tmp_path, *files, check)
     goes_on(tmp_path, *files, check)
     content = (root / names[1]).read_bytes()
     (root / names[1]).write_bytes(content + b"!")
     (root / names[2]).write_bytes(b"")
-    expected = rf"{root}/a/1.png is not the file .*: it has 12 bytes and had 11 \(2 of 4 files have changed\); {HINT}"
+    expected = rf"{root}/a/1.png is not the file .*: it has 12 bytes and had 11 \(2 of 5 files have changed\); {HINT}"
     with pytest.raises(ValueError, match=expected):
         goes_on(tmp_path, *files, check)
     (root / names[1]).unlink()

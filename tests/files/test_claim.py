@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from nextblock.files import claim
+from nextblock.files.atomic import UnwrittenError
 from nextblock.files.claim import LOCK_NAME, claimed, is_occupied
 
 fork = multiprocessing.get_context("fork")
@@ -127,6 +128,13 @@ def test_what_cannot_be_claimed_is_named(tmp_path):
         with pytest.raises(ValueError, match=f"output_dir .*/{name}.*; expected"), claimed(tmp_path / name):
             pass
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_disk_that_cannot_even_hold_a_claim_is_named(tmp_path, full_disk):
+    with full_disk(0), pytest.raises(UnwrittenError, match="new/.nextblock.lock could not be written: "):
+        with claimed(tmp_path / "new"):
+            pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch, caplog):

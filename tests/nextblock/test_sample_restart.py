@@ -155,6 +155,15 @@ def test_a_folder_that_holds_other_things_is_left_alone(sample_in, tmp_path):
     assert files_of(tmp_path / "out") == {"images.npz": b"precious"}
 
 
+@pytest.mark.parametrize(("text", "problem"), [("{", "job.json is damaged: "), ("[]", "job.json holds no job")])
+def test_a_damaged_job_is_refused_the_folder(sample_in, tmp_path, text, problem):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job.json").write_text(text)
+    with pytest.raises(ValueError, match=f"output_dir out: .*{problem}.*; expected a new folder"):
+        sample_in(tmp_path)
+    assert files_of(tmp_path / "out") == {"job.json": text.encode()}
+
+
 def test_a_finished_folder_that_was_tampered_with_is_mended_or_refused(sample_in, finished, tmp_path, capsys):
     output_format, folder = finished
     shutil.copytree(folder, tmp_path / "out")
