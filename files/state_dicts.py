@@ -8,6 +8,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,6 +63,31 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
                 "there; expected tensors that are stored whole"
             )
     return state
+
+
+def read_like(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read tensors that are to take the place of others.
+
+    Args:
+        path: of a safetensors file.
+        own: the others by name.
+
+    Raises:
+        ValueError: naming the file, if it is missing or cannot be read; and the tensors that are missing, unexpected,
+            of another shape or kind of number, or not finite.
+    """
+    given = read_state_dict(path)
+    problems = [f"missing: {name}" for name in own.keys() - given.keys()]
+    problems += [f"unexpected: {name}" for name in given.keys() - own.keys()]
+    for name in own.keys() & given.keys():
+        got, expected = ((tuple(tensor.shape), tensor.dtype) for tensor in (given[name], own[name]))
+        if got != expected:
+            problems.append(f"other: {name} {got}, expected {expected}")
+        elif not given[name].isfinite().all():
+            problems.append(f"not finite: {name}")
+    if problems:
+        raise ValueError(f"{path} does not hold the tensors expected:\n  " + "\n  ".join(sorted(problems)))
+    return given
 
 
 def write_state_dict(state: dict[str, Tensor], path: Path) -> None:

@@ -157,7 +157,8 @@ class PriorTask:
         self._export = export
         optimizer = build_optimizer(model, config.optimizer, model.no_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.modules, self.optimizers, self.code_usage = [self.model], [self.optimizer], None
+        self.modules, self.optimizers, self.records = [self.model], [self.optimizer], {}
+        self.code_usage = None
 
     def start(self) -> None:
         """Decode the first training rows to `tokens_check.png`: wrong tokens are seen before they are learned."""

@@ -176,7 +176,6 @@ class Adversary:
         self.averages = LogitAverages(config.lecam_decay).to(parameter.device)
         if parameter.dtype == torch.float64:
             self.averages.double()
-        accelerator.register_for_checkpointing(self.averages)
 
     def is_training_at(self, step: int) -> bool:
         """Tell whether the discriminator trains at a step."""

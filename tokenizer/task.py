@@ -121,7 +121,7 @@ class TokenizerTask:
         self.modules, self.optimizers = [self.model], [self.optimizer]
         num_tokens = [config.loop.batch_size * length for length in model.layout.block_lengths]
         self.code_usage = CodeUsage(num_codes=model.quantizer.num_codes, num_tokens=num_tokens)
-        self.adversary = None
+        self.adversary, self.records = None, {}
         if config.discriminator.weight > 0:
             options = config.discriminator
             discriminator = build_discriminator(options, model.config.num_channels, model.config.image_size)
@@ -133,6 +133,7 @@ class TokenizerTask:
             self.modules.append(self.discriminator)
             self.optimizers.append(self.discriminator_optimizer)
             self.adversary = Adversary(accelerator, self.discriminator, options)
+            self.records["discriminator_averages"] = self.adversary.averages
 
     def start(self) -> None:
         """Set the codes to features of training images, where the configuration says so."""
