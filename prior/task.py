@@ -26,6 +26,7 @@ from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
+from nextblock.files.stored_model import check_memory
 from nextblock.training.initial_weights import find_initial_model, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
@@ -325,17 +326,20 @@ def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_name
 
     Returns:
         The prior, with gradient checkpointing and compilation where the run asks for them.
+
+    Raises:
+        ValueError: if the options do not go together, or ask for more than this machine's memory.
     """
-    model = BlockPrior(
-        BlockPriorConfig(
-            layout=tokenizer.layout.to_dict(),
-            vocab_size=tokenizer.config.vocab_size,
-            embedding_dim=tokenizer.config.embedding_dim,
-            num_classes=len(class_names),
-            class_names=class_names or None,
-            **asdict(config.model),
-        )
+    model_config = BlockPriorConfig(
+        layout=tokenizer.layout.to_dict(),
+        vocab_size=tokenizer.config.vocab_size,
+        embedding_dim=tokenizer.config.embedding_dim,
+        num_classes=len(class_names),
+        class_names=class_names or None,
+        **asdict(config.model),
     )
+    check_memory(BlockPrior, model_config)
+    model = BlockPrior(model_config)
     if config.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer versions of transformers have another name for it, which the older ones supported here lack.

@@ -75,6 +75,8 @@ class DiscriminatorConfig:
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {list(choices)}")
+        if self.base_width > 1 << 12:
+            raise ValueError(f"base_width is {self.base_width}; expected at most {1 << 12}")
         for name, lowest in {
             "num_layers": 1,
             "base_width": 1,

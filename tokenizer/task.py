@@ -18,6 +18,7 @@ from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid
+from nextblock.files.stored_model import check_memory
 from nextblock.training.alarms import CodeUsage
 from nextblock.training.initial_weights import with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
@@ -321,8 +322,13 @@ def build_tokenizer(config: TokenizerTrainConfig) -> VQVAE:
 
     Returns:
         The tokenizer, with gradient checkpointing and compilation where the run asks for them.
+
+    Raises:
+        ValueError: if the options do not go together, or ask for more than this machine's memory.
     """
-    model = VQVAE(VQVAEConfig(**asdict(config.model)))
+    model_config = VQVAEConfig(**asdict(config.model))
+    check_memory(VQVAE, model_config)
+    model = VQVAE(model_config)
     if config.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer versions of transformers have another name for it, which the older ones supported here lack.
