@@ -14,7 +14,7 @@ from PIL import Image
 from nextblock.files.atomic import write_text_whole
 
 from .pictures import save_picture
-from .training_log import ALARMS_NAME, RECORD_NAME, read_log, series
+from .training_log import ALARMS_NAME, RECORD_NAME, read_log, read_starts, series
 
 NUM_PANEL_COLUMNS = 2
 # Titles of panels, and which figures share one; the first pattern that fits a figure takes it.
@@ -156,7 +156,7 @@ def _starts_table(run_dir: Path) -> str:
     path = run_dir / RECORD_NAME
     if not path.is_file():
         return ""
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+    starts = read_starts(run_dir)
     names = dict.fromkeys(name for start in starts for name in start)
     rows = [[name, *(_cell(start.get(name)) for start in starts)] for name in names]
     return "<h2>Runs</h2>" + _table(rows)
@@ -176,8 +176,11 @@ def _table(rows: list[list[str]]) -> str:
 def _alarm_list(run_dir: Path) -> str:
     """List the alarms that rang."""
     path = run_dir / ALARMS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    alarms = [html.escape(json.loads(line)["alarm"]) for line in lines]
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    try:
+        alarms = [html.escape(json.loads(line)["alarm"]) for line in lines]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
     items = "".join(f"<li class=alarm>{alarm}</li>" for alarm in alarms) or "<li>none</li>"
     return f"<h2>Alarms</h2><ul>{items}</ul>"
 
