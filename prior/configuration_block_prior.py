@@ -43,6 +43,8 @@ class BlockPriorConfig(PreTrainedConfig):
         drop_path: stochastic-depth rate of the last layer, rising linearly from 0.
         label_smoothing: of the cross-entropy, in [0, 1).
         adaln_gamma_init: factor on the initial AdaLN gates.
+        tokenizer_fingerprint: of the tokenizer whose tokens the prior has learned, see
+            `nextblock.files.fingerprints.model_fingerprint`; None where it is not known.
     """
 
     model_type = "nextblock_block_prior"
@@ -67,6 +69,7 @@ class BlockPriorConfig(PreTrainedConfig):
         drop_path: float = 0.0,
         label_smoothing: float = 0.0,
         adaln_gamma_init: float = 1e-3,
+        tokenizer_fingerprint: str | None = None,
         **kwargs,
     ):
         self.layout = (BlockLayout.tiles(1, 8) if layout is None else BlockLayout.from_dict(layout)).to_dict()
@@ -88,6 +91,7 @@ class BlockPriorConfig(PreTrainedConfig):
         self.drop_path = drop_path
         self.label_smoothing = label_smoothing
         self.adaln_gamma_init = adaln_gamma_init
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         refuse_unknown_fields(type(self), kwargs)
         self._check()
         super().__init__(**kwargs)
@@ -132,6 +136,8 @@ class BlockPriorConfig(PreTrainedConfig):
             raise ValueError(f"input_embedding is {self.input_embedding!r}; expected 'codes' or 'tokens'")
         if self.input_embedding == "tokens" and self.block_layout().is_scales:
             raise ValueError("input_embedding is 'tokens'; expected 'codes' for a scale layout")
+        if not isinstance(self.tokenizer_fingerprint, str | None):
+            raise ValueError(f"tokenizer_fingerprint is {self.tokenizer_fingerprint!r}; expected a text, or None")
         names = self.class_names
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"class_names is {names!r}; expected texts, or None")

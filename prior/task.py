@@ -26,6 +26,7 @@ from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
+from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.stored_model import check_memory
 from nextblock.training.initial_weights import find_initial_model, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
@@ -44,7 +45,8 @@ from .training_data import PriorData
 
 # What the tokens decide is no option of the run.
 BlockPriorOptions = options_dataclass(
-    BlockPriorConfig, exclude=["layout", "vocab_size", "embedding_dim", "num_classes", "class_names"]
+    BlockPriorConfig,
+    exclude=["layout", "vocab_size", "embedding_dim", "num_classes", "class_names", "tokenizer_fingerprint"],
 )
 # What a fine-tuning may change of a prior: how it is trained.
 TUNED_OPTIONS = ("dropout", "drop_path", "label_smoothing", "adaln_gamma_init")
@@ -336,6 +338,7 @@ def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_name
         embedding_dim=tokenizer.config.embedding_dim,
         num_classes=len(class_names),
         class_names=class_names or None,
+        tokenizer_fingerprint=model_fingerprint(tokenizer),
         **asdict(config.model),
     )
     check_memory(BlockPrior, model_config)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextblock.data.images import ImageDataConfig
-from nextblock.data.tokens import TokenDataset, collate_tokens
+from nextblock.data.tokens import TokenDataset, TokenManifest, collate_tokens
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.prior.sampling import SamplingOptions
@@ -174,6 +174,7 @@ def test_the_exported_prior_is_the_weight_average(alone, tokens_dir, read_metric
     assert all(torch.equal(tensor, average[name]) for name, tensor in exported.items())
     assert not torch.equal(raw["head.weight"], exported["head.weight"])
     assert pipe.class_names == ["blue tit", "great tit", "wren"]
+    assert pipe.prior.config.tokenizer_fingerprint == TokenManifest.load(tokens_dir).tokenizer_sha256
     assert pipe.sampling == SamplingOptions(guidance_scale=1.25)
     loss = held_out_loss(pipe.prior, pipe.tokenizer, tokens_dir)
     assert read_metrics(alone)[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)
