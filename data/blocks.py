@@ -17,6 +17,9 @@ from torch import Tensor
 
 Shape = tuple[int, int]
 
+MAX_TOKENS, MAX_SCALES = 1 << 20, 1 << 10
+"""L of the largest layout, a grid of 1024×1024 cells, and K of the longest list of scales: more is a mistake."""
+
 
 def as_shape(value, field: str) -> Shape:
     """Read one positive (height, width) pair, or one integer for a square.
@@ -36,6 +39,12 @@ def as_shape(value, field: str) -> Shape:
     if not is_pair or min(pair) < 1:
         raise ValueError(f"{field} is {value!r}; expected a positive integer or a (height, width) pair of them")
     return (pair[0], pair[1])
+
+
+def _check_num_tokens(num_tokens: int, said: str) -> None:
+    """Refuse a layout before it takes memory."""
+    if num_tokens > MAX_TOKENS:
+        raise ValueError(f"{said}, {num_tokens} tokens; expected at most {MAX_TOKENS}")
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,12 @@ class BlockLayout:
             scales: K entries, each an integer (square) or a (height, width) pair; neither side may shrink.
 
         Raises:
-            ValueError: if there is no scale, or a scale is smaller than the one before it.
+            ValueError: if there is no scale, a scale is smaller than the one before it, or there are too many tokens.
         """
         if not isinstance(scales, (list, tuple)) or not scales:
             raise ValueError(f"scales is {scales!r}; expected a list of at least one size")
+        if len(scales) > MAX_SCALES:
+            raise ValueError(f"scales has {len(scales)} sizes; expected at most {MAX_SCALES}")
         shapes = tuple(as_shape(scale, f"scales[{k}]") for k, scale in enumerate(scales))
         for k in range(1, len(shapes)):
             if shapes[k][0] < shapes[k - 1][0] or shapes[k][1] < shapes[k - 1][1]:
@@ -74,6 +85,7 @@ class BlockLayout:
                     f"scales[{k}] is {shapes[k]}, smaller than scales[{k - 1}] = {shapes[k - 1]}; "
                     "expected sizes that grow"
                 )
+        _check_num_tokens(sum(map(prod, shapes)), f"scales ends with {shapes[-1]}")
         return cls("scales", shapes[-1], shapes)
 
     @classmethod
@@ -85,11 +97,12 @@ class BlockLayout:
             grid: (h, w) of the latent grid in cells, or an integer for a square one.
 
         Raises:
-            ValueError: if the tile does not divide the grid.
+            ValueError: if the tile does not divide the grid, or there are too many tokens.
         """
         tile, grid = as_shape(tile, "tile"), as_shape(grid, "grid")
         if grid[0] % tile[0] or grid[1] % tile[1]:
             raise ValueError(f"tile {tile} does not divide the latent grid {grid}; expected sides that divide it")
+        _check_num_tokens(prod(grid), f"the latent grid is {grid}")
         return cls("tiles", grid, (tile,) * ((grid[0] // tile[0]) * (grid[1] // tile[1])))
 
     @classmethod

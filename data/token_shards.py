@@ -134,7 +134,7 @@ def read_footer(path: Path) -> tuple[int, list[dict]]:
     """Return a shard's number of rows and the images that were rejected from it.
 
     Raises:
-        ValueError: if it is no Parquet file.
+        ValueError: if it is no Parquet file, or has no list of rejected images where there must be one.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -144,10 +144,14 @@ def read_footer(path: Path) -> tuple[int, list[dict]]:
         footer = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"shard {path} cannot be read: {error}") from error
+    text = (footer.metadata or {}).get(_REJECTED_KEY, b"[]")
     try:
-        return footer.num_rows, json.loads((footer.metadata or {}).get(_REJECTED_KEY, b"[]"))
+        rejected = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"shard {path} has a damaged list of rejected images: {error}") from error
+        raise ValueError(f"shard {path} has a list of rejected images that is damaged: {error}") from error
+    if not isinstance(rejected, list) or not all(isinstance(entry, dict) for entry in rejected):
+        raise ValueError(f"shard {path} has {text[:80]!r} for its rejected images; expected a list of objects")
+    return footer.num_rows, rejected
 
 
 def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
@@ -161,6 +165,7 @@ def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
     Raises:
         ValueError: if the file is missing, has changed, or holds something else.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():
@@ -168,8 +173,15 @@ def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
     if file_sha256(path) != sha256:
         raise ValueError(f"shard {path} has changed since it was written; expected the checksum of its manifest")
     _check_claims(path, num_rows)
-    table = pq.read_table(path, columns=["idx", "label", "view"]).combine_chunks()
+    try:
+        _check_columns(path, pq.read_schema(path))
+        table = pq.read_table(path, columns=["idx", "label", "view"]).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"shard {path} cannot be read: {error}") from error
     column = table["idx"].combine_chunks()
+    num_nulls = column.null_count + column.flatten().null_count + table["label"].null_count + table["view"].null_count
+    if num_nulls:
+        raise ValueError(f"shard {path} has {num_nulls} values that are null; expected integers")
     lengths = np.unique(np.diff(column.offsets.to_numpy()))
     if len(lengths) > 1:
         raise ValueError(f"shard {path} has rows of {lengths.min()} to {lengths.max()} tokens; expected equal lengths")
@@ -193,6 +205,20 @@ def _check_claims(path: Path, num_rows: int) -> None:
     most = max(_SMALL_BYTES, _MAX_EXPANSION * path.stat().st_size) // 8
     if num_values > most:
         raise ValueError(f"shard {path} claims {num_values} values; expected {most} at most in a file of its size")
+
+
+def _check_columns(path: Path, schema) -> None:
+    """Refuse columns that are missing or hold no integers."""
+    import pyarrow.types as kinds
+
+    for name in ("idx", "label", "view"):
+        if name not in schema.names:
+            raise ValueError(f"shard {path} has the columns {schema.names}; expected idx, label and view")
+        kind = schema.field(name).type
+        is_fit = kinds.is_list(kind) and kinds.is_integer(kind.value_type) if name == "idx" else kinds.is_integer(kind)
+        if not is_fit:
+            expected = "lists of integers" if name == "idx" else "integers"
+            raise ValueError(f"shard {path}: column {name} holds {kind}; expected {expected}")
 
 
 def open_rows(
@@ -229,10 +255,11 @@ def _checked_shards(
     """Read shards one after the other and refuse indices that are no codes."""
     for shard in shards:
         rows = read_shard(folder / shard["file"], shard["num_rows"], shard["sha256"])
-        if rows.idx.shape[1] != num_tokens or rows.idx.max() >= manifest.vocab_size:
+        lowest, highest = (rows.idx.min(), rows.idx.max()) if rows.idx.size else (0, 0)
+        if rows.idx.shape[1] != num_tokens or lowest < 0 or highest >= manifest.vocab_size:
             raise ValueError(
-                f"split {split!r} of {folder} has rows of {rows.idx.shape[1]} tokens up to {rows.idx.max()}; "
-                f"expected {num_tokens} tokens under {manifest.vocab_size}"
+                f"split {split!r} of {folder} has rows of {rows.idx.shape[1]} tokens from {lowest} to {highest}; "
+                f"expected {num_tokens} tokens from 0 to {manifest.vocab_size - 1}"
             )
         yield rows
 

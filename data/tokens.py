@@ -6,9 +6,10 @@ Legend: B batch, L all tokens, V codes.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args, get_origin
 
 import numpy as np
 import torch
@@ -76,17 +77,24 @@ class TokenManifest:
         """Read a folder's manifest.
 
         Raises:
-            ValueError: if there is none, or it is of another format.
+            ValueError: if there is none, it is damaged or of another format, or its fields are not what they must be.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise ValueError(f"{folder} has no {MANIFEST_NAME}; expected a folder that `nextblock tokenize` finished")
-        fields = read_json(path)
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} holds {type(fields).__name__}; expected the manifest of a folder of tokens")
-        if fields.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path} has format_version {fields.get('format_version')}; expected {FORMAT_VERSION}")
-        return cls(**fields)
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds {type(found).__name__}; expected the manifest of a folder of tokens")
+        if found.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{path} has format_version {found.get('format_version')}; expected {FORMAT_VERSION}")
+        try:
+            _check_fields(found, {each.name: each.type for each in fields(cls)}, _required(cls))
+            for split, entry in found.get("splits", {}).items():
+                _check_split(entry, f"splits[{split!r}]")
+            BlockLayout.from_dict(found["layout"])
+        except ValueError as error:
+            raise ValueError(f"{path} is no manifest of a folder of tokens: {error}") from error
+        return cls(**found)
 
     def check_tokenizer(self, model: torch.nn.Module, folder: Path) -> None:
         """Refuse a tokenizer that did not make these tokens.
@@ -111,6 +119,54 @@ class TokenManifest:
                 raise ValueError(
                     f"the tokenizer has {name} {got[name]}; expected {value}, of the tokenizer that made {folder}"
                 )
+
+
+# What a split and a shard of a manifest must say; the first version wrote no more.
+_SPLIT_KINDS = {"num_images": int, "num_views": int, "shards": list[dict]}
+_SHARD_KINDS = {"file": str, "num_rows": int, "sha256": str}
+# The only whole number that may be negative.
+_SIGNED = "seed"
+
+
+def _required(manifest_class: type) -> set[str]:
+    """Return the names of the fields that every manifest has."""
+    return {each.name for each in fields(manifest_class) if each.default is each.default_factory is MISSING}
+
+
+def _check_fields(found: dict, kinds: Mapping[str, Any], required: set[str], where: str = "") -> None:
+    """Refuse fields that are missing, unknown or of another kind."""
+    for what, names in (("misses", required - found.keys()), ("has", found.keys() - kinds.keys())):
+        if names:
+            raise ValueError(f"{where or 'it'} {what} {', '.join(sorted(names))}; expected {', '.join(kinds)}")
+    for name, value in found.items():
+        if not _is_a(kinds[name], value, name == _SIGNED):
+            kind = kinds[name] if get_origin(kinds[name]) else kinds[name].__name__
+            expected = "a whole number of at least 0" if kinds[name] is int and name != _SIGNED else f"a {kind}"
+            raise ValueError(f"{f'{where}.{name}' if where else name} is {value!r:.80}; expected {expected}")
+
+
+def _is_a(kind: Any, value: Any, is_signed: bool = False) -> bool:
+    """Tell whether a value read from JSON is of a kind, a count where that is int."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is int:
+        return type(value) is int and (is_signed or value >= 0)
+    if not isinstance(value, origin):
+        return False
+    entries = value.values() if isinstance(value, dict) else value
+    return not inner or all(_is_a(inner[-1], entry) for entry in entries)
+
+
+def _check_split(entry: dict, where: str) -> None:
+    """Refuse a split that does not say what its readers need, or shards outside its folder."""
+    optional = {"num_rejected": int, "source_sha256": str}
+    _check_fields(entry, {**_SPLIT_KINDS, **optional}, set(_SPLIT_KINDS), where)
+    if entry["num_views"] < 1:
+        raise ValueError(f"{where}.num_views is {entry['num_views']}; expected at least 1")
+    for number, shard in enumerate(entry["shards"]):
+        _check_fields(shard, _SHARD_KINDS, set(_SHARD_KINDS), f"{where}.shards[{number}]")
+        file = PurePosixPath(shard["file"])
+        if file.is_absolute() or ".." in file.parts or "\0" in shard["file"]:
+            raise ValueError(f"{where}.shards[{number}].file is {shard['file']!r}; expected a file in the folder")
 
 
 class TokenDataset(Dataset):
@@ -150,6 +206,8 @@ class TokenDataset(Dataset):
         self._idx, self.class_labels, views = open_rows(folder, self.manifest, split, max_memory)
         self._starts = np.cumsum([0, *(len(part) for part in self._idx)])
         self.num_views = self.manifest.splits[split]["num_views"]
+        if self.num_views > max(len(views), 1):
+            raise ValueError(f"split {split!r} of {folder} has {len(views)} rows of {self.num_views} views")
         images_per_view = len(views) // self.num_views
         if samples_views and not np.array_equal(views, np.repeat(np.arange(self.num_views), images_per_view)):
             raise ValueError(f"split {split!r} of {folder} does not hold {self.num_views} views of every image in turn")

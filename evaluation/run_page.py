@@ -13,10 +13,10 @@ from PIL import Image
 
 from nextblock.data.reading import MAX_PICTURE_BYTES, read_picture
 from nextblock.files.atomic import write_text_whole
-from nextblock.files.regular import read_content, read_json, read_text
+from nextblock.files.regular import read_content, read_text
 
 from .pictures import save_picture
-from .training_log import ALARMS_NAME, RECORD_NAME, read_log, series
+from .training_log import ALARMS_NAME, RECORD_NAME, read_log, read_starts, series
 
 NUM_PANEL_COLUMNS = 2
 # Titles of panels, and which figures share one; the first pattern that fits a figure takes it.
@@ -158,7 +158,7 @@ def _starts_table(run_dir: Path) -> str:
     path = run_dir / RECORD_NAME
     if not path.is_file():
         return ""
-    starts = read_json(path)["starts"]
+    starts = read_starts(run_dir)
     names = dict.fromkeys(name for start in starts for name in start)
     rows = [[name, *(_cell(start.get(name)) for start in starts)] for name in names]
     return "<h2>Runs</h2>" + _table(rows)
@@ -179,7 +179,10 @@ def _alarm_list(run_dir: Path) -> str:
     """List the alarms that rang."""
     path = run_dir / ALARMS_NAME
     lines = read_text(path).splitlines() if path.is_file() else []
-    alarms = [html.escape(json.loads(line)["alarm"]) for line in lines]
+    try:
+        alarms = [html.escape(json.loads(line)["alarm"]) for line in lines]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
     items = "".join(f"<li class=alarm>{alarm}</li>" for alarm in alarms) or "<li>none</li>"
     return f"<h2>Alarms</h2><ul>{items}</ul>"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nextblock.files.regular import read_text
+from nextblock.files.regular import MAX_TEXT_BYTES, read_content, read_json
 
 LOG_NAME, ALARMS_NAME, RECORD_NAME = "metrics.jsonl", "alarms.jsonl", "run.json"
 
@@ -29,15 +29,36 @@ def read_log(run_dir: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected the output folder of a training")
     records = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_content(path, MAX_TEXT_BYTES).split(b"\n"), start=1):
+        if not line:
+            continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
         if not isinstance(record, dict) or "step" not in record:
             raise ValueError(f"{path}, line {number} is {line[:80]!r}; expected an object with a step")
         records.append(record)
     return records
+
+
+def read_starts(run_dir: str | Path) -> list[dict]:
+    """Read what `run.json` says of every start of a training.
+
+    Args:
+        run_dir: the training's output folder, which has that file.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = Path(run_dir) / RECORD_NAME
+    try:
+        starts = read_json(path)["starts"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ValueError(f"{path} is damaged: it holds no list of starts")
+    return starts
 
 
 def series(records: list[dict], key: str) -> tuple[list[int], list[float]]:

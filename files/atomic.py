@@ -95,3 +95,21 @@ def write_text_whole(path: Path, text: str) -> None:
     """
     content = text.encode("utf-8", "backslashreplace")
     write_whole(path, lambda file: file.write(content))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder out of the way, to its name and `.damaged`, with a number where that is taken.
+
+    Args:
+        path: what is there.
+
+    Returns:
+        Where it now is.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(aside)
+    return aside

@@ -8,11 +8,11 @@ import pickle
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"checkpoint {str(path)!r} is not a pickle of tensors alone; others may run code and are refused"
         ) from error
-    except (SafetensorError, EOFError, RuntimeError) as error:
+    except Exception as error:  # What a file of anything else brings about is of any kind.
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}; expected tensors by name")
@@ -62,6 +62,31 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
                 "there; expected tensors that are stored whole"
             )
     return state
+
+
+def read_like(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read tensors that are to take the place of others.
+
+    Args:
+        path: of a safetensors file.
+        own: the others by name.
+
+    Raises:
+        ValueError: naming the file, if it is missing or cannot be read; and the tensors that are missing, unexpected,
+            of another shape or kind of number, or not finite.
+    """
+    given = read_state_dict(path)
+    problems = [f"missing: {name}" for name in own.keys() - given.keys()]
+    problems += [f"unexpected: {name}" for name in given.keys() - own.keys()]
+    for name in own.keys() & given.keys():
+        got, expected = ((tuple(tensor.shape), tensor.dtype) for tensor in (given[name], own[name]))
+        if got != expected:
+            problems.append(f"other: {name} {got}, expected {expected}")
+        elif not given[name].isfinite().all():
+            problems.append(f"not finite: {name}")
+    if problems:
+        raise ValueError(f"{path} does not hold the tensors expected:\n  " + "\n  ".join(sorted(problems)))
+    return given
 
 
 def write_state_dict(state: dict[str, Tensor], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Models on disk: what is loaded is whole, and what is saved leaves nothing of an older save that a load could take."""
 
+import os
 import tempfile
 from collections.abc import Collection, Mapping
 from functools import wraps
@@ -12,10 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .atomic import flush_to_disk, writing
 from .regular import read_json
-from .state_dicts import read_state_dict
+from .state_dicts import build_without_weights, read_state_dict
 
 # More names than this of a kind say nothing new.
 MAX_LISTED = 20
+# Numbers: a model's tensors that no file need hold are few.
+MAX_DRAWN = 1 << 28
 ADAPTER_NAME = "adapter_config.json"
 # What `torch.compile` of a part adds to the names in it.
 COMPILED_PART = "_orig_mod."
@@ -80,7 +83,13 @@ class StoredModel(PreTrainedModel):
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
-        """Keep transformers' report on the model itself."""
+        """Keep transformers' report on the model itself; refuse to draw anew what would take gigabytes."""
+        own = model.state_dict()
+        lost = {*loading_info.missing_keys, *(name for name, *_ in loading_info.mismatched_keys)} & own.keys()
+        if sum(own[name].numel() for name in lost) > MAX_DRAWN:
+            shapes = sorted(f"{name} {tuple(own[name].shape)}" for name in lost)
+            listed = _listed({"missing or misshapen": shapes})
+            raise ValueError(f"the weights stored are not those of the {type(model).__name__} configured:{listed}")
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         model._own_loading_info = loading_info.to_dict()
         return loading_info
@@ -118,6 +127,27 @@ class StoredModel(PreTrainedModel):
             _replace(folder, Path(aside), variant)
         if push_to_hub:  # transformers uploads what it has just written.
             super().save_pretrained(folder, *args, push_to_hub=True, variant=variant, **kwargs)
+
+
+def check_memory(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Refuse a model that this machine's memory cannot hold, before any of it is taken.
+
+    Args:
+        model_class: what is to be built.
+        config: of what size.
+
+    Raises:
+        ValueError: naming its size and its largest tensors.
+    """
+    state = build_without_weights(model_class, config).state_dict()
+    sizes = {f"{name} {tuple(tensor.shape)}": tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+    size, memory = sum(sizes.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        largest = ", ".join(sorted(sizes, key=sizes.get)[:-4:-1])
+        raise ValueError(
+            f"a {model_class.__name__} of these options has {size / 1e9:.1f} GB of weights ({largest}, …); expected "
+            f"at most the {memory / 1e9:.1f} GB of this machine's memory"
+        )
 
 
 def weight_patterns(variant: str | None) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from nextblock.files.claim import claimed
+from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.regular import read_text
 from nextblock.files.state_dicts import infer_size, read_state_dict, write_state_dict
 from nextblock.pipelines import ClassToImagePipeline
@@ -47,7 +48,7 @@ class ConvertPriorConfig(ConversionConfig):
     to_pipeline: bool = False
     """Write a pipeline of the tokenizer and the prior."""
     tokenizer: str | None = None
-    """With `--to_pipeline`: the tokenizer's folder."""
+    """With `--to_pipeline`: folder of the tokenizer whose tokens the prior has learned, which it then knows."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,6 +107,8 @@ def _convert(config: ConvertPriorConfig) -> None:
     kind = "prior"
     if config.to_pipeline:
         tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
+        # The published pair; a checkpoint itself does not say which tokenizer is its own.
+        prior.config.tokenizer_fingerprint = model_fingerprint(tokenizer)
         pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=var_sampling(prior.config))
         pipe.save_pretrained(config.output_dir)
         kind = "pipeline with a prior"

@@ -28,6 +28,8 @@ class DemoConfig:
 
     pipeline: str
     """Folder or hub repository of the pipeline."""
+    requires_own_tokenizer: bool = False
+    """Refuse a pipeline whose tokenizer is not the one whose tokens its prior has learned, instead of warning."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in."""
     port: int | None = None
@@ -58,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
     from nextblock.pipelines.demo_page import CSS, build_page, launch_limits
 
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
-    pipe = ClassToImagePipeline.from_pretrained(config.pipeline).to(device, getattr(torch, config.dtype))
+    pipe = ClassToImagePipeline.from_pretrained(
+        config.pipeline, requires_own_tokenizer=config.requires_own_tokenizer
+    ).to(device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     limits = config.limits
     # Gradio opens pictures too; PIL refuses twice as many pixels, whoever opens them.

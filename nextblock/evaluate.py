@@ -57,6 +57,8 @@ class EvaluateConfig:
 
     pipeline: str
     """Folder of the pipeline."""
+    requires_own_tokenizer: bool = False
+    """Refuse a pipeline whose tokenizer is not the one whose tokens its prior has learned, instead of warning."""
     samples: str
     """Folder that `nextblock sample` wrote with output_format npz."""
     output_dir: str
@@ -134,7 +136,9 @@ def _evaluate(config: EvaluateConfig) -> None:
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     logs = _read_logs(config)
     images, class_labels, sampling = _read_samples(Path(config.samples))
-    pipe = ClassToImagePipeline.from_pretrained(config.pipeline).to(device)
+    pipe = ClassToImagePipeline.from_pretrained(
+        config.pipeline, requires_own_tokenizer=config.requires_own_tokenizer
+    ).to(device)
     _check_samples(images, pipe.tokenizer.config.image_size)
     heldout = _reconstruct_heldout(pipe.tokenizer, config)
     figures = heldout.figures()

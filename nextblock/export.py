@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_model
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 from nextblock.files.claim import claimed, is_occupied
 from nextblock.files.state_dicts import check_state_dict
+from nextblock.files.stored_model import check_memory
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.tokenizer import VQVAE
 from nextblock.training.average import saved_average
@@ -87,7 +88,9 @@ def load_trained_model(checkpoint: Path) -> tuple[PreTrainedModel, bool]:
                 f"checkpoint {checkpoint} has no {path.name}; expected one of an unsharded training by this version: "
                 "finish the training, which exports its model by itself"
             )
-    model = AutoModel.from_config(AutoConfig.from_pretrained(checkpoint))
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    check_memory(MODEL_MAPPING[type(config)], config)
+    model = AutoModel.from_config(config, trust_remote_code=False)
     average = saved_average(checkpoint)
     if average is None:
         # It knows which tensors the file holds once for two names.

@@ -52,6 +52,8 @@ class SampleConfig:
 
     pipeline: str
     """Folder of the pipeline."""
+    requires_own_tokenizer: bool = False
+    """Refuse a pipeline whose tokenizer is not the one whose tokens its prior has learned, instead of warning."""
     output_dir: str
     """Folder that the images go to; an unfinished one is finished, one of another job refused."""
     output_format: Literal["npz", "png", "jpeg", "webp"] = "npz"
@@ -130,7 +132,9 @@ def sample(config: SampleConfig) -> bool:
 def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     """Do the job."""
     folder = Path(config.output_dir)
-    pipe = ClassToImagePipeline.from_pretrained(config.pipeline)
+    pipe = ClassToImagePipeline.from_pretrained(
+        config.pipeline, requires_own_tokenizer=config.requires_own_tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
     sampling = pipe.sampling.changed(**asdict(config.sampling))
     labels = _check_against(pipe, config, sampling)

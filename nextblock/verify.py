@@ -46,6 +46,9 @@ def damage_of(folder: Path) -> list[str]:
     strangers = sorted(path for path in (folder / "data").glob("*") if path not in known)
     problems += [f"{path} is not in the manifest" for path in strangers]
     for split, entry in manifest.splits.items():
+        if "num_rejected" not in entry:
+            problems.append(f"split {split!r} does not say how many images were rejected")
+            continue
         num_rejected, views = 0, []
         for shard in entry["shards"]:
             try:
@@ -54,15 +57,15 @@ def damage_of(folder: Path) -> list[str]:
             except ValueError as error:
                 problems.append(str(error))
         if len(views) == len(entry["shards"]):
-            problems += _count(split, entry, np.bincount(np.concatenate(views), minlength=1), num_rejected)
+            problems += _count(split, entry, np.concatenate([[], *views]).astype(np.int64), num_rejected)
     try:
         # Names may hold characters at which splitlines would end a line too.
         lines = read_text(folder / REJECTED_NAME).split("\n")
         splits = [json.loads(line)["split"] for line in lines if line]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [*problems, f"{folder / REJECTED_NAME} cannot be read: {error}"]
     for split, entry in manifest.splits.items():
-        if splits.count(split) != entry["num_rejected"]:
+        if "num_rejected" in entry and splits.count(split) != entry["num_rejected"]:
             problems.append(
                 f"{folder / REJECTED_NAME} lists {splits.count(split)} images of split {split!r}; "
                 f"expected {entry['num_rejected']}"
@@ -86,12 +89,15 @@ def _check_shard(path: Path, shard: dict, manifest: TokenManifest, num_views: in
     return rows.views
 
 
-def _count(split: str, entry: dict, rows_by_view: np.ndarray, num_rejected: int) -> list[str]:
+def _count(split: str, entry: dict, views: np.ndarray, num_rejected: int) -> list[str]:
     """Say where rows and rejects do not add up to the images."""
-    expected = [entry["num_images"] - entry["num_rejected"]] * entry["num_views"]
+    num_usable, num_views = entry["num_images"] - entry["num_rejected"], entry["num_views"]
     problems = []
-    if rows_by_view.tolist() != expected:
-        problems.append(f"split {split!r} has {rows_by_view.tolist()} rows by view; expected {expected}")
+    # Before anything is as long as the number of views, which may be anything.
+    if len(views) != num_usable * num_views and num_views > len(views):
+        problems.append(f"split {split!r} has {len(views)} rows; expected {num_usable} in each of {num_views} views")
+    elif (rows_by_view := np.bincount(views, minlength=num_views).tolist()) != (expected := [num_usable] * num_views):
+        problems.append(f"split {split!r} has {rows_by_view} rows by view; expected {expected}")
     if num_rejected != entry["num_rejected"] * entry["num_views"]:
         problems.append(
             f"split {split!r}: its shards tell of {num_rejected} rejected rows; expected "
@@ -108,9 +114,15 @@ def verify(config: VerifyConfig) -> int:
 
     Returns:
         0 for a whole folder, else 1.
+
+    Raises:
+        ValueError: if there is no such folder.
     """
+    folder = Path(config.tokens)
+    if not folder.is_dir():  # No damage but a mistake.
+        raise ValueError(f"tokens is {config.tokens!r}; expected a folder of tokens")
     try:
-        problems = damage_of(Path(config.tokens))
+        problems = damage_of(folder)
     except ValueError as error:
         problems = [str(error)]
     for problem in problems:

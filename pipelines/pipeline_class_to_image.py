@@ -25,6 +25,7 @@ from .compiling import compile_pipeline
 from .editing import Labels, Output
 from .given_images import ImageInput
 from .labels import resolve_labels
+from .pairing import check_pair, check_stored_pair
 from .sampling_loop import make_request, run, run_progressively
 from .sampling_request import check_counts
 
@@ -39,6 +40,8 @@ class ClassToImagePipeline(DiffusionPipeline):
             saved with the pipeline; None for its defaults.
         card: what the model card says of the training: dicts `recipe` and `metrics`, and `license`; saved with the
             pipeline, and filled by `save_pretrained`.
+        requires_own_tokenizer: whether a tokenizer that is known to be another one than the one whose tokens the prior
+            has learned is refused, and not only warned of; `from_pretrained` takes it too.
 
     Raises:
         ValueError: if prior and tokenizer do not fit each other, or the prior cannot be sampled so.
@@ -53,12 +56,14 @@ class ClassToImagePipeline(DiffusionPipeline):
         prior: PreTrainedModel,
         sampling: SamplingOptions | dict | None = None,
         card: dict | None = None,
+        requires_own_tokenizer: bool = False,
     ):
         super().__init__()
         options = SamplingOptions.stored(sampling)
         if tokenizer is not None and prior is not None:
             check_quantizer(prior, tokenizer.quantizer)
             options.check_for(prior)
+            check_pair(prior, tokenizer, requires_own_tokenizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
         self.register_to_config(sampling=asdict(options), card=card)
         self._guidance_scale, self._interrupt = options.guidance_scale, False
@@ -100,10 +105,11 @@ class ClassToImagePipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: the folder or the repository.
-            kwargs: of `DiffusionPipeline.from_pretrained`: `dtype`, `variant`, `device_map`, `revision`, `token`, ….
+            kwargs: of `DiffusionPipeline.from_pretrained`: `dtype`, `variant`, `device_map`, `revision`, `token`, …;
+                and `requires_own_tokenizer`.
 
         Raises:
-            ValueError: if `use_safetensors` is False or `dtype` is none.
+            ValueError: if `use_safetensors` is False, `dtype` is none, or the tokenizer is refused.
         """
         storage.check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
         is_folder = os.path.isdir(pretrained_model_name_or_path)
@@ -111,6 +117,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         pipe = super().from_pretrained(folder, **kwargs | {"use_safetensors": True})
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         storage.keep_grid(pipe, folder)
+        check_stored_pair(pipe, folder, kwargs)
         return pipe
 
     @classmethod

@@ -8,7 +8,16 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.files.config_fields import refuse_unknown_fields
+from nextblock.files.config_fields import (
+    check_counts,
+    check_flags,
+    check_num_parameters,
+    check_number,
+    refuse_unknown_fields,
+)
+
+# More of these than any prior has.
+MAX_WIDTH, MAX_LAYERS, MAX_CODES, MAX_CLASSES = 1 << 17, 1024, 1 << 30, 1 << 24
 
 
 class BlockPriorConfig(PreTrainedConfig):
@@ -34,6 +43,8 @@ class BlockPriorConfig(PreTrainedConfig):
         drop_path: stochastic-depth rate of the last layer, rising linearly from 0.
         label_smoothing: of the cross-entropy, in [0, 1).
         adaln_gamma_init: factor on the initial AdaLN gates.
+        tokenizer_fingerprint: of the tokenizer whose tokens the prior has learned, see
+            `nextblock.files.fingerprints.model_fingerprint`; None where it is not known.
     """
 
     model_type = "nextblock_block_prior"
@@ -58,13 +69,14 @@ class BlockPriorConfig(PreTrainedConfig):
         drop_path: float = 0.0,
         label_smoothing: float = 0.0,
         adaln_gamma_init: float = 1e-3,
+        tokenizer_fingerprint: str | None = None,
         **kwargs,
     ):
         self.layout = (BlockLayout.tiles(1, 8) if layout is None else BlockLayout.from_dict(layout)).to_dict()
         self.vocab_size = vocab_size
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names = list(class_names) if isinstance(class_names, tuple) else class_names
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -79,6 +91,7 @@ class BlockPriorConfig(PreTrainedConfig):
         self.drop_path = drop_path
         self.label_smoothing = label_smoothing
         self.adaln_gamma_init = adaln_gamma_init
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         refuse_unknown_fields(type(self), kwargs)
         self._check()
         super().__init__(**kwargs)
@@ -94,27 +107,39 @@ class BlockPriorConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         """Refuse values outside their range."""
-        for field, lowest in {
-            "vocab_size": 2,
-            "embedding_dim": 1,
-            "num_classes": 0,
-            "hidden_size": 1,
-            "num_layers": 1,
-            "num_heads": 1,
-        }.items():
-            if getattr(self, field) < lowest:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected at least {lowest}")
+        check_counts(
+            self,
+            {
+                "vocab_size": (2, MAX_CODES),
+                "embedding_dim": (1, MAX_WIDTH),
+                "num_classes": (0, MAX_CLASSES),
+                "hidden_size": (1, MAX_WIDTH),
+                "num_layers": (1, MAX_LAYERS),
+                "num_heads": (1, MAX_WIDTH),
+            },
+        )
+        check_flags(self, "use_shared_adaln", "use_normalized_attention")
         for field in ("dropout", "drop_path", "label_smoothing"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1)")
+            check_number(self, field, lambda value: 0 <= value < 1, "a number in [0, 1)")
         for field in ("mlp_ratio", "norm_eps", "attention_scale"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected a number above 0")
+            check_number(self, field, lambda value: value > 0, "a finite number above 0")
+        check_number(self, "adaln_gamma_init", lambda value: True, "a finite number")
+        D = self.hidden_size
+        check_num_parameters(
+            self.num_layers * int(4 + 2 * self.mlp_ratio) * D**2 + (self.vocab_size + self.num_classes) * D,
+            f"num_layers {self.num_layers}, hidden_size {D}, mlp_ratio {self.mlp_ratio}, vocab_size {self.vocab_size} "
+            f"and num_classes {self.num_classes}",
+        )
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a divisor of hidden_size {self.hidden_size}")
         if self.input_embedding not in ("codes", "tokens"):
             raise ValueError(f"input_embedding is {self.input_embedding!r}; expected 'codes' or 'tokens'")
         if self.input_embedding == "tokens" and self.block_layout().is_scales:
             raise ValueError("input_embedding is 'tokens'; expected 'codes' for a scale layout")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
+        if not isinstance(self.tokenizer_fingerprint, str | None):
+            raise ValueError(f"tokenizer_fingerprint is {self.tokenizer_fingerprint!r}; expected a text, or None")
+        names = self.class_names
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"class_names is {names!r}; expected texts, or None")
+        if names is not None and len(names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names; expected {self.num_classes}, one a class")

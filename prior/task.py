@@ -26,6 +26,8 @@ from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
+from nextblock.files.fingerprints import model_fingerprint
+from nextblock.files.stored_model import check_memory
 from nextblock.training.initial_weights import find_initial_model, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
@@ -43,7 +45,8 @@ from .training_data import PriorData
 
 # What the tokens decide is no option of the run.
 BlockPriorOptions = options_dataclass(
-    BlockPriorConfig, exclude=["layout", "vocab_size", "embedding_dim", "num_classes", "class_names"]
+    BlockPriorConfig,
+    exclude=["layout", "vocab_size", "embedding_dim", "num_classes", "class_names", "tokenizer_fingerprint"],
 )
 # What a fine-tuning may change of a prior: how it is trained.
 TUNED_OPTIONS = ("dropout", "drop_path", "label_smoothing", "adaln_gamma_init")
@@ -157,7 +160,8 @@ class PriorTask:
         self._export = export
         optimizer = build_optimizer(model, config.optimizer, model.no_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.modules, self.optimizers, self.code_usage = [self.model], [self.optimizer], None
+        self.modules, self.optimizers, self.records = [self.model], [self.optimizer], {}
+        self.code_usage = None
 
     def start(self) -> None:
         """Decode the first training rows to `tokens_check.png`: wrong tokens are seen before they are learned."""
@@ -324,17 +328,21 @@ def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_name
 
     Returns:
         The prior, with gradient checkpointing and compilation where the run asks for them.
+
+    Raises:
+        ValueError: if the options do not go together, or ask for more than this machine's memory.
     """
-    model = BlockPrior(
-        BlockPriorConfig(
-            layout=tokenizer.layout.to_dict(),
-            vocab_size=tokenizer.config.vocab_size,
-            embedding_dim=tokenizer.config.embedding_dim,
-            num_classes=len(class_names),
-            class_names=class_names or None,
-            **asdict(config.model),
-        )
+    model_config = BlockPriorConfig(
+        layout=tokenizer.layout.to_dict(),
+        vocab_size=tokenizer.config.vocab_size,
+        embedding_dim=tokenizer.config.embedding_dim,
+        num_classes=len(class_names),
+        class_names=class_names or None,
+        tokenizer_fingerprint=model_fingerprint(tokenizer),
+        **asdict(config.model),
     )
+    check_memory(BlockPrior, model_config)
+    model = BlockPrior(model_config)
     if config.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer versions of transformers have another name for it, which the older ones supported here lack.

@@ -302,7 +302,7 @@ def assert_same_state():
             yield name, value
 
     def compare(run_dir: Path, expected_dir: Path, step: int, atol: float | None = None) -> None:
-        for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+        for file in ("model.safetensors", "optimizer.bin", "average.safetensors"):
             name = f"checkpoints/step_{step:08d}/{file}"
             read = load_file if file.endswith("safetensors") else torch.load
             got, expected = dict(flat(read(run_dir / name))), dict(flat(read(expected_dir / name)))

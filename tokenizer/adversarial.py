@@ -75,6 +75,8 @@ class DiscriminatorConfig:
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {list(choices)}")
+        if self.base_width > 1 << 12:
+            raise ValueError(f"base_width is {self.base_width}; expected at most {1 << 12}")
         for name, lowest in {
             "num_layers": 1,
             "base_width": 1,
@@ -176,7 +178,6 @@ class Adversary:
         self.averages = LogitAverages(config.lecam_decay).to(parameter.device)
         if parameter.dtype == torch.float64:
             self.averages.double()
-        accelerator.register_for_checkpointing(self.averages)
 
     def is_training_at(self, step: int) -> bool:
         """Tell whether the discriminator trains at a step."""

@@ -5,9 +5,18 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout, as_shape
-from nextblock.files.config_fields import refuse_unknown_fields
+from nextblock.files.config_fields import (
+    check_counts,
+    check_flags,
+    check_num_parameters,
+    check_number,
+    refuse_unknown_fields,
+)
 
 from .autoencoder import MIN_GROUP_CHANNELS
+
+# More of these than any tokenizer has.
+MAX_SIDE, MAX_WIDTH, MAX_LEVELS, MAX_LAYERS, MAX_CODES = 1 << 16, 1 << 16, 16, 1024, 1 << 30
 
 
 class VQVAEConfig(PreTrainedConfig):
@@ -83,7 +92,8 @@ class VQVAEConfig(PreTrainedConfig):
         self.num_channels = num_channels
         self.autoencoder = autoencoder
         self.hidden_dim, self.num_res_blocks = hidden_dim, num_res_blocks
-        self.width_multipliers = [1, 1, 2, 2, 4] if width_multipliers is None else list(width_multipliers)
+        multipliers = [1, 1, 2, 2, 4] if width_multipliers is None else width_multipliers
+        self.width_multipliers = list(multipliers) if isinstance(multipliers, tuple) else multipliers
         self.dropout = dropout
         self.min_group_channels = min_group_channels
         self.vocab_size = vocab_size
@@ -162,6 +172,7 @@ class VQVAEConfig(PreTrainedConfig):
     def _check(self) -> None:
         """Refuse what does not go together."""
         self._check_choices()
+        self._check_counts()
         self._check_numbers()
         self.block_layout()
 
@@ -179,32 +190,47 @@ class VQVAEConfig(PreTrainedConfig):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; expected one of {list(choices)}")
 
-    def _check_numbers(self) -> None:
-        """Refuse numbers outside their range."""
-        for field, lowest in {
-            "num_channels": 1,
-            "hidden_dim": 1,
-            "min_group_channels": 1,
-            "vocab_size": 2,
-            "embedding_dim": 1,
-            "num_phi": 0,
-            "num_res_blocks": 0 if self.autoencoder == "simple" else 1,
-        }.items():
-            if getattr(self, field) < lowest:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected at least {lowest}")
+    def _check_counts(self) -> None:
+        """Refuse what is no number of something, or of more than any model has."""
+        counts = {
+            "num_channels": (1, MAX_WIDTH),
+            "hidden_dim": (1, MAX_WIDTH),
+            "min_group_channels": (1, MAX_WIDTH),
+            "vocab_size": (2, MAX_CODES),
+            "embedding_dim": (1, MAX_WIDTH),
+            "num_phi": (0, MAX_LAYERS),
+            "num_res_blocks": (0 if self.autoencoder == "simple" else 1, MAX_LAYERS),
+            "quant_conv_kernel_size": (0, 3),
+        }
+        if self.z_channels is not None:
+            counts["z_channels"] = (1, MAX_WIDTH)
+        check_counts(self, counts)
+        check_flags(self, "has_unit_codes")
+        if max(self.image_size) > MAX_SIDE:
+            raise ValueError(f"image_size is {self.image_size}; expected sides of at most {MAX_SIDE} pixels")
         if self.num_channels != 3:
             raise ValueError(f"num_channels is {self.num_channels}; expected 3: pictures of any kind are read as RGB")
+        multipliers = self.width_multipliers
+        is_list = isinstance(multipliers, list) and 1 <= len(multipliers) <= MAX_LEVELS
+        if not is_list or not all(type(n) is int and 1 <= n <= MAX_WIDTH for n in multipliers):
+            raise ValueError(f"width_multipliers is {multipliers!r}; expected 1 to {MAX_LEVELS} positive integers")
+        widest = self.hidden_dim * (1 if self.autoencoder == "simple" else max(multipliers))
+        num_convolutions = 4 * max(self.num_res_blocks, 1) * (1 if self.autoencoder == "simple" else len(multipliers))
+        check_num_parameters(
+            9 * num_convolutions * widest**2 + self.vocab_size * self.embedding_dim,
+            f"hidden_dim {self.hidden_dim}, width_multipliers {multipliers}, num_res_blocks {self.num_res_blocks}, "
+            f"vocab_size {self.vocab_size} and embedding_dim {self.embedding_dim}",
+        )
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers outside their range."""
         for field in ("phi_ratio", "dropout", "revival_threshold"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1]")
-        if not 0 < self.codebook_ema_decay < 1:
-            raise ValueError(f"codebook_ema_decay is {self.codebook_ema_decay}; expected a number in (0, 1)")
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon is {self.epsilon}; expected a number above 0")
-        if self.codebook_init_scale is not None and not self.codebook_init_scale > 0:
-            raise ValueError(f"codebook_init_scale is {self.codebook_init_scale}; expected a number above 0, or None")
-        if not self.width_multipliers or min(self.width_multipliers) < 1:
-            raise ValueError(f"width_multipliers is {self.width_multipliers}; expected positive integers")
+            check_number(self, field, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        check_number(self, "beta", lambda value: value >= 0, "a finite number of at least 0")
+        check_number(self, "codebook_ema_decay", lambda value: 0 < value < 1, "a number in (0, 1)")
+        check_number(self, "epsilon", lambda value: value > 0, "a finite number above 0")
+        if self.codebook_init_scale is not None:
+            check_number(self, "codebook_init_scale", lambda value: value > 0, "a finite number above 0, or None")
         if self.quant_conv_kernel_size == 0 and self.latent_channels != self.embedding_dim:
             raise ValueError(
                 f"z_channels is {self.z_channels} and embedding_dim {self.embedding_dim}; expected them equal "

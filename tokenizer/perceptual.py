@@ -4,7 +4,11 @@ The former is LPIPS (Zhang et al. 2018, arXiv:1801.03924) without its learned ch
 Legend: B batch, D channels of a stage, HxW pixels, hxw cells, L tokens.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -184,13 +188,14 @@ def _load_lpips(config: PerceptualConfig) -> LPIPSLoss:
 
     name = config.lpips_network
     try:
-        metric = LearnedPerceptualImagePatchSimilarity(net_type=name)
+        with _data_alone():
+            metric = LearnedPerceptualImagePatchSimilarity(net_type=name)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"perceptual.lpips_network is {name!r}, which needs torchvision; expected it to be installed: run "
             "`pip install torchvision`; null compares by perceptual.backbone instead"
         ) from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:
         model = LPIPS_NETWORKS[name]
         raise ValueError(
             f"perceptual.lpips_network is {name!r}, whose weights cannot be loaded ({error}); expected "
@@ -202,13 +207,27 @@ def _load_lpips(config: PerceptualConfig) -> LPIPSLoss:
     return LPIPSLoss(metric.net.float(), config.image_size)
 
 
+@contextmanager
+def _data_alone() -> Iterator[None]:
+    """Have torch refuse pickles that could run code, where a library leaves it to unpickle them freely."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _load_backbone(config: PerceptualConfig) -> PerceptualLoss:
     """Load a backbone of transformers and what it expects of its input."""
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
     try:
-        backbone_config = AutoConfig.from_pretrained(config.backbone)
+        backbone_config = AutoConfig.from_pretrained(config.backbone, trust_remote_code=False)
         if type(backbone_config) in MODEL_FOR_BACKBONE_MAPPING:
             # AutoBackbone itself asks the hub about every name, a folder's too.
             backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]

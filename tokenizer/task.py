@@ -18,6 +18,7 @@ from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid
+from nextblock.files.stored_model import check_memory
 from nextblock.training.alarms import CodeUsage
 from nextblock.training.initial_weights import with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
@@ -121,7 +122,7 @@ class TokenizerTask:
         self.modules, self.optimizers = [self.model], [self.optimizer]
         num_tokens = [config.loop.batch_size * length for length in model.layout.block_lengths]
         self.code_usage = CodeUsage(num_codes=model.quantizer.num_codes, num_tokens=num_tokens)
-        self.adversary = None
+        self.adversary, self.records = None, {}
         if config.discriminator.weight > 0:
             options = config.discriminator
             discriminator = build_discriminator(options, model.config.num_channels, model.config.image_size)
@@ -133,6 +134,7 @@ class TokenizerTask:
             self.modules.append(self.discriminator)
             self.optimizers.append(self.discriminator_optimizer)
             self.adversary = Adversary(accelerator, self.discriminator, options)
+            self.records["discriminator_averages"] = self.adversary.averages
 
     def start(self) -> None:
         """Set the codes to features of training images, where the configuration says so."""
@@ -320,8 +322,13 @@ def build_tokenizer(config: TokenizerTrainConfig) -> VQVAE:
 
     Returns:
         The tokenizer, with gradient checkpointing and compilation where the run asks for them.
+
+    Raises:
+        ValueError: if the options do not go together, or ask for more than this machine's memory.
     """
-    model = VQVAE(VQVAEConfig(**asdict(config.model)))
+    model_config = VQVAEConfig(**asdict(config.model))
+    check_memory(VQVAE, model_config)
+    model = VQVAE(model_config)
     if config.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer versions of transformers have another name for it, which the older ones supported here lack.

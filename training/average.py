@@ -7,6 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nextblock.files.state_dicts import read_state_dict
+
+AVERAGE_NAME = "average"
+_COUNT, _PREFIX = "num_updates", "module."
+
 
 class WeightAverage:
     """A moving average of a model, which starts as a copy of the model at its first update.
@@ -39,40 +44,51 @@ class WeightAverage:
             return
         n = self.num_updates
         weight = 1 - min(self._decay, (1 + n) / (10 + n))
-        weight = weight if is_looked_at else weight * is_good
-        for averaged, current in zip(_tensors(self.module), _tensors(model), strict=True):
-            if n == 0 or not averaged.is_floating_point():
-                averaged.copy_(current)
-            else:
-                averaged.lerp_(current, weight if is_looked_at else weight.to(averaged.dtype))
+        averaged, current = list(_tensors(self.module)), list(_tensors(model))
+        is_copied = [n == 0 or not tensor.is_floating_point() for tensor in averaged]
+        pairs = list(zip(averaged, current, is_copied, strict=True))
+        copied = [(old, new) for old, new, is_copy in pairs if is_copy]
+        moved = [(old, new) for old, new, is_copy in pairs if not is_copy]
+        if copied:
+            torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+        if moved and is_looked_at:
+            torch._foreach_lerp_(*map(list, zip(*moved, strict=True)), weight)
+        elif moved:
+            # No operation of many tensors interpolates by a number that the device alone knows.
+            old, new = map(list, zip(*moved, strict=True))
+            steps = torch._foreach_sub(new, old)
+            torch._foreach_mul_(steps, weight * is_good)
+            torch._foreach_add_(old, steps)
         self.num_updates += 1
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return what `load_state_dict` takes: the number of updates and the averaged model's tensors."""
-        return {"num_updates": self.num_updates, "module": self.module.state_dict()}
+        tensors = {_PREFIX + name: tensor for name, tensor in self.module.state_dict().items()}
+        return {_COUNT: torch.tensor(self.num_updates)} | tensors
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from where another average of the same kind of model was.
 
         Args:
             state: from `state_dict`.
         """
-        self.num_updates = state["num_updates"]
-        self.module.load_state_dict(state["module"])
+        self.num_updates = int(state[_COUNT])
+        self.module.load_state_dict(_of_module(state))
 
 
 def saved_average(checkpoint: Path) -> dict[str, Tensor] | None:
     """Return the averaged model's tensors from a checkpoint; None if its training has no average.
 
     Args:
-        checkpoint: folder that accelerate saved a training in.
+        checkpoint: folder that a training was saved in.
     """
-    # Objects registered for checkpointing are numbered; a discriminator's records may be another one.
-    for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.keys() == {"num_updates", "module"}:
-            return state["module"]
-    return None
+    path = checkpoint / f"{AVERAGE_NAME}.safetensors"
+    return _of_module(read_state_dict(path)) if path.is_file() else None
+
+
+def _of_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a saved average's tensors by the model's own names."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name != _COUNT}
 
 
 def _tensors(model: nn.Module) -> chain[Tensor]:

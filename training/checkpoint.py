@@ -6,34 +6,56 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from nextblock.evaluation.report import environment
 from nextblock.files.atomic import file_sha256, flush_to_disk, write_text_whole, writing
 from nextblock.files.regular import read_json
+from nextblock.files.state_dicts import read_like
+
+from .saved_state import load_saved_state
 
 logger = get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint.json"
 # Another one whenever checkpoints written before cannot be loaded any more. Version 0.1.0 wrote none.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RUN_CONFIG_NAME, MODEL_CONFIG_NAME = "config.yaml", "config.json"
 
 
+class Record(Protocol):
+    """What a training keeps beside its models and optimizers, such as a weight average; equal on every process."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint holds."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> object:
+        """Go on from such tensors."""
+
+
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, num_kept: int, descriptions: Mapping[str, str]
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    num_kept: int,
+    descriptions: Mapping[str, str],
+    records: Mapping[str, Record],
 ) -> None:
     """Save the whole training state; every process must call it.
 
     Args:
-        accelerator: holds the prepared models, optimizers and registered objects.
+        accelerator: holds the prepared models and optimizers.
         folder: where checkpoints lie, one sub-folder each.
         step: number of steps taken.
         num_kept: newest checkpoints that stay.
         descriptions: texts kept beside the state, by file name: the run's options and the model's configuration.
+        records: what else is saved, each in a safetensors file of its name.
 
     Raises:
         UnwrittenError: if the disk is full or fails; the checkpoints from before are kept then.
@@ -41,7 +63,7 @@ def save_checkpoint(
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
     try:
         with writing(final):
-            _save(accelerator, final, temporary, step, num_kept, descriptions)
+            _save(accelerator, final, temporary, step, num_kept, descriptions, records)
     except Exception:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -55,6 +77,7 @@ def _save(
     step: int,
     num_kept: int,
     descriptions: Mapping[str, str],
+    records: Mapping[str, Record],
 ) -> None:
     """Write a checkpoint aside, put it in place, and delete older ones."""
     folder = final.parent
@@ -68,6 +91,10 @@ def _save(
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        for name, record in records.items():
+            # Copies share no memory, which the format could not hold.
+            tensors = {key: tensor.to("cpu", copy=True) for key, tensor in record.state_dict().items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -115,13 +142,16 @@ def damage(checkpoint: Path) -> str | None:
     try:
         manifest = read_json(checkpoint / MANIFEST_NAME)
         is_whole = manifest["own_sha256"] == _manifest_sha256(manifest)
+        counts, checksums = (manifest["step"], manifest["num_processes"]), dict(manifest["sha256"])
     except (FileNotFoundError, NotADirectoryError):
         return f"{MANIFEST_NAME} is missing"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST_NAME} is unreadable ({error})"
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return f"{MANIFEST_NAME} has step and num_processes {counts}, no counts"
     if not is_whole:
         return f"{MANIFEST_NAME} has changed since it was saved"
-    for name, expected in manifest["sha256"].items():
+    for name, expected in checksums.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -136,7 +166,7 @@ def _check_format(checkpoint: Path) -> None:
     found = manifest.get("format_version")
     if found == FORMAT_VERSION:
         return
-    writer = "0.1.0 or earlier" if found is None else manifest["nextblock"]
+    writer = "0.1.0 or earlier" if found is None else manifest.get("nextblock")
     raise ValueError(
         f"checkpoint {checkpoint} was written by nextblock {writer}, in format {found or 1}; expected format "
         f"{FORMAT_VERSION}. Finish that training with the version that wrote it, or start another one, in another "
@@ -176,18 +206,19 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, records: Mapping[str, Record]) -> int:
     """Load a training state on every process.
 
     Args:
-        accelerator: holds the same prepared and registered objects as when the state was saved.
+        accelerator: holds the same prepared objects as when the state was saved.
         checkpoint: from `find_checkpoint`.
+        records: what else was saved, by name.
 
     Returns:
         The number of steps taken.
 
     Raises:
-        ValueError: if another number of processes saved it.
+        ValueError: if another number of processes saved it, or a file is missing, of other objects or no data alone.
     """
     manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
     if manifest["num_processes"] != accelerator.num_processes:
@@ -195,5 +226,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
             f"checkpoint {checkpoint} was saved by {manifest['num_processes']} processes; "
             f"expected the same number to resume it, got {accelerator.num_processes}"
         )
-    accelerator.load_state(str(checkpoint))
+    load_saved_state(accelerator, checkpoint)
+    for name, record in records.items():
+        path = checkpoint / f"{name}.safetensors"
+        if not path.is_file():
+            raise ValueError(f"checkpoint {checkpoint} has no {path.name}: it was saved by a training without one")
+        record.load_state_dict(read_like(path, record.state_dict()))
     return manifest["step"]

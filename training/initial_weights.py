@@ -116,7 +116,8 @@ def load_initial_weights(model: nn.Module, folder: str | Path, fresh: Sequence[s
 
 def _model_type(config: Path) -> str | None:
     """Return the kind of model that a config.json is of."""
-    return read_json(config).get("model_type")
+    fields = read_json(config)
+    return fields.get("model_type") if isinstance(fields, dict) else None
 
 
 def _as_stored(stored: PreTrainedConfig, name: str, value: Any) -> Any:

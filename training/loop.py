@@ -4,7 +4,7 @@ Cadence, weight average, tracking, pictures, guards, saving, stopping and resumi
 optimizer steps in the tasks of the two stages. From top to bottom: what a task is, a run, its steps, what these call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,9 +24,9 @@ from nextblock.data.workers import batches_of, start_worker
 from nextblock.files.atomic import write_text_whole
 
 from .alarms import CodeUsage, UsageAlarm
-from .average import WeightAverage
+from .average import AVERAGE_NAME, WeightAverage
 from .buckets import settle_gradient_buckets
-from .checkpoint import MODEL_CONFIG_NAME, RUN_CONFIG_NAME, save_checkpoint
+from .checkpoint import MODEL_CONFIG_NAME, RUN_CONFIG_NAME, Record, save_checkpoint
 from .guards import StepGuard
 from .initial_weights import load_initial_weights
 from .loop_config import LoopConfig
@@ -59,6 +59,8 @@ class Task(Protocol):
     """All prepared models, `model` and a discriminator say."""
     optimizers: Sequence[AcceleratedOptimizer]
     """All prepared optimizers."""
+    records: Mapping[str, Record]
+    """What checkpoints hold besides, by name."""
     code_usage: CodeUsage | None
     """How many codes and tokens an alarm about unused codes has to do with; None where there is nothing to watch."""
 
@@ -110,7 +112,8 @@ def fit(
     average = _build_average(accelerator, task.model, config.ema_decay)
     checkpoints = output_dir / "checkpoints"
     with StopRequest(accelerator) as stop:
-        first_step = resume(accelerator, checkpoints, config, options)
+        records = dict(task.records) | ({} if average is None else {AVERAGE_NAME: average})
+        first_step = resume(accelerator, checkpoints, config, options, records)
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
             write_text_whole(output_dir / RUN_CONFIG_NAME, options)
@@ -128,7 +131,7 @@ def fit(
                 checkpoints=checkpoints,
             )
             with guard, batches_of(_loader(accelerator, dataset, collate, config, first_step)) as batches:
-                training = _Training(accelerator, task, config, options, average, recorder, guard, checkpoints)
+                training = _Training(accelerator, task, config, options, average, records, recorder, guard, checkpoints)
                 training.run(batches, first_step, stop, record)
             if record.last_step == config.num_steps:
                 _export(accelerator, task, average, recorder, checkpoints)
@@ -137,15 +140,13 @@ def fit(
 
 
 def _build_average(accelerator: Accelerator, model: nn.Module, decay: float | None) -> WeightAverage | None:
-    """Make the weight average, which checkpoints then hold too; None without a decay."""
+    """Make the weight average; None without a decay."""
     if decay is None:
         return None
     raw_model = accelerator.unwrap_model(model)
     if is_sharded(raw_model):
         raise ValueError(f"ema_decay is {decay}; expected null with a sharded model (FSDP)")
-    average = WeightAverage(raw_model, decay)
-    accelerator.register_for_checkpointing(average)
-    return average
+    return WeightAverage(raw_model, decay)
 
 
 def _start(accelerator: Accelerator, task: Task, config: LoopConfig) -> None:
@@ -167,6 +168,7 @@ class _Training:
     config: LoopConfig
     options: str
     average: WeightAverage | None
+    records: Mapping[str, Record]
     recorder: Recorder
     guard: StepGuard
     checkpoints: Path
@@ -226,7 +228,7 @@ class _Training:
         files = {RUN_CONFIG_NAME: self.options}
         if isinstance(self.raw_model, PreTrainedModel):
             files[MODEL_CONFIG_NAME] = self.raw_model.config.to_json_string()
-        save_checkpoint(self.accelerator, folder, num_done, num_kept, files)
+        save_checkpoint(self.accelerator, folder, num_done, num_kept, files, self.records)
 
     def _evaluate_if_due(self, num_done: int) -> None:
         """Evaluate where the cadence says so, which an interrupted run makes good when it goes on."""

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nextblock.evaluation.pictures import save_picture
 from nextblock.evaluation.training_log import ALARMS_NAME, LOG_NAME
-from nextblock.files.atomic import write_text_whole, writing
+from nextblock.files.atomic import set_aside, write_whole, writing
+from nextblock.files.regular import open_regular
 
 from .sharding import whole_tensor
 
@@ -47,10 +48,13 @@ class Recorder:
         self._seconds_before = 0.0
         self._sums: dict[tuple[str, ...], Tensor] = {}
         if accelerator.is_main_process:
+            for name in ("pictures", "logs"):
+                if (output_dir / name).exists() and not (output_dir / name).is_dir():
+                    logger.warning(f"{output_dir / name} is no folder; it is now {set_aside(output_dir / name)}")
             (output_dir / "pictures").mkdir(parents=True, exist_ok=True)
             if (output_dir / ALARMS_NAME).exists():
-                _keep_lines_up_to(output_dir / ALARMS_NAME, first_step)
-            lines = _keep_lines_up_to(output_dir / LOG_NAME, first_step)
+                _keep_lines_up_to(output_dir / ALARMS_NAME, first_step, _is_alarm)
+            lines = _keep_lines_up_to(output_dir / LOG_NAME, first_step, _has_figures)
             self._seconds_before = max((line.get("time/total", 0.0) for line in lines), default=0.0)
             self.evaluations = [metrics for line in lines if (metrics := _evaluation_of(line))]
             self.last_evaluation = _evaluation_at(lines, first_step)
@@ -152,14 +156,43 @@ class Recorder:
         self.accelerator.log(values, step=step)
 
 
-def _keep_lines_up_to(path: Path, step: int) -> list[dict]:
-    """Drop the lines that a resumed run will write again, and return the others."""
-    texts = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and step else []
+def _keep_lines_up_to(path: Path, step: int, is_whole: Callable[[dict], bool]) -> list[dict]:
+    """Drop the lines that a resumed run will write again, and return the others; a damaged file is kept beside them."""
+    lines, damaged = [], []
+    try:
+        texts = [b""]
+        if step and path.exists():
+            with open_regular(path) as file:
+                texts = file.read().split(b"\n")
+    except (OSError, ValueError):
+        damaged = ["all"]
     # A crash may have cut the last line short.
-    lines = [(text, json.loads(text)) for text in texts if text.endswith("\n")]
+    for number, text in enumerate(texts[:-1], start=1):
+        try:
+            line = json.loads(text)
+            is_fit = isinstance(line, dict) and type(line.get("step")) is int and is_whole(line)
+        except (ValueError, RecursionError):
+            is_fit = False
+        if is_fit:
+            lines.append((text, line))
+        else:
+            damaged.append(str(number))
+    if damaged:
+        listed = ", ".join(damaged[:8]) + " …" * (len(damaged) > 8)
+        logger.warning(f"{path} is damaged (lines: {listed}); it is set aside as {set_aside(path)}, the rest goes on")
     kept = [(text, line) for text, line in lines if line["step"] <= step]
-    write_text_whole(path, "".join(text for text, _ in kept))
+    write_whole(path, lambda file: file.writelines(text + b"\n" for text, _ in kept))
     return [line for _, line in kept]
+
+
+def _has_figures(line: dict) -> bool:
+    """Tell whether a line of the log holds nothing but numbers."""
+    return all(type(value) in (int, float) for value in line.values())
+
+
+def _is_alarm(line: dict) -> bool:
+    """Tell whether a line is an alarm's."""
+    return isinstance(line.get("alarm"), str)
 
 
 def _evaluation_at(lines: list[dict], step: int) -> dict[str, float] | None:

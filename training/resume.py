@@ -8,7 +8,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from .checkpoint import RUN_CONFIG_NAME, find_checkpoint, load_checkpoint
+from .checkpoint import RUN_CONFIG_NAME, Record, find_checkpoint, load_checkpoint
 from .loop_config import LoopConfig
 
 logger = get_logger(__name__)
@@ -57,14 +57,17 @@ BOOKKEEPING = {
 }
 
 
-def resume(accelerator: Accelerator, checkpoints: Path, config: LoopConfig, run_config: str) -> int:
+def resume(
+    accelerator: Accelerator, checkpoints: Path, config: LoopConfig, run_config: str, records: Mapping[str, Record]
+) -> int:
     """Load the wanted checkpoint.
 
     Args:
-        accelerator: holds the prepared and registered objects.
+        accelerator: holds the prepared objects.
         checkpoints: the run's folder of checkpoints.
         config: says which checkpoint, and whether other options than it was written with are accepted.
         run_config: the run's options as YAML.
+        records: what else the checkpoint holds, by name.
 
     Returns:
         The number of steps taken, 0 without a checkpoint.
@@ -85,7 +88,7 @@ def resume(accelerator: Accelerator, checkpoints: Path, config: LoopConfig, run_
         logger.info(f"no checkpoint in {checkpoints} yet: starting at step 0")
         return 0
     _check_options(checkpoint, config, run_config)
-    step = load_checkpoint(accelerator, checkpoint)
+    step = load_checkpoint(accelerator, checkpoint, records)
     if step > config.num_steps:
         raise ValueError(f"num_steps is {config.num_steps}; expected at least {step}, which {checkpoint} has taken")
     logger.info(f"resuming from {checkpoint} at step {step}")
@@ -95,6 +98,8 @@ def resume(accelerator: Accelerator, checkpoints: Path, config: LoopConfig, run_
 def _check_options(checkpoint: Path, config: LoopConfig, run_config: str) -> None:
     """Refuse options under which the run would not become what it was started as, or warn of them."""
     saved = yaml.safe_load((checkpoint / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
+    if not isinstance(saved, dict):
+        raise ValueError(f"{checkpoint / RUN_CONFIG_NAME} holds a {type(saved).__name__}; expected a run's options")
     changes = changed_options(saved, yaml.safe_load(run_config))
     if not changes:
         return

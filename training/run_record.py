@@ -11,10 +11,13 @@ from types import TracebackType
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
 from nextblock.evaluation.report import environment
-from nextblock.evaluation.training_log import RECORD_NAME
-from nextblock.files.atomic import write_text_whole
+from nextblock.evaluation.training_log import RECORD_NAME, read_starts
+from nextblock.files.atomic import set_aside, write_text_whole
+
+logger = get_logger(__name__)
 
 
 class RunRecord:
@@ -40,8 +43,7 @@ class RunRecord:
     def __enter__(self) -> "RunRecord":
         if self._is_writer:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            is_resumed = self._start["first_step"] > 0 and self._path.exists()
-            self._earlier = json.loads(self._path.read_text(encoding="utf-8"))["starts"] if is_resumed else []
+            self._earlier = self._read_earlier() if self._start["first_step"] > 0 and self._path.exists() else []
             self._write()
         return self
 
@@ -50,6 +52,14 @@ class RunRecord:
             outcome = self.outcome if error is None else f"{error_class.__name__}: {error}"
             self._start |= {"ended": now(), "last_step": self.last_step, "outcome": outcome}
             self._write()
+
+    def _read_earlier(self) -> list[dict]:
+        """Return the starts before this one; a damaged file, which no step depends on, makes room for a new one."""
+        try:
+            return read_starts(self._path.parent)
+        except ValueError as error:
+            logger.warning(f"{error}; it is set aside as {set_aside(self._path)}, and a new one is begun")
+            return []
 
     def _write(self) -> None:
         content = {"starts": [*self._earlier, self._start]}

@@ -15,7 +15,8 @@ from nextblock.data.images import ImageDataConfig, ImageSource, load_source, sou
 from nextblock.data.source_record import Check, check_files
 from nextblock.data.token_shards import split_identifier
 from nextblock.data.usable import UsableImages, describe_unreadable, find_unreadable, source_fingerprint
-from nextblock.files.atomic import write_text_whole
+from nextblock.files.atomic import set_aside, write_text_whole
+from nextblock.files.regular import read_json
 
 UNREADABLE_NAME = "unreadable.json"
 logger = get_logger(__name__)
@@ -121,5 +122,23 @@ def _is_begun(output_dir: Path) -> bool:
 
 
 def _read(path: Path) -> dict:
-    """What a run has found so far, by split."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What a run has found so far, by split; a damaged file is set aside, and all images are read once more."""
+    if not path.exists():
+        return {}
+    try:
+        known = read_json(path)
+        if not all(_is_entry(entry) for entry in known.values()):
+            raise ValueError("an entry is not what a training writes")
+    except (ValueError, AttributeError, OSError) as error:
+        aside = set_aside(path)
+        logger.warning(f"{path} is damaged ({error}); it is set aside as {aside}, and all images are read anew")
+        return {}
+    return known
+
+
+def _is_entry(entry) -> bool:
+    """Tell whether an entry says what is needed of a split."""
+    if not isinstance(entry, dict) or not {"num_images", "source_sha256", "unreadable"} <= entry.keys():
+        return False
+    items = entry["unreadable"]
+    return isinstance(items, list) and all(isinstance(i, dict) and type(i.get("index")) is int for i in items)

@@ -166,8 +166,8 @@ def test_a_manifest_that_does_not_fit_its_shards_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"split is 'validation'; .* has the splits \['train', 'test'\]"):
         TokenDataset(tmp_path, "validation")
     for changes, message in (
-        ({"layout": BlockLayout.scales([1, 3]).to_dict()}, "rows of 5 tokens up to 23; expected 10 tokens under 24"),
-        ({"vocab_size": 23}, "rows of 5 tokens up to 23; expected 5 tokens under 23"),
+        ({"layout": BlockLayout.scales([1, 3]).to_dict()}, "rows of 5 tokens from 0 to 23; expected 10 tokens from 0"),
+        ({"vocab_size": 23}, "rows of 5 tokens from 0 to 23; expected 5 tokens from 0 to 22"),
     ):
         path.write_text(json.dumps(fields | changes))
         with pytest.raises(ValueError, match=message):

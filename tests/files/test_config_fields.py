@@ -47,3 +47,20 @@ def test_what_transformers_writes_beside_a_model_comes_back(model_class, config_
     model_class(config_class()).half().save_pretrained(tmp_path)
     model = model_class.from_pretrained(tmp_path, attn_implementation="eager")
     assert type(model.config) is config_class
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_attn_implementation", "someone/kernel"),
+        ("attn_implementation", "someone/kernel"),
+        ("experts_implementation", "someone/kernel"),
+        ("dtype", "os.system"),
+        ("torch_dtype", "nn"),
+        ("quantization_config", "text"),
+    ],
+)
+def test_values_that_libraries_would_stumble_over_or_run_are_refused(config_class, name, value):
+    with pytest.raises(ValueError, match=f"{name} is '{value}'; expected"):
+        config_class(**{name: value})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.files.stored_model import read_stored_weights
+from nextblock.files.stored_model import check_memory, read_stored_weights
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
@@ -257,3 +257,10 @@ def test_initial_weights_come_from_the_files_that_a_load_takes(tmp_path):
         read_stored_weights(tmp_path)
     with pytest.raises(ValueError, match="holds no model.safetensors; expected the folder of a saved model"):
         read_stored_weights(tmp_path / "empty")
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built():
+    config = VQVAEConfig(vocab_size=1 << 30, embedding_dim=512)
+    with pytest.raises(ValueError, match=r"a VQVAE of these options has 2199.* GB of weights \(quantizer.codebook"):
+        check_memory(VQVAE, config)
+    check_memory(VQVAE, VQVAEConfig())

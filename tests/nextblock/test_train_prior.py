@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextblock.data.images import ImageDataConfig
-from nextblock.data.tokens import TokenDataset, collate_tokens
+from nextblock.data.tokens import TokenDataset, TokenManifest, collate_tokens
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.prior.sampling import SamplingOptions
@@ -25,6 +25,7 @@ from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.task import TokenizerTrainConfig
 from nextblock.train_prior import main, train
 from nextblock.train_tokenizer import train as train_tokenizer
+from nextblock.training.average import saved_average
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.order import StepSampler
 from nextblock.training.resume import BOOKKEEPING
@@ -167,12 +168,13 @@ def held_out_loss(prior: BlockPrior, tokenizer: VQVAE, tokens_dir: Path) -> floa
 
 def test_the_exported_prior_is_the_weight_average(alone, tokens_dir, read_metrics):
     pipe = ClassToImagePipeline.from_pretrained(alone / "pipeline")
-    state = torch.load(alone / "checkpoints" / "step_00000006" / "custom_checkpoint_0.pkl")
+    average = saved_average(alone / "checkpoints" / "step_00000006")
     raw = load_file(alone / "checkpoints" / "step_00000006" / "model.safetensors")
     exported = pipe.prior.state_dict()
-    assert all(torch.equal(tensor, state["module"][name]) for name, tensor in exported.items())
+    assert all(torch.equal(tensor, average[name]) for name, tensor in exported.items())
     assert not torch.equal(raw["head.weight"], exported["head.weight"])
     assert pipe.class_names == ["blue tit", "great tit", "wren"]
+    assert pipe.prior.config.tokenizer_fingerprint == TokenManifest.load(tokens_dir).tokenizer_sha256
     assert pipe.sampling == SamplingOptions(guidance_scale=1.25)
     loss = held_out_loss(pipe.prior, pipe.tokenizer, tokens_dir)
     assert read_metrics(alone)[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)

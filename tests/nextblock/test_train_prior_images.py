@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextblock.data.images import ImageDataset
+from nextblock.files.fingerprints import model_fingerprint
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.tokenize_images import TokenizeConfig, tokenize
@@ -72,7 +73,8 @@ def test_images_train_as_their_tokens_do(train_on, images, from_tokens, read_met
     assert read_metrics(run) == read_metrics(from_tokens)
     assert (run / "tokens_check.png").read_bytes() == (from_tokens / "tokens_check.png").read_bytes()
     tokenizer = VQVAE.from_pretrained(images[-1]).state_dict()
-    exported = ClassToImagePipeline.from_pretrained(run / "pipeline")
+    exported = ClassToImagePipeline.from_pretrained(run / "pipeline", requires_own_tokenizer=True)
+    assert exported.prior.config.tokenizer_fingerprint == model_fingerprint(exported.tokenizer)
     assert exported.prior.config.class_names == ["blue tit", "great tit", "wren"]
     assert all(torch.equal(tensor, tokenizer[name]) for name, tensor in exported.tokenizer.state_dict().items())
 

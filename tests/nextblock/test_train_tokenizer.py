@@ -21,6 +21,7 @@ from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig
 from nextblock.train_tokenizer import main, train
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.alarms import CodeUsage
+from nextblock.training.average import saved_average
 from nextblock.training.loop_config import LoopConfig
 
 # Two micro-batches a step, dropout, revival and a moving-average codebook.
@@ -148,10 +149,10 @@ def test_the_saved_configuration_repeats_the_run(alone, run_here, tmp_path, read
 
 def test_the_exported_tokenizer_is_the_weight_average(alone, image_folder, read_metrics):
     exported = VQVAE.from_pretrained(alone)
-    state = torch.load(alone / "checkpoints" / "step_00000006" / "custom_checkpoint_0.pkl")
+    checkpoint = alone / "checkpoints" / "step_00000006"
     average = VQVAE(exported.config).eval()
-    average.load_state_dict(state["module"])
-    assert state["num_updates"] == 6
+    average.load_state_dict(saved_average(checkpoint))
+    assert load_file(checkpoint / "average.safetensors")["num_updates"] == 6
     raw = load_file(alone / "checkpoints" / "step_00000006" / "model.safetensors")
     assert not torch.equal(raw["quantizer.codebook.weight"], exported.quantizer.codebook.weight)
     pixel_values = held_out(image_folder)

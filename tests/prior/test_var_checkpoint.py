@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from nextblock.convert_prior import main
+from nextblock.files.fingerprints import model_fingerprint
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig, SamplingOptions
 from nextblock.prior.class_names import imagenet_class_names
@@ -107,6 +108,7 @@ def test_pipeline_computes_what_the_reference_does(converted, pipeline_class, tm
     convert(folder.with_name("var.pth"), tmp_path / "pipeline", case, *options)
     pipe = pipeline_class.from_pretrained(tmp_path / "pipeline")
     assert isinstance(pipe, ClassToImagePipeline)
+    assert pipe.prior.config.tokenizer_fingerprint == model_fingerprint(pipe.tokenizer)
     # The published sampling, as far as a small codebook allows.
     truncation = {"top_k": min(900, pipe.prior.vocab_size), "top_p": 0.96}
     assert pipe.sampling == SamplingOptions(guidance_scale=2.5, guidance_schedule="linear", **truncation)

@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,8 +244,9 @@ def test_other_pickles_are_refused(content, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vae.pth", "vae.safetensors"])
-def test_damaged_files_are_refused(name, tmp_path):
-    (tmp_path / name).write_bytes(np.arange(100, dtype=np.uint8).tobytes())
+@pytest.mark.parametrize("content", [bytes(range(100)), b"", b"notes\n", b"{}\n", b"PK\x03\x04", b"\x80\x04N."])
+def test_damaged_files_are_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
     arguments = ["--checkpoint", str(tmp_path / name), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=f"{name}' (cannot be read|is not a pickle of tensors alone)"):
         main(["--format", "var", *arguments, "--scales", "1,2"])

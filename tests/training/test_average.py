@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.training.average import WeightAverage
@@ -43,6 +44,18 @@ def test_the_average_equals_a_slow_loop(decay):
     assert {"weight", "code_sums", "code_counts"} <= {name.split(".")[-1] for name in got if "codebook" in name}
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_the_average_is_torchs_own_bit_for_bit():
+    model, generator = make_model().float(), torch.Generator().manual_seed(5)
+    # From the first update on, this decay is below the one that rises.
+    average, expected = WeightAverage(model, 0.1), AveragedModel(model, None, None, get_ema_multi_avg_fn(0.1), True)
+    for _ in range(5):
+        disturb(model, generator)
+        average.update(model, GOOD)
+        expected.update_parameters(model)
+    for name, tensor in expected.module.state_dict().items():
+        assert torch.equal(average.module.state_dict()[name], tensor), name
 
 
 def test_a_short_training_does_not_drag_its_first_weights_along():
@@ -155,3 +168,12 @@ def test_elsewhere_than_on_a_cpu_the_flag_decides_without_being_looked_at(dtype)
     for got, wanted in zip(average.module.parameters(), expected.module.parameters(), strict=True):
         # On the device the weight of the new is rounded to float32 first.
         torch.testing.assert_close(got.as_subclass(torch.Tensor), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_of_an_update_is_read_by_the_host():
+    # A tensor without values can be computed with, and not be looked at.
+    model, flag = Counted().to("meta"), torch.ones((), dtype=torch.bool, device="meta")
+    average = WeightAverage(model, 0.9)
+    for _ in range(3):
+        average.update(model, flag)
+    assert average.num_updates == 3

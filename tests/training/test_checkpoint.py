@@ -18,7 +18,6 @@ from nextblock.files.atomic import file_sha256
 from nextblock.training.checkpoint import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    _manifest_sha256,
     damage,
     find_checkpoint,
     load_checkpoint,
@@ -27,22 +26,24 @@ from nextblock.training.checkpoint import (
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.resume import resume
 
-FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "config.yaml")
+from .poison import rewrite_manifest
+
+FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "average.safetensors", "config.yaml")
 
 OPTIONS = {"config.yaml": "loop: {}\n"}
 
 
 class Counter:
-    """Something registered for checkpointing."""
+    """Something that is saved beside models and optimizers."""
 
     def __init__(self):
         self.value = 0
 
     def state_dict(self) -> dict:
-        return {"value": self.value}
+        return {"value": torch.tensor(self.value), "half": torch.tensor([self.value / 2])}
 
     def load_state_dict(self, state: dict) -> None:
-        self.value = state["value"]
+        self.value = int(state["value"])
 
 
 class Training:
@@ -53,7 +54,13 @@ class Training:
         model = nn.Linear(3, 3)
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
         self.counter = Counter()
-        self.accelerator.register_for_checkpointing(self.counter)
+        self.records = {"average": self.counter}
+
+    def save(self, folder: Path, step: int, num_kept: int) -> None:
+        save_checkpoint(self.accelerator, folder, step, num_kept, OPTIONS, self.records)
+
+    def load(self, checkpoint: Path) -> int:
+        return load_checkpoint(self.accelerator, checkpoint, self.records)
 
     def step(self) -> float:
         """Take a step that depends on weights, optimizer, counter and all three generators."""
@@ -76,7 +83,7 @@ def folder(training, tmp_path) -> Path:
     """Checkpoints at steps 1 and 2."""
     for step in (1, 2):
         training.step()
-        save_checkpoint(training.accelerator, tmp_path, step, num_kept=2, descriptions=OPTIONS)
+        training.save(tmp_path, step, num_kept=2)
     return tmp_path
 
 
@@ -92,10 +99,10 @@ def test_file_sha256_is_that_of_the_content(tmp_path):
 
 def test_loading_restores_weights_optimizer_generators_and_registered_objects(training, folder):
     expected = [training.step() for _ in range(3)]
-    assert load_checkpoint(training.accelerator, folder / "step_00000002") == 2
+    assert training.load(folder / "step_00000002") == 2
     assert training.counter.value == 2
     assert [training.step() for _ in range(3)] == expected
-    assert load_checkpoint(training.accelerator, folder / "step_00000001") == 1
+    assert training.load(folder / "step_00000001") == 1
     assert [training.step() for _ in range(4)][1:] == expected
 
 
@@ -111,7 +118,7 @@ def test_a_manifest_lists_every_file(folder):
 
 def test_rotation_keeps_the_newest(training, tmp_path):
     for step in range(1, 6):
-        save_checkpoint(training.accelerator, tmp_path, step, num_kept=3 if step < 5 else 2, descriptions=OPTIONS)
+        training.save(tmp_path, step, num_kept=3 if step < 5 else 2)
         if step == 4:
             assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
     assert names(tmp_path) == ["step_00000004", "step_00000005"]
@@ -119,9 +126,9 @@ def test_rotation_keeps_the_newest(training, tmp_path):
 
 def test_going_on_from_an_earlier_checkpoint_drops_the_later_ones(training, tmp_path):
     for step in (10, 20, 30):
-        save_checkpoint(training.accelerator, tmp_path, step, num_kept=3, descriptions=OPTIONS)
-    load_checkpoint(training.accelerator, tmp_path / "step_00000010")
-    save_checkpoint(training.accelerator, tmp_path, 15, num_kept=1, descriptions=OPTIONS)
+        training.save(tmp_path, step, num_kept=3)
+    training.load(tmp_path / "step_00000010")
+    training.save(tmp_path, 15, num_kept=1)
     assert names(tmp_path) == ["step_00000015"]
 
 
@@ -136,19 +143,19 @@ def test_a_crash_while_saving_leaves_the_checkpoints_before(training, folder, mo
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", crash)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(training.accelerator, folder, 3, num_kept=2, descriptions=OPTIONS)
+            training.save(folder, 3, num_kept=2)
     assert find_checkpoint(folder, "latest") == folder / "step_00000002"
     assert damage(folder / "step_00000001") is None
-    save_checkpoint(training.accelerator, folder, 4, num_kept=2, descriptions=OPTIONS)
+    training.save(folder, 4, num_kept=2)
     assert names(folder) == ["step_00000002", "step_00000004"]
     assert damage(folder / "step_00000004") is None
 
 
 def test_saving_a_step_again_replaces_it(training, folder):
     training.step()
-    save_checkpoint(training.accelerator, folder, 2, num_kept=2, descriptions=OPTIONS)
+    training.save(folder, 2, num_kept=2)
     training.counter.value = 0
-    load_checkpoint(training.accelerator, folder / "step_00000002")
+    training.load(folder / "step_00000002")
     assert training.counter.value == 3 and names(folder) == ["step_00000001", "step_00000002"]
 
 
@@ -193,11 +200,16 @@ def test_no_byte_of_the_manifest_can_change_unnoticed(folder):
         assert "unreadable" in damage(path.parent) or "has changed" in damage(path.parent)
 
 
-def rewrite_manifest(checkpoint: Path, *dropped: str, **changed) -> None:
-    """Make a checkpoint's manifest one of another version, whole again."""
-    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
-    manifest = {name: value for name, value in manifest.items() if name not in dropped} | changed
-    (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest | {"own_sha256": _manifest_sha256(manifest)}))
+@pytest.mark.parametrize(
+    "changed",
+    [{"step": "2"}, {"step": True}, {"step": None}, {"num_processes": -1}, {"sha256": ["a"]}, {"sha256": None}],
+)
+def test_a_manifest_that_is_whole_and_none_is_damage(folder, changed):
+    rewrite_manifest(folder / "step_00000002", **changed)
+    assert find_checkpoint(folder, "latest") == folder / "step_00000001"
+    rewrite_manifest(folder / "step_00000001", next(iter(changed)))
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+        find_checkpoint(folder, "latest")
 
 
 REMEDY = r"Finish that training with the version that wrote it, or start another one.*--loop.init_from FOLDER"
@@ -206,8 +218,8 @@ REMEDY = r"Finish that training with the version that wrote it, or start another
 def test_a_checkpoint_of_another_format_is_refused_with_its_writer_and_a_way_on(folder):
     newest = folder / "step_00000002"
     for changed, said in (
-        ({"format_version": 9, "nextblock": "7.1"}, "was written by nextblock 7.1, in format 9; expected format 2"),
-        ({}, "was written by nextblock 0.1.0 or earlier, in format 1; expected format 2"),
+        ({"format_version": 9, "nextblock": "7.1"}, "was written by nextblock 7.1, in format 9; expected format 3"),
+        ({}, "was written by nextblock 0.1.0 or earlier, in format 1; expected format 3"),
     ):
         rewrite_manifest(newest, "format_version", "nextblock", **changed)
         # Not passed over for an older one, as a damaged one is: it is the newest that the user means.
@@ -227,7 +239,7 @@ def test_an_older_checkpoint_without_its_run_config_is_refused_alike(training, f
     del checksums["config.yaml"]
     rewrite_manifest(newest, "format_version", "nextblock", sha256=checksums)
     with pytest.raises(ValueError, match=f"nextblock 0.1.0 or earlier.*{REMEDY}"):
-        resume(training.accelerator, folder, LoopConfig(resume_from_checkpoint="latest"), "loop: {}\n")
+        resume(training.accelerator, folder, LoopConfig(resume_from_checkpoint="latest"), "loop: {}\n", {})
 
 
 def test_latest_of_an_empty_folder_is_none_and_a_wrong_path_is_refused(folder, tmp_path):
@@ -241,9 +253,9 @@ def test_latest_of_an_empty_folder_is_none_and_a_wrong_path_is_refused(folder, t
 def test_another_number_of_processes_is_refused(training, folder, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     with pytest.raises(ValueError, match="saved by 1 processes; expected the same number to resume it, got 2"):
-        load_checkpoint(training.accelerator, folder / "step_00000002")
+        training.load(folder / "step_00000002")
 
 
 def test_a_moved_checkpoint_is_as_good(training, folder, tmp_path):
     moved = shutil.copytree(folder / "step_00000001", tmp_path / "best")
-    assert load_checkpoint(training.accelerator, find_checkpoint(folder, str(moved))) == 1
+    assert training.load(find_checkpoint(folder, str(moved))) == 1

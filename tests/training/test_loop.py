@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from nextblock.training.accelerator import build_accelerator
+from nextblock.training.average import saved_average
 from nextblock.training.loop import fit
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.order import StepSampler
@@ -45,7 +46,8 @@ class ToyTask:
     def __init__(self, accelerator, crash_at: int | None = None):
         model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.model, self.optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
-        self.modules, self.optimizers, self.code_usage = [self.model], [self.optimizer], None
+        self.modules, self.optimizers, self.records = [self.model], [self.optimizer], {}
+        self.code_usage = None
         self.crash_at = crash_at
         self.batches, self.losses, self.evaluated, self.exported, self.num_starts = [], [], [], [], 0
 
@@ -148,8 +150,8 @@ def test_the_average_is_evaluated_and_exported(tmp_path):
     ((exported, metrics),) = task.exported
     raw = task.model.state_dict()
     assert not any(torch.equal(tensor, raw[name]) for name, tensor in exported.items())
-    saved = torch.load(tmp_path / "checkpoints" / "step_00000004" / "custom_checkpoint_0.pkl")
-    assert all(torch.equal(tensor, saved["module"][name]) for name, tensor in exported.items())
+    saved = saved_average(tmp_path / "checkpoints" / "step_00000004")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in exported.items())
     assert metrics == {"eval/bias": exported["2.bias"].item()}
 
 
@@ -223,9 +225,16 @@ def test_other_options_are_refused_unless_they_are_accepted(tmp_path, caplog, ch
     with pytest.raises(ValueError, match=f"was written under other options: .*{message}"):
         train(tmp_path, **options | changed | wanted)
     assert [(tmp_path / name).read_bytes() for name in files] == before
-    if "ema_decay" not in changed:  # Another set of registered objects is no option but another checkpoint.
-        train(tmp_path, accepts_changed_options=True, **options | changed | wanted)
-        assert message in caplog.text
+    train(tmp_path, accepts_changed_options=True, **options | changed | wanted)
+    assert message in caplog.text
+
+
+def test_an_average_that_the_checkpoint_has_not_is_missed_by_name(tmp_path):
+    options = {"num_steps": 4, "save_every": 2, "num_checkpoints": 2}
+    train(tmp_path, ema_decay=None, **options)
+    wanted = {"resume_from_checkpoint": str(tmp_path / "checkpoints" / "step_00000002")}
+    with pytest.raises(ValueError, match="step_00000002 has no average.safetensors: it was saved by a training"):
+        train(tmp_path, accepts_changed_options=True, **options | wanted)
 
 
 def test_options_that_decide_no_weight_may_change(tmp_path):
@@ -315,8 +324,8 @@ def test_the_best_step_stays_whatever_interrupts(tmp_path):
     values = {line["step"]: line["eval/bias"] for line in read_lines(tmp_path / "whole") if "eval/bias" in line}
     best = max(values, key=values.get)
     assert [path.name for path in (tmp_path / "whole" / "best").iterdir()] == [f"step_{best:08d}"]
-    average = torch.load(tmp_path / "whole" / "best" / f"step_{best:08d}" / "custom_checkpoint_0.pkl")
-    assert average["module"]["2.bias"].item() == values[best]
+    average = saved_average(tmp_path / "whole" / "best" / f"step_{best:08d}")
+    assert average["2.bias"].item() == values[best]
     train(tmp_path / "broken", keep_best="bias", crash_at=5, **options)
     train(tmp_path / "broken", keep_best="bias", resume_from_checkpoint="latest", **options)
     assert [path.name for path in (tmp_path / "broken" / "best").iterdir()] == [f"step_{best:08d}"]

@@ -1,0 +1,82 @@
+"""Whether a pipeline's tokenizer is the one whose tokens its prior has learned: priors keep its fingerprint."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import PreTrainedModel
+
+from nextblock.files.fingerprints import model_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+def check_pair(prior: PreTrainedModel, tokenizer: PreTrainedModel, is_required: bool) -> None:
+    """Warn of a tokenizer that is not the one that made the tokens of a prior, or refuse it.
+
+    Nothing is said where it cannot be known: the prior, of an older version say, knows no fingerprint, or the
+    tokenizer has been rounded to half precision. It takes about half a second for 100 million parameters.
+
+    Args:
+        prior: its configuration may have a `tokenizer_fingerprint`.
+        tokenizer: that is to decode its tokens.
+        is_required: whether another tokenizer is an error.
+
+    Raises:
+        ValueError: naming both fingerprints.
+    """
+    expected = getattr(prior.config, "tokenizer_fingerprint", None)
+    if expected is None or not _is_in_float32(tokenizer):
+        return
+    found = model_fingerprint(tokenizer)
+    if found == expected or _is_rounded(tokenizer):
+        return
+    message = (
+        f"the tokenizer of this pipeline has the fingerprint {found}; expected {expected}, of the tokenizer whose "
+        "tokens the prior has learned: pictures may be of anything"
+    )
+    if is_required:
+        raise ValueError(f"requires_own_tokenizer is true: {message}")
+    logger.warning(message)
+
+
+def check_stored_pair(pipe: DiffusionPipeline, folder: str | Path, options: Mapping) -> None:
+    """Compare as `check_pair` does where a tokenizer was loaded in half precision: by its weights as they are stored.
+
+    Args:
+        pipe: that has just been loaded.
+        folder: where from.
+        options: of the loading, `requires_own_tokenizer` among them.
+
+    Raises:
+        ValueError: as `check_pair`.
+    """
+    prior, tokenizer = pipe.prior, pipe.tokenizer
+    is_given = prior is None or tokenizer is None or options.get("tokenizer") is not None
+    if is_given or getattr(prior.config, "tokenizer_fingerprint", None) is None or _is_in_float32(tokenizer):
+        return
+    place, variant = Path(folder) / "tokenizer", options.get("variant")
+    stored = type(tokenizer).from_pretrained(place, dtype=torch.float32, variant=variant, use_safetensors=True)
+    check_pair(prior, stored, options.get("requires_own_tokenizer", False))
+
+
+def _is_in_float32(model: PreTrainedModel) -> bool:
+    """Tell whether a model's numbers are at hand, and as they are when it is fingerprinted."""
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return all(tensor.dtype == torch.float32 and not tensor.is_meta for tensor in tensors)
+
+
+def _is_rounded(model: PreTrainedModel) -> bool:
+    """Tell whether all numbers of a model that half precision does not spare are such as half precision has."""
+    spared = tuple(f"{name}." for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    rounded = [
+        tensor
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not name.startswith(spared)
+    ]
+    return any(
+        all(torch.equal(tensor, tensor.to(dtype).float()) for tensor in rounded)
+        for dtype in (torch.bfloat16, torch.float16)
+    )
