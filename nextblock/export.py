@@ -18,6 +18,7 @@ from nextblock.pipelines import ClassToImagePipeline
 from nextblock.tokenizer import VQVAE
 from nextblock.training.average import saved_average
 from nextblock.training.checkpoint import MODEL_CONFIG_NAME, damage
+from nextblock.training.saved_state import naming
 
 from .command_line import parse_run_config
 
@@ -94,7 +95,8 @@ def load_trained_model(checkpoint: Path) -> tuple[PreTrainedModel, bool]:
     average = saved_average(checkpoint)
     if average is None:
         # It knows which tensors the file holds once for two names.
-        load_model(model, weights_path)
+        with naming(weights_path):
+            load_model(model, weights_path)
     else:
         check_state_dict(average, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, {})
         model.load_state_dict(average)

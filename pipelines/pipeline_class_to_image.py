@@ -40,8 +40,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             saved with the pipeline; None for its defaults.
         card: what the model card says of the training: dicts `recipe` and `metrics`, and `license`; saved with the
             pipeline, and filled by `save_pretrained`.
-        requires_own_tokenizer: whether a tokenizer that is known to be another one than the one whose tokens the prior
-            has learned is refused, and not only warned of; `from_pretrained` takes it too.
+        requires_own_tokenizer: refuse a tokenizer other than that whose tokens the prior has learned, not only warn.
 
     Raises:
         ValueError: if prior and tokenizer do not fit each other, or the prior cannot be sampled so.

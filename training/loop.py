@@ -103,8 +103,7 @@ def fit(
 
     Raises:
         NonFiniteError: after `loop.max_nonfinite_steps` steps in a row with a non-finite loss or gradient.
-        ValueError: if `loop.resume_from_checkpoint` does not fit what `output_dir` holds, or `loop.ema_decay` is set
-            for a sharded model.
+        ValueError: if `loop.resume_from_checkpoint` does not fit `output_dir`, or a sharded model has `loop.ema_decay`.
     """
     config = run_config.loop
     config.count_steps(len(dataset))

@@ -64,7 +64,7 @@ def load_saved_state(accelerator: Accelerator, folder: Path) -> None:
     """
     scaler = accelerator.scaler
     if scaler is not None:
-        with _named(folder / SCALER_NAME) as path:
+        with naming(folder / SCALER_NAME) as path:
             scaler.load_state_dict(_read(path))
     if accelerator.distributed_type == DistributedType.FSDP:
         if scaler is not None:  # A sharded optimizer is loaded by a step, which needs it.
@@ -72,12 +72,12 @@ def load_saved_state(accelerator: Accelerator, folder: Path) -> None:
         _load_sharded(accelerator, folder)
     else:
         for number, model in enumerate(accelerator._models):
-            with _named(folder / f"{_numbered(SAFE_MODEL_NAME, number)}.safetensors") as path:
+            with naming(folder / f"{_numbered(SAFE_MODEL_NAME, number)}.safetensors") as path:
                 load_model(model, path)
         for number, optimizer in enumerate(accelerator._optimizers):
-            with _named(folder / f"{_numbered(OPTIMIZER_NAME, number)}.bin") as path:
+            with naming(folder / f"{_numbered(OPTIMIZER_NAME, number)}.bin") as path:
                 optimizer.load_state_dict(_read(path))
-    with _named(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl") as path:
+    with naming(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl") as path:
         _set_random_states(_read(path), accelerator.device)
 
 
@@ -102,16 +102,16 @@ def _load_sharded(accelerator: Accelerator, folder: Path) -> None:
         raise ValueError(f"fsdp_version is {plugin.fsdp_version}; expected 2")
     for number, (model, optimizer) in enumerate(zip(accelerator._models, accelerator._optimizers, strict=True)):
         if is_whole:  # These are read as tensors alone.
-            with _named(folder / f"{_numbered(FSDP_MODEL_NAME, number)}.bin"):
+            with naming(folder / f"{_numbered(FSDP_MODEL_NAME, number)}.bin"):
                 load_fsdp_model(plugin, accelerator, model, str(folder), number)
-            with _named(folder / f"{_numbered(OPTIMIZER_NAME, number)}.bin"):
+            with naming(folder / f"{_numbered(OPTIMIZER_NAME, number)}.bin"):
                 load_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder), number)
             continue
-        with _named(folder / f"{FSDP_MODEL_NAME}_{number}") as path:
+        with naming(folder / f"{FSDP_MODEL_NAME}_{number}") as path:
             state = {"model": get_model_state_dict(model)}
             dist_cp.load(state, storage_reader=_Reader(path), planner=_Planner())
             set_model_state_dict(model, state["model"])
-        with _named(folder / f"{OPTIMIZER_NAME}_{number}") as path:
+        with naming(folder / f"{OPTIMIZER_NAME}_{number}") as path:
             state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
             dist_cp.load(state, storage_reader=_Reader(path), planner=_Planner())
             set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -151,8 +151,15 @@ class _Planner(dist_cp.DefaultLoadPlanner):
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[Path]:
-    """Let whatever a file's content brings about name the file."""
+def naming(path: Path) -> Iterator[Path]:
+    """Let whatever a checkpoint's file brings about when it is loaded name the file.
+
+    Args:
+        path: of the file, which is handed on.
+
+    Raises:
+        ValueError: in place of any error inside.
+    """
     try:
         yield path
     except (Exception, CheckpointException) as error:  # The latter is no Exception.

@@ -15,6 +15,8 @@ from nextblock.tokenizer.task import TokenizerTrainConfig
 from nextblock.train_prior import train as train_prior
 from nextblock.train_tokenizer import train as train_tokenizer
 
+from ..training.poison import poisons, replace_file
+
 LAST, HALF = "checkpoints/step_00000006", "checkpoints/step_00000003"
 
 
@@ -65,6 +67,17 @@ def test_a_priors_checkpoint_becomes_a_prior_or_a_pipeline(prior_arguments, toke
     whole = export(run / LAST, tmp_path / "whole", "--tokenizer", str(tokenizer_dir))
     assert file_sha256(whole / "prior" / "model.safetensors") == expected
     assert ClassToImagePipeline.from_pretrained(whole).tokenizer.config.vocab_size == 24
+
+
+def test_a_poisoned_checkpoint_is_refused_and_runs_nothing(tokenizer_run, tmp_path):
+    for number, name in enumerate(("average.safetensors", "model.safetensors")):
+        checkpoint = shutil.copytree(tokenizer_run / HALF, tmp_path / str(number))
+        if name == "model.safetensors":
+            replace_file(checkpoint, "average.safetensors", None)
+        replace_file(checkpoint, name, poisons(tmp_path / "trace")["zip"])
+        with pytest.raises(ValueError, match=f"{name}.* cannot be (read|loaded)"):
+            export(checkpoint, tmp_path / "new")
+    assert not (tmp_path / "trace").exists() and not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_exported_is_refused(tokenizer_run, tmp_path):

@@ -136,8 +136,8 @@ def test_the_list_of_commands_loads_none_of_them(tmp_path):
 def test_the_command_line_starts_from_any_folder(start, folder):
     program = [str(Path(sys.executable).parent / "nextblock")] if start == ["nextblock"] else start
     done = subprocess.run([*program, "verify", "--tokens", "nowhere"], cwd=folder, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.startswith("nowhere has no manifest.json")
+    message = "nextblock verify: error: tokens is 'nowhere'; expected a folder of tokens\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 def test_version(capsys):
