@@ -170,7 +170,7 @@ def test_a_shard_that_claims_more_values_than_its_bytes_mean_is_not_unpacked(tmp
 def test_a_list_of_rejects_beyond_reading_is_named(tmp_path):
     table = pa.table({"idx": [1]}).replace_schema_metadata({"nextblock.rejected": "[" * 5000})
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="x.parquet has a damaged list of rejected images"):
+    with pytest.raises(ValueError, match="x.parquet has a list of rejected images that is damaged"):
         read_footer(tmp_path / "x.parquet")
 
 

@@ -30,6 +30,12 @@ LAYOUTS = {
 LOOP = {"num_steps": 10, "gradient_accumulation_steps": 2, "cpu": True, "mixed_precision": "no", "tracker": None}
 
 
+@pytest.fixture(autouse=True)
+def fingerprint_of_no_values(monkeypatch):
+    """Let a prior be built for a tokenizer whose weights have no values."""
+    monkeypatch.setattr("nextblock.prior.task.model_fingerprint", lambda tokenizer: "0" * 64)
+
+
 @pytest.fixture
 def on_meta(monkeypatch, fresh_accelerate, tmp_path):
     """Build an accelerator whose device has no values."""
@@ -52,7 +58,7 @@ def take_steps(accelerator, task, loop: LoopConfig, batch: dict, folder) -> list
     average = _build_average(accelerator, task.model, decay=0.9)
     recorder = Recorder(accelerator, folder, 0)
     guard = StepGuard(accelerator, task.modules, task.optimizers, max_steps=3, first_step=0, checkpoints=folder)
-    training = _Training(accelerator, task, loop, "", average, recorder, guard, folder)
+    training = _Training(accelerator, task, loop, "", average, {}, recorder, guard, folder)
     with guard:
         for step in range(2):
             micro_batches = range(loop.gradient_accumulation_steps)
