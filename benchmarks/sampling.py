@@ -1,83 +1,72 @@
-"""Time and memory of guided VAR sampling beside a plain loop of the same model in the same run.
+"""Time and memory of guided sampling by the pipeline's call beside the published loops, with the same weights.
 
-The plain loop recomputes the AdaLN modulations at every block, grows its key/value cache by concatenation, guides every
-block and decodes channels first, as a direct transcription of the papers does. The loops run in processes of their own
-and take turns. One keeps freed memory, as `nextblock sample` does on a CPU; one is compiled as by
-`pipe.compile()`. Weights are random: time does not depend on them.
+VAR's d16 at 256 px, and a raster of LlamaGen-B's shape (width 768, 12 layers, 16384 codes, 256 tokens). The loops run
+in processes of their own and take turns, so that a drifting machine drifts for all:
 
-    python benchmarks/sampling.py --depth 16 --batch_sizes 1 8 --dtypes float32 bfloat16
-    python benchmarks/sampling.py --batch_sizes 1 64 --dtypes bfloat16 --loops plain nextblock 'nextblock, compiled'
+- "published": VAR's `autoregressive_infer_cfg` (arXiv:2404.02905), which computes the AdaLN modulations at every block,
+  grows its cache by concatenation and guides every block; or LlamaGen's `generate` (arXiv:2406.06525), which has a
+  cache of full length under a mask. Every product is `F.linear`; bfloat16 is autocast.
+- "pipe": `pipe(…)`; "pipe, freed memory kept": as `nextblock sample` sets a CPU up; "pipe, compiled".
+
+Weights are random: time does not depend on them. A part's results are put among those that are there:
+
+    python benchmarks/sampling.py
+    python benchmarks/sampling.py --only raster --images 1 --dtypes float32
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import time
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nextblock.cpu import keep_freed_memory
-from nextblock.data.blocks import BlockLayout
+from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.family import compile_layers
 from nextblock.prior.sampling import SamplingOptions
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
-SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
-LOOPS = ("plain", "nextblock", "nextblock, freed memory kept", "nextblock, compiled")
-GUIDANCE = {"guidance_scale": 2.5, "guidance_schedule": "linear"}
-TRUNCATION = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
-
-
-def build_models(depth: int, dtype: torch.dtype, device: str) -> tuple[BlockPrior, VQVAE]:
-    """Return a VAR-shaped prior and tokenizer with random weights."""
-    torch.manual_seed(0)
-    tokenizer = VQVAE(
-        VQVAEConfig(
-            image_size=256,
-            autoencoder="vqgan",
-            hidden_dim=160,
-            num_res_blocks=2,
-            vocab_size=4096,
-            embedding_dim=32,
-            quant_conv_kernel_size=3,
-            layout="scales",
-            scales=SCALES,
-        )
-    )
-    prior = BlockPrior(
-        BlockPriorConfig(
-            layout=tokenizer.layout.to_dict(),
-            vocab_size=4096,
-            embedding_dim=32,
-            num_classes=1000,
-            hidden_size=64 * depth,
-            num_layers=depth,
-            num_heads=depth,
-            use_normalized_attention=True,
-        )
-    )
-    return prior.to(device, dtype).eval(), tokenizer.to(device, dtype).eval()
+LOOPS = ("published", "pipe", "pipe, freed memory kept", "pipe, compiled")
+MODELS = ("var", "raster")
+TOKENIZERS = {
+    "var": {
+        "vocab_size": 4096,
+        "embedding_dim": 32,
+        "quant_conv_kernel_size": 3,
+        "layout": "scales",
+        "scales": [1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
+        "hidden_dim": 160,
+    },
+    "raster": {"vocab_size": 16384, "embedding_dim": 8, "layout": "tiles", "tile": 1, "hidden_dim": 128},
+}
+PRIORS = {
+    "var": {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "use_normalized_attention": True},
+    "raster": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "input_embedding": "tokens"},
+}
+OPTIONS = {
+    "var": SamplingOptions(guidance_scale=2.5, guidance_schedule="linear", top_k=900, top_p=0.96),
+    "raster": SamplingOptions(guidance_scale=2.0, top_k=2000),
+}
 
 
 @torch.no_grad()
-def plain_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) -> torch.Tensor:
-    """Sample as a direct transcription does: nothing is prepared, nothing is skipped."""
+def var_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: Tensor, options: SamplingOptions) -> Tensor:
+    """Sample images as VAR's published code does."""
     B, layout, quantizer = len(class_labels), prior.layout, tokenizer.quantizer
-    scales = SamplingOptions(**GUIDANCE).scales(layout.num_blocks)
-    condition = prior.conditions.of(class_labels)
-    condition = condition.joined(condition.null())
-    keys, values = [None] * len(prior.blocks), [None] * len(prior.blocks)
-    canvas, idx_Bl = quantizer.start(B), []
-    block_input = prior.class_emb(condition.class_labels)[:, None] + prior.pos_start
+    scales, num_layers = options.scales(layout.num_blocks), len(prior.blocks)
+    vector = prior.class_emb(torch.cat([class_labels, torch.full_like(class_labels, prior.config.num_classes)]))
+    keys, values = [None] * num_layers, [None] * num_layers
+    canvas, block_input = quantizer.start(B), vector[:, None] + prior.pos_start
     for k, (start, end) in enumerate(layout.bounds):
-        context = prior.context(condition)
-        hidden_states = block_input + prior.pos_1LC[:, start:end] + prior.lvl_embed.weight[k]
+        x = block_input + (prior.pos_1LC[:, start:end] + prior.lvl_embed.weight[k])
         for i, layer in enumerate(prior.blocks):
 
             def attend(q, key, value, i=i, scale=layer.attn.scale):
@@ -85,27 +74,52 @@ def plain_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) 
                 values[i] = value if values[i] is None else torch.cat([values[i], value], dim=2)
                 return F.scaled_dot_product_attention(q, keys[i], values[i], scale=scale)
 
-            hidden_states = layer(hidden_states, context.modulations[i], attend)
-        conditional, unconditional = prior.logits(hidden_states, context).chunk(2)
-        logits = unconditional + scales[k] * (conditional - unconditional)
-        idx_Bl.append(plain_tokens(logits))
-        if k + 1 < layout.num_blocks:
-            canvas, next_input = quantizer.advance(canvas, idx_Bl[-1], k)
-            next_input = next_input.to(prior.word_embed.weight.dtype)
-            block_input = prior.word_embed(next_input).repeat(2, 1, 1)
-    return plain_decode(tokenizer, idx_Bl)
+            x = _layer(layer, x, _projected(layer.ada_lin, vector, 6), attend)
+        with_class, without = _logits(prior, x, _projected(prior.head_nm.ada_lin, vector, 2)).chunk(2)
+        t = scales[k] - 1
+        idx = _draw((1 + t) * with_class - t * without, options)
+        canvas, next_input = quantizer.advance(canvas, idx, k)
+        if next_input is not None:
+            block_input = F.linear(next_input, prior.word_embed.weight, prior.word_embed.bias).repeat(2, 1, 1)
+    return decode(tokenizer, canvas)
 
 
-def plain_decode(tokenizer: VQVAE, idx_Bl: list[torch.Tensor]) -> torch.Tensor:
-    """Decode as a direct transcription does: channels first, every operation into memory of its own."""
+@torch.no_grad()
+def llamagen_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: Tensor, options: SamplingOptions) -> Tensor:
+    """Sample images token by token as LlamaGen's published code does."""
+    B, L, D = len(class_labels), prior.layout.num_tokens, prior.config.hidden_size
+    vector = prior.class_emb(torch.cat([class_labels, torch.full_like(class_labels, prior.config.num_classes)]))
+    modulations = [_projected(layer.ada_lin, vector, 6) for layer in prior.blocks]
+    head_modulation, heads = _projected(prior.head_nm.ada_lin, vector, 2), prior.config.num_heads
+    kind = vector.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vector.dtype
+    caches = [vector.new_zeros(2, 2 * B, heads, L, D // heads, dtype=dtype) for _ in prior.blocks]
+    mask, tokens = torch.ones(L, L, dtype=torch.bool, device=vector.device).tril(), []
+    x = vector[:, None] + prior.pos_start
+    for k in range(L):
+        x = x + (prior.pos_1LC[:, k : k + 1] + prior.lvl_embed.weight[k])
+        for cache, layer, modulation in zip(caches, prior.blocks, modulations, strict=True):
+
+            def attend(q, key, value, cache=cache, k=k, scale=layer.attn.scale):
+                cache[0, :, :, k : k + 1], cache[1, :, :, k : k + 1] = key, value
+                return F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask[k : k + 1], scale=scale)
+
+            x = _layer(layer, x, modulation, attend)
+        with_class, without = _logits(prior, x, head_modulation).chunk(2)
+        tokens.append(_draw(without + (with_class - without) * options.guidance_scale, options))
+        x = prior.word_embed(torch.cat([tokens[-1], tokens[-1]]))
+    return decode(tokenizer, tokenizer.quantizer.idx_to_features(torch.cat(tokens, 1)))
+
+
+def decode(tokenizer: VQVAE, features: Tensor) -> Tensor:
+    """Decode as the published code does: channels first, every operation into memory of its own."""
     decoder = tokenizer.decoder
 
     def residual(block, x):
         h = block.conv1(F.silu(block.norm1(x)))
         return block.nin_shortcut(x) + block.conv2(F.silu(block.norm2(h)))
 
-    quantized = tokenizer.quantizer.idx_to_features(tokenizer.layout.join(idx_Bl))
-    x = decoder.conv_in(tokenizer.post_quant_conv(quantized.to(decoder.conv_in.weight.dtype)))
+    x = decoder.conv_in(tokenizer.post_quant_conv(features))
     x = residual(decoder.mid.block_2, decoder.mid.attn_1(residual(decoder.mid.block_1, x)))
     for level in reversed(decoder.up):
         for j, block in enumerate(level.block):
@@ -117,116 +131,145 @@ def plain_decode(tokenizer: VQVAE, idx_Bl: list[torch.Tensor]) -> torch.Tensor:
     return decoder.conv_out(F.silu(decoder.norm_out(x))).clamp(-1, 1)
 
 
-def plain_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """Truncate and draw as the published code does: top-k, a sort of all codes for top-p, a multinomial."""
-    logits = logits / TRUNCATION["temperature"]
-    logits = logits.masked_fill(logits < logits.topk(TRUNCATION["top_k"], dim=-1).values[..., -1:], -torch.inf)
-    ascending, order = logits.sort(dim=-1)
-    is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - TRUNCATION["top_p"]
-    is_tail[..., -1] = False
-    logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
+def _projected(ada_lin: nn.Sequential, vector: Tensor, num_parts: int) -> tuple[Tensor, ...]:
+    """Return a class embedding's modulations, each (R, 1, D)."""
+    projected = F.linear(F.silu(vector), ada_lin[1].weight, ada_lin[1].bias)
+    return projected.view(len(vector), 1, num_parts, -1).unbind(2)
+
+
+def _layer(layer: nn.Module, x: Tensor, modulation: tuple[Tensor, ...], attend) -> Tensor:
+    """Apply attention and feed-forward to (R, L_k, D)."""
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+    attn, (R, length, D) = layer.attn, x.shape
+    bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    h = F.layer_norm(x, (D,), eps=layer.norm.eps).mul(scale1.add(1)).add_(shift1)
+    qkv = F.linear(h, attn.mat_qkv.weight, bias).view(R, length, 3, attn.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if attn.is_normalized:
+        q = F.normalize(q, dim=-1).mul(attn.scale_mul_1H11.clamp_max(4.605).exp().to(q.dtype))
+        k = F.normalize(k, dim=-1)
+    out = attend(q, k, v).transpose(1, 2).reshape(R, length, D)
+    x = x + F.linear(out, attn.proj.weight, attn.proj.bias).mul(gamma1)
+    h = F.layer_norm(x, (D,), eps=layer.norm.eps).mul(scale2.add(1)).add_(shift2)
+    h = F.gelu(F.linear(h, layer.ffn.fc1.weight, layer.ffn.fc1.bias), approximate="tanh")
+    return x + F.linear(h, layer.ffn.fc2.weight, layer.ffn.fc2.bias).mul(gamma2)
+
+
+def _logits(prior: BlockPrior, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+    """Return float32 scores of all codes."""
+    scale, shift = modulation
+    h = F.layer_norm(x, x.shape[-1:], eps=prior.head_nm.norm.eps).mul(scale.add(1)).add_(shift)
+    return F.linear(h, prior.head.weight, prior.head.bias).float()
+
+
+def _draw(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Truncate and draw tokens (B, L_k)."""
+    logits = logits / options.temperature
+    if options.top_k:
+        logits = logits.masked_fill(logits < logits.topk(options.top_k, dim=-1).values[..., -1:], -torch.inf)
+    if options.top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - options.top_p
+        is_tail[..., -1] = False
+        logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
     return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
 
 
-@torch.no_grad()
-def nextblock_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: torch.Tensor) -> torch.Tensor:
-    """Sample as the pipeline does."""
-    idx_Bl = prior.generate(class_labels, tokenizer.quantizer, **GUIDANCE, **TRUNCATION)
-    return tokenizer.idxBl_to_img(idx_Bl)
+def build_pipeline(model: str) -> ClassToImagePipeline:
+    """Return a pipeline with random weights."""
+    torch.manual_seed(0)
+    shape = {"image_size": 256, "autoencoder": "vqgan", "num_res_blocks": 2}
+    tokenizer = VQVAE(VQVAEConfig(**shape, **TOKENIZERS[model])).eval()
+    codes = {name: TOKENIZERS[model][name] for name in ("vocab_size", "embedding_dim")}
+    config = BlockPriorConfig(layout=tokenizer.layout.to_dict(), num_classes=1000, **codes, **PRIORS[model])
+    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=BlockPrior(config).eval(), sampling=OPTIONS[model])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def seconds_of(function, *arguments, num_runs: int) -> list[float]:
-    """Return the wall times of several calls."""
-    times = []
-    for _ in range(num_runs):
+def sampler(model: str, loop: str, dtype: torch.dtype, device: str):
+    """Return a function of the number of images that samples them."""
+    pipe = build_pipeline(model).to(device)
+    if loop == "published":
+        published_loop = var_loop if model == "var" else llamagen_loop
+        cast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
+
+        def published(num_images: int):
+            with cast:
+                labels = torch.arange(num_images, device=device)
+                return published_loop(pipe.prior, pipe.tokenizer, labels, OPTIONS[model])
+
+        return published
+    pipe.to(dtype)
+    if loop == "pipe, freed memory kept":
+        assert keep_freed_memory()
+    if loop == "pipe, compiled":
+        pipe.compile()
+    return lambda num_images: pipe(list(range(num_images)), output_type="pt")
+
+
+def serve(connection, model: str, loop: str, dtype_name: str, device: str) -> None:
+    """Run one loop in a process of its own, whose memory is then that loop's; answer requests with seconds."""
+    sample = sampler(model, loop, getattr(torch, dtype_name), device)
+    while (num_images := connection.recv()) is not None:
         start = time.perf_counter()
-        function(*arguments)
-        if torch.cuda.is_available():
+        sample(num_images)
+        if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        connection.send((seconds, torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak))
 
 
 def matmul_peak(dtype: torch.dtype, device: str) -> float:
     """Return the operations a second of a large matrix product."""
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    seconds_of(torch.mm, a, a, num_runs=3)
-    return 2 * 2048**3 / min(seconds_of(torch.mm, a, a, num_runs=10))
+    a, fastest = torch.randn(2048, 2048, device=device).to(dtype), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * 2048**3 / fastest
 
 
-def sampling_operations(depth: int, batch_size: int) -> float:
-    """Return the operations of the prior's matrix products for guided sampling, attention included."""
-    D, layout = 64 * depth, BlockLayout.scales(SCALES)
-    linear = 2 * layout.num_tokens * (depth * 12 * D * D + D * 4096)
-    attention = 4 * D * depth * sum((end - start) * end for start, end in layout.bounds)
-    return 2 * batch_size * (linear + attention)
-
-
-def serve(connection, name: str, depth: int, dtype_name: str, device: str) -> None:
-    """Run one loop in a process of its own, whose memory is then that loop's; answer requests with seconds."""
-    if name == "nextblock, freed memory kept":
-        assert keep_freed_memory()
-    prior, tokenizer = build_models(depth, getattr(torch, dtype_name), device)
-    if name == "nextblock, compiled":
-        compile_layers(prior)
-        tokenizer.decoder.compile()
-    loop = plain_loop if name == "plain" else nextblock_loop
-    decode = partial(plain_decode, tokenizer) if name == "plain" else tokenizer.idxBl_to_img
-    while (batch_size := connection.recv()) is not None:
-        class_labels = torch.arange(batch_size, device=device)
-        [whole] = seconds_of(loop, prior, tokenizer, class_labels, num_runs=1)
-        idx_Bl = [torch.randint(4096, (batch_size, n * n), device=device) for n in SCALES]
-        with torch.no_grad():
-            [decoding] = seconds_of(decode, idx_Bl, num_runs=1)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak
-        connection.send((whole, decoding, peak))
-
-
-def compare(arguments: argparse.Namespace, dtype_name: str, peak: float) -> list[dict]:
-    """Let the loops take turns, so that a drifting machine drifts for all; return a row for each batch size."""
-    context, ends, rows = multiprocessing.get_context("spawn"), {}, []
-    for name in arguments.loops:
-        ends[name], other = context.Pipe()
-        options = (other, name, arguments.depth, dtype_name, arguments.device)
-        context.Process(target=serve, args=options, daemon=True).start()
-    for batch_size in sorted(arguments.batch_sizes):
-        times, first_seconds = {name: [] for name in ends}, {}
-        for turn in range(arguments.num_runs + 1):
-            for name, end in ends.items():
-                end.send(batch_size)
-                answer = end.recv()
-                if turn > 0:
-                    times[name].append(answer)
-                else:
-                    first_seconds[name] = answer[0]
-        row = {"dtype": dtype_name, "batch_size": batch_size, "loops": {}}
-        for name, answers in times.items():
-            whole, decoding, memory = (statistics.median(values) for values in zip(*answers, strict=True))
-            operations = sampling_operations(arguments.depth, batch_size)
-            row["loops"][name] = {
-                "first_call_seconds": round(first_seconds[name], 3),
-                "seconds": round(whole, 3),
-                "fastest_seconds": round(min(answers)[0], 3),
-                "decoding_seconds": round(decoding, 3),
-                "images_a_second": round(batch_size / whole, 3),
-                "share_of_matmul_peak_without_decoding": round(operations / (whole - decoding) / peak, 3),
-                "peak_memory_gib": round(memory, 2),
-            }
-        for figures in row["loops"].values():
-            figures["speedup"] = round(row["loops"][arguments.loops[0]]["seconds"] / figures["seconds"], 3)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    for end in ends.values():
+def compare(arguments: argparse.Namespace, model: str, dtype_name: str, num_images: int) -> dict:
+    """Let the loops take turns; return a row of results."""
+    context, ends, processes = multiprocessing.get_context("spawn"), {}, []
+    for loop in arguments.loops:
+        ends[loop], other = context.Pipe()
+        options = (other, model, loop, dtype_name, arguments.device)
+        processes.append(context.Process(target=serve, args=options, daemon=True))
+        processes[-1].start()
+    answers = {loop: [] for loop in ends}
+    for _ in range(arguments.num_runs + 1):
+        for loop, end in ends.items():
+            end.send(num_images)
+            answers[loop].append(end.recv())
+    for end, process in zip(ends.values(), processes, strict=True):
         end.send(None)
-    return rows
+        process.join()
+    row = {"model": model, "dtype": dtype_name, "num_images": num_images, "loops": {}}
+    for loop, ((first, _), *later) in answers.items():
+        seconds = [answer[0] for answer in later]
+        row["loops"][loop] = {
+            "first_call_seconds": round(first, 3),
+            "seconds": round(statistics.median(seconds), 3),
+            "fastest_seconds": round(min(seconds), 3),
+            "peak_memory_gib": round(later[-1][1], 2),
+        }
+    reference = row["loops"][arguments.loops[0]]
+    for figures in row["loops"].values():
+        figures["speedup"] = round(reference["seconds"] / figures["seconds"], 2)
+        figures["speedup_of_fastest"] = round(reference["fastest_seconds"] / figures["fastest_seconds"], 2)
+    return row
 
 
 def main() -> None:
-    """Run the comparison and write it down."""
+    """Run the comparison and write it down, part by part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS[:3])
@@ -238,15 +281,23 @@ def main() -> None:
         "processor": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),
-        "depth": arguments.depth,
-        "rows": [],
     }
-    for dtype_name in arguments.dtypes:
-        peak = matmul_peak(getattr(torch, dtype_name), arguments.device)
-        results["rows"] += compare(arguments, dtype_name, peak)
-    with open(arguments.output, "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
-        file.write("\n")
+    peaks = {name: round(matmul_peak(getattr(torch, name), arguments.device) / 1e9) for name in arguments.dtypes}
+    rows = []
+    if os.path.exists(arguments.output):
+        with open(arguments.output, encoding="utf-8") as file:
+            earlier = json.load(file)
+        if any(earlier.get(name) != value for name, value in results.items()):
+            raise ValueError(f"output is {arguments.output}, of another machine or version; expected a new file")
+        rows = earlier["rows"]
+    names = ("model", "dtype", "num_images")
+    for part in ((m, d, n) for m in arguments.only for d in arguments.dtypes for n in arguments.images):
+        row = compare(arguments, *part) | {"matmul_gflops_a_second": peaks[part[1]]}
+        print(json.dumps(row), flush=True)
+        rows = [other for other in rows if tuple(other[name] for name in names) != part] + [row]
+        with open(arguments.output, "w", encoding="utf-8") as file:
+            json.dump(results | {"rows": rows}, file, indent=2)
+            file.write("\n")
 
 
 if __name__ == "__main__":
