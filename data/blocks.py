@@ -158,6 +158,10 @@ class BlockLayout:
         """Return the block number of each token, (L,) int64, made once for a device."""
         return self._made_once("block_ids", device, self._block_ids)
 
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the position of each token in the sequence, (L,) int64 from 0, made once for a device."""
+        return self._made_once("positions", device, lambda: torch.arange(self.num_tokens, device="cpu"))
+
     def block_causal_bias(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Return what attention adds to its scores, (L, L): 0 in a token's own block and all before it, else −inf.
 

@@ -380,10 +380,13 @@ class ClassToImagePipeline(DiffusionPipeline):
         return storage.publish_pipeline(self, repo_id, saving, private=private, token=token, **commit)
 
     def compile(self, **options) -> None:
-        """Compile the prior's layers and the tokenizer's decoder; the calls that meet a new shape take long.
+        """Compile a block's step through the prior's layers, as one graph, and the tokenizer's decoder.
+
+        The calls that meet a new shape take long. Blocks of one length share a graph, and numbers that vary become
+        symbols, so that there are few.
 
         Args:
-            options: of `torch.compile`: `mode`, `backend`, `dynamic`, …; attention to the cache stays out of graphs.
+            options: of `torch.compile`: `mode`, `backend`, `fullgraph`, `dynamic`, ….
 
         Raises:
             ValueError: if `torch.compile` does not take the options; the pipeline then stays as it was.

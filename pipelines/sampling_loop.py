@@ -105,7 +105,8 @@ def decode(pipe, features: Tensor, batch: BatchShape, output_type: str):
     """Decode maps (B, C, h, w) in batches; refuse those, and images, that are NaN or infinite."""
     run_offload_hook(pipe.tokenizer)
     parts = features.split(batch.num_images)
-    images = torch.cat([pipe.tokenizer.decode(batch.pad(part))[: len(part)] for part in parts])
+    # Copies: a graph captured on a GPU writes the next part to the same place.
+    images = torch.cat([pipe.tokenizer.decode(batch.pad(part))[: len(part)].clone() for part in parts])
     check_finite("decoding", {"the quantized map": features, "the image": images})
     return to_output(images.clamp(-1, 1).float(), output_type)
 

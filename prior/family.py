@@ -35,7 +35,7 @@ class Prior(Protocol):
     no_decay: ClassVar[tuple[str, ...]]
     """Last name parts of matrices and tables that weight decay leaves alone, or of their modules."""
     _no_split_modules: ClassVar[list[str]]
-    """Classes of the layers: what is sharded as one, and compiled as one."""
+    """Classes of the layers: what is sharded as one, and compiled as one unless `step_modules` names others."""
 
     def __call__(
         self, var_input: Tensor, condition: Tensor | Condition, /, labels: Tensor | None = None, **options: Any
@@ -118,13 +118,15 @@ def check_given(prior: Prior, given_idx_Bl: list[Tensor], num_images: int) -> No
             )
 
 
-def compile_layers(prior: Prior, **options: Any) -> None:
-    """Compile every layer in place: one graph serves all layers, and names of weights stay what they are.
+def compile_step(prior: Prior, **options: Any) -> None:
+    """Compile in place what a block's step runs through; names of weights stay what they are.
 
     Args:
-        prior: whose layers keep what grows from block to block out of their graphs.
+        prior: whose `step_modules`, classes of modules that hold many layers, are compiled as one graph each; of a
+            family that names none, each layer.
         options: of `torch.compile`.
     """
+    class_names = getattr(prior, "step_modules", prior._no_split_modules)
     for module in prior.modules():
-        if type(module).__name__ in prior._no_split_modules:
+        if type(module).__name__ in class_names:
             module.compile(**options)

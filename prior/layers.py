@@ -28,8 +28,9 @@ class KeyValueCache:
     """
 
     def __init__(self, num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        # Zeros, not what the memory held: a masked value of NaN would still be one.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
 
 class CachedAttention:
@@ -47,15 +48,36 @@ class CachedAttention:
         self.keys, self.values = cache.keys[layer], cache.values[layer]
         self.start, self.end, self.scale = start, end, scale
 
-    # A compiled layer has one graph before and one after: in it, each block and layer would need graphs of its own.
-    @torch.compiler.disable(recursive=False)
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the block's keys and values (R, heads, l, head width) to the cache, and attend; (R, heads, l, …)."""
         R, start, end = len(q), self.start, self.end
         self.keys[:R, :, start:end] = k
         self.values[:R, :, start:end] = v
-        keys, values = self.keys[:R, :, :end], self.values[:R, :, :end]
-        return attention(q, keys, values, self.scale)
+        return attention(q, self.keys[:R, :, :end], self.values[:R, :, :end], self.scale)
+
+
+class MaskedCachedAttention:
+    """What `CachedAttention` computes, with shapes that do not tell the block: the whole cache, and a mask.
+
+    Args:
+        cache: of all layers.
+        layer: number of the layer.
+        positions: (L_k,) int64 of the block.
+        scale: factor on the scores before the softmax.
+    """
+
+    def __init__(self, cache: KeyValueCache, layer: int, positions: Tensor, scale: float):
+        self.keys, self.values = cache.keys[layer], cache.values[layer]
+        self.positions, self.scale = positions, scale
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write and attend; see `CachedAttention`."""
+        keys, values = self.keys[: len(q)], self.values[: len(q)]
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
+        is_later = torch.arange(keys.shape[2], device=q.device) > self.positions[-1]
+        bias = torch.zeros_like(is_later, dtype=q.dtype).masked_fill(is_later, -torch.inf)
+        return attention(q, keys, values, self.scale, bias.expand(q.shape[2], -1))
 
 
 class BlockAttention(nn.Module):
@@ -190,6 +212,42 @@ class PriorLayer(GradientCheckpointingLayer):
         keep = 1 - self.drop_path
         mask = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
         return branch * mask / keep
+
+
+class LayerStack(nn.ModuleList):
+    """All layers; a call of them is one block's step, which compiles into one graph."""
+
+    def forward(
+        self,
+        x: Tensor,
+        modulations: tuple[tuple[Tensor, ...], ...],
+        cache: KeyValueCache,
+        start: int,
+        end: int,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """Run a block through all layers.
+
+        Args:
+            x: (R, L_k, D) the block's input.
+            modulations: each layer's.
+            cache: holds the blocks before.
+            start: first position of the block.
+            end: position after its last.
+            positions: (L_k,) int64 of the block where all are of one length, so that one graph serves all; else None.
+
+        Returns:
+            (R, L_k, D).
+        """
+        # By itself, a part of the cache is faster than all of it.
+        is_masked = positions is not None and torch.compiler.is_compiling()
+        for i, (layer, modulation) in enumerate(zip(self, modulations, strict=True)):
+            if is_masked:
+                attend = MaskedCachedAttention(cache, i, positions, layer.attn.scale)
+            else:
+                attend = CachedAttention(cache, i, start, end, layer.attn.scale)
+            x = layer(x, modulation, attend)
+        return x
 
 
 class ModulatedHead(nn.Module):

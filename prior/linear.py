@@ -48,7 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     N, K = weight.shape
     num_rows = x.numel() // K
-    if MIN_TRANSPOSED_ROWS <= num_rows <= MAX_TRANSPOSED_ROWS and K <= N and K * N >= MIN_TRANSPOSED_WEIGHTS:
+    # The weights' shape first: where a number of rows is a symbol, asking for it splits a graph.
+    if K <= N and K * N >= MIN_TRANSPOSED_WEIGHTS and MIN_TRANSPOSED_ROWS <= num_rows <= MAX_TRANSPOSED_ROWS:
         y = torch.mm(weight, x.reshape(num_rows, K).t()).t()
         # Contiguous: what follows goes along N.
         return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], N)

@@ -23,7 +23,7 @@ from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_block_prior import BlockPriorConfig
 from .family import check_given, check_quantizer
 from .generation import BlockStep, generate
-from .layers import BlockAttention, CachedAttention, KeyValueCache, ModulatedHead, PriorLayer
+from .layers import BlockAttention, KeyValueCache, LayerStack, ModulatedHead, PriorLayer
 from .linear import Linear
 from .losses import PriorOutput, prior_output
 from .sampling import SamplingOptions, image_generators
@@ -41,6 +41,7 @@ class BlockPrior(StoredModel):
     main_input_name = "var_input"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PriorLayer"]
+    step_modules = ("LayerStack",)
     _input_embed_layer = "word_embed"
     # As in VAR; matrices among them would be decayed otherwise.
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul_1H11")
@@ -61,7 +62,7 @@ class BlockPrior(StoredModel):
         self.lvl_embed = nn.Embedding(self.layout.num_blocks, D)
         if config.use_shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
-        self.blocks = nn.ModuleList(
+        self.blocks = LayerStack(
             PriorLayer(
                 D,
                 config.num_heads,
@@ -217,9 +218,8 @@ class BlockPrior(StoredModel):
             block_input = self._embed_input(content).repeat(len(context) // len(content), 1, 1)
         level = self.lvl_embed(self.layout.block_ids(self.pos_1LC.device)[start : start + 1])
         hidden_states = block_input + (self.pos_1LC[:, start:end] + level)
-        for i, (layer, modulation) in enumerate(zip(self.blocks, context.modulations[:-1], strict=True)):
-            hidden_states = layer(hidden_states, modulation, CachedAttention(cache, i, start, end, layer.attn.scale))
-        return hidden_states
+        positions = None if self.layout.is_scales else self.layout.positions(hidden_states.device)[start:end]
+        return self.blocks(hidden_states, context.modulations[:-1], cache, start, end, positions)
 
     def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
         """Return scores of all codes, (R, l, D) → (R, l, V), in float32; the product is in the run's precision."""

@@ -283,3 +283,9 @@ class SimpleDecoder(nn.Sequential):
             nn.SiLU(),
             nn.ConvTranspose2d(base_width, num_channels, **double),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Dynamo passes over the forward pass of `nn.Sequential` itself.
+        for module in self:
+            x = module(x)
+        return x
