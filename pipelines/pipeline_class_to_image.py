@@ -169,9 +169,8 @@ class ClassToImagePipeline(DiffusionPipeline):
                 and a dict of tensors; returns a dict of those it replaces. It may set `_guidance_scale`, `_interrupt`.
             callback_on_step_end_tensor_inputs: "idx" (n, L_k); "logits" (n, L_k, V), redrawn by the same numbers.
             decode_batch_size: images decoded at a time; None decodes in the batches that were sampled.
-            batch_size: images sampled at a time, the last batch padded: an image is then the same to the bit in every
-                request. None samples up to 64 at a time and nothing that was not asked for; results of different
-                requests agree but for rounding.
+            batch_size: images sampled at a time, the last batch padded: an image is then the same to the bit in all
+                requests. None samples up to 64 at a time, and no more than was asked for: the same but for rounding.
 
         Returns:
             An `ImagePipelineOutput` whose `images` hold all images of the first label, then of the second, and so on.
@@ -380,10 +379,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         return storage.publish_pipeline(self, repo_id, saving, private=private, token=token, **commit)
 
     def compile(self, **options) -> None:
-        """Compile a block's step through the prior's layers, as one graph, and the tokenizer's decoder.
-
-        The calls that meet a new shape take long. Blocks of one length share a graph, and numbers that vary become
-        symbols, so that there are few.
+        """Compile a block's step, as one graph, and the decoder; the calls that meet a new shape take long.
 
         Args:
             options: of `torch.compile`: `mode`, `backend`, `fullgraph`, `dynamic`, ….
