@@ -11,6 +11,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+# Each is a whole python; a number typed wrong must not fill the machine with them.
+MAX_WORKERS = 256
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Name and value of Linux's sys/prctl.h.
 _PR_SET_PDEATHSIG = 1

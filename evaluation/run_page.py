@@ -18,6 +18,7 @@ from nextblock.files.regular import read_content, read_text
 from .pictures import save_picture
 from .training_log import ALARMS_NAME, RECORD_NAME, read_log, read_starts, series
 
+SUFFIXES = (".html", ".png")
 NUM_PANEL_COLUMNS = 2
 # Titles of panels, and which figures share one; the first pattern that fits a figure takes it.
 PANELS = {

@@ -46,8 +46,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"checkpoint {str(path)!r} is not a pickle of tensors alone; others may run code and are refused"
         ) from error
-    except Exception as error:  # What a file of anything else brings about is of any kind.
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+    except Exception as error:  # A file that is none makes unpickling stumble in ways of its own.
+        reason = " ".join(str(error).splitlines()[:2])[:300]
+        raise ValueError(
+            f"checkpoint {str(path)!r} cannot be read; expected a .pth, .pt or .safetensors file of tensors: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}; expected tensors by name")
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]

@@ -6,7 +6,6 @@ for faults of the program.
 """
 
 import difflib
-import dis
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,9 +13,11 @@ from importlib import import_module
 
 from . import __version__
 from .commands import COMMANDS
+from .mistakes import exit_status, let_first_process_speak
+from .output_streams import keep_streams, lost_output
 
-# Whose errors mean files or names that are not what they should be.
-_FOREIGN_REFUSALS = {"huggingface_hub", "safetensors", "safetensors_rust", "yaml"}
+# All that these do is to print.
+_PRINTERS = ("config", "-h", "--help", "--version")
 _USAGE = "usage: nextblock COMMAND [--OPTION VALUE ...]"
 
 
@@ -26,8 +27,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the command and its arguments; None for those of the process.
     """
-    _make_printable()
+    keep_streams()
     arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _dispatch(arguments)
+    finally:
+        reason = lost_output()
+        if reason is not None:
+            print(f"nextblock: what was printed could not be written: {reason}", file=sys.stderr)
+            # There was nothing but that to do.
+            if not arguments or arguments[0] in _PRINTERS or {"-h", "--help"} & set(arguments):
+                sys.exit(1)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Run the command that is asked for, or say which there are."""
     for num_words in (1, 2):
         name = " ".join(arguments[:num_words])
         if name in COMMANDS:
@@ -60,38 +74,12 @@ def _run(name: str, argv: list[str]) -> None:
         print(f"nextblock {name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        status = _exit_status(error)
+        status = exit_status(error)
         if status is None:
             raise
+        let_first_process_speak()
         print(f"nextblock {name}: error: {error}", file=sys.stderr)
         sys.exit(status)
-
-
-def _exit_status(error: Exception) -> int | None:
-    """Tell what an error is: 2 for a mistake in what was asked or given, 1 for work that failed, None for a fault."""
-    if type(error).__module__.startswith("nextblock."):
-        return 2 if isinstance(error, ValueError) else 1
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _FOREIGN_REFUSALS:
-        return 2
-    return 2 if isinstance(error, ValueError) and _is_raised_by_us(error) else None
-
-
-def _is_raised_by_us(error: Exception) -> bool:
-    """Tell whether a `raise` of this package, or of diffusers at a pipeline, made an error: no call that stumbled."""
-    traceback = error.__traceback__
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    frame = traceback.tb_frame
-    is_refusal = frame.f_globals.get("__name__", "").partition(".")[0] in ("nextblock", "diffusers")
-    return is_refusal and frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-
-
-def _make_printable() -> None:
-    """Let a terminal that knows ASCII alone show a question mark in place of a sign, and no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        is_limited = (getattr(stream, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
-        if is_limited and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 def _help_text(names: list[str]) -> str:

@@ -13,11 +13,15 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from yaml import YAMLError
 
-from nextblock.files.regular import MAX_YAML_BYTES, check_size, check_yaml, is_regular, read_text
+from nextblock.files.regular import MAX_YAML_BYTES, check_size, is_regular, read_text
 
 from .commands import example_text
+from .config_files import check_options_text
+from .mistakes import let_first_process_speak
+from .output_folders import check_output_folders
 
 ConfigT = TypeVar("ConfigT")
 
@@ -38,19 +42,45 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
     """
     parser = _run_config_parser(config_class, command)
     _check_group_files(parser, config_class, argv)
-    namespace = parser.parse_args(list(argv))
-    given = parser.parse_args(list(argv), defaults=False)
+    try:
+        namespace = parser.parse_args(list(argv))
+        given = parser.parse_args(list(argv), defaults=False)
+    # What jsonargparse stumbles over in options that name files of their own.
+    except (ValueError, TypeError, OSError, RecursionError, YAMLError) as error:
+        parser.error(f"the options cannot be read: {type(error).__name__}: {error}", error)
     namespace.pop("config")
-    for name in _misplaced_nulls(config_class, namespace):
-        parser.error(f'Parser key "{name}":\n  Expected a value, got null')
+    for name, value in _misplaced_values(config_class, namespace):
+        parser.error(f'Parser key "{name}":\n  Expected {"a value, got null" if value is None else "options"}')
     try:
         config = config_class(**vars(parser.instantiate(namespace)))
+        check_output_folders(config)
     except ValueError as error:
         parser.error(str(error), error)
     for name, options in vars(config).items():
         if hasattr(options, "given"):
             options.given = frozenset(vars(given.get(name) or Namespace()))
     return config
+
+
+def read_options(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Reads options that a run has kept, as strictly as a file of `--config`.
+
+    Args:
+        config_class: Keyword-only dataclass.
+        values: Its fields by name.
+
+    Returns:
+        An instance of config_class.
+
+    Raises:
+        ValueError: If a value is of another type, or is refused.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        return config_class(**vars(parser.instantiate(parser.parse_object(values))))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
 
 
 class _ExampleParser(ArgumentParser):
@@ -61,6 +91,8 @@ class _ExampleParser(ArgumentParser):
 
     example = ""
     piped: dict[str, str]
+    source: str | None = None
+    """The file that is being read, whose name belongs into messages."""
 
     def read_pipe(self, path: str) -> str:
         """Read what a command wrote, once however often arguments are parsed; it ends with the command."""
@@ -81,7 +113,8 @@ class _ExampleParser(ArgumentParser):
             name = typed or (f"{group}.{inner}" if group else outer)
             nearest = _nearest(name, [option[2:] for option in self._option_string_actions if option[:2] == "--"])
             message += f"; did you mean {' or '.join(f'--{option}' for option in nearest)}?"
-        super().error(message, ex)
+        let_first_process_speak()
+        super().error(message if self.source is None else f"--config {self.source!r}: {message}", ex)
 
 
 # How jsonargparse speaks of options on the command line, in a group of a file, and in a file.
@@ -110,17 +143,23 @@ class _NamedConfigFile(ActionConfigFile):
         if is_file or _SUBSTITUTION.fullmatch(values):
             try:
                 text = read_text(values, MAX_YAML_BYTES) if is_file else parser.read_pipe(values)
-                check_yaml(text, values)
+                check_options_text(text, values)
             except (ValueError, OSError) as error:
-                parser.error(f"--config: {error}")
-            super().__call__(parser, cfg, values if is_file else text, option_string)
+                parser.error(f"--config: {error}", error)
+            self._read(parser, cfg, values if is_file else text, values)
             return
         shipped = shipped_configs()
         if values not in shipped:
             names = ", ".join(sorted(shipped)) or "none"
             parser.error(f"--config: {values!r} is neither a file nor a shipped config ({names})")
         with resources.as_file(shipped[values]) as path:
-            super().__call__(parser, cfg, str(path), option_string)
+            self._read(parser, cfg, str(path), values)
+
+    def _read(self, parser: ArgumentParser, cfg: Namespace, content: str, source: str) -> None:
+        """Read a file, or the text that it had; what is wrong in it is said with its name."""
+        parser.source = source
+        super().__call__(parser, cfg, content)
+        parser.source = None
 
 
 def shipped_configs() -> dict[str, Any]:
@@ -161,9 +200,9 @@ def _check_group_files(parser: ArgumentParser, config_class: type, argv: Sequenc
     for option, value in pairwise(words):
         if option in groups and os.path.exists(value):
             try:
-                check_yaml(read_text(value, MAX_YAML_BYTES), value)
+                check_options_text(read_text(value, MAX_YAML_BYTES), value)
             except (ValueError, OSError) as error:
-                parser.error(f"{option}: {error}")
+                parser.error(f"{option}: {error}", error)
 
 
 def _groups(config_class: type, prefix: str = "--") -> Iterator[str]:
@@ -174,12 +213,14 @@ def _groups(config_class: type, prefix: str = "--") -> Iterator[str]:
             yield from _groups(hint, f"{prefix}{name}.")
 
 
-def _misplaced_nulls(config_class: type, namespace: Namespace, prefix: str = "") -> Iterator[str]:
-    """Dotted names of options that are null against their type, which jsonargparse takes for unset."""
+def _misplaced_values(config_class: type, namespace: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options that are null against their type, which jsonargparse takes for unset, and groups that are no group."""
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint, value = hints[field.name], namespace.get(field.name)
         if value is None and hint is not Any and type(None) not in get_args(hint):
-            yield prefix + field.name
+            yield prefix + field.name, None
         elif isinstance(value, Namespace) and dataclasses.is_dataclass(hint):
-            yield from _misplaced_nulls(hint, value, f"{prefix}{field.name}.")
+            yield from _misplaced_values(hint, value, f"{prefix}{field.name}.")
+        elif isinstance(value, str | int | float | list) and dataclasses.is_dataclass(hint):
+            yield prefix + field.name, value

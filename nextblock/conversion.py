@@ -34,7 +34,7 @@ class ConversionConfig:
             idle = [f.name for f in fields(self) if f.name not in self.export_options]
             given = [name for name in idle if getattr(self, name) != getattr(type(self), name)]
             if given:
-                raise ValueError(f"{given} do not go with export; the folder's own config tells them")
+                raise ValueError(f"{given} do not go with export; expected none: the folder's own config tells them")
         elif self.scales is None:
             raise ValueError("scales is missing; expected sizes such as 1,2,3,4,5,6,8,10,13,16")
         if isinstance(self.scales, str):

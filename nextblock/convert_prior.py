@@ -30,6 +30,8 @@ from nextblock.prior.var_checkpoint import (
 from nextblock.tokenizer import VQVAE
 
 from .conversion import ConversionConfig, parse_conversion
+from .inputs import load_given
+from .mistakes import reading
 
 
 @dataclass(kw_only=True)
@@ -66,12 +68,13 @@ def _read_class_names(source: str | None, num_classes: int) -> list[str] | None:
         return None
     if not Path(source).is_file():
         raise ValueError(f"class_names is {source!r}; expected a file with names, 'imagenet' or 'none'")
-    return read_text(source).splitlines()
+    with reading("class_names", source, "a file with a class name a line"):
+        return read_text(source).splitlines()
 
 
 def _export(config: ConvertPriorConfig) -> None:
     """Write a VAR transformer."""
-    model = BlockPrior.from_pretrained(config.checkpoint, dtype=torch.float32)
+    model = load_given("checkpoint", config.checkpoint, BlockPrior, dtype=torch.float32)
     state = prior_to_var(model)
     path = Path(config.output_dir) / f"var_d{model.config.num_layers}.pth"
     write_state_dict(state, path)
@@ -95,18 +98,21 @@ def main(argv: Sequence[str]) -> None:
 
 def _convert(config: ConvertPriorConfig) -> None:
     """Write a prior or a pipeline."""
-    state = read_state_dict(config.checkpoint)
-    num_classes = infer_size(state, ("class_emb.weight", 0), default=1) - 1
-    prior = prior_from_var(
-        state,
-        scales=config.scales,
-        num_heads=config.num_heads,
-        attention_scale=config.attention_scale,
-        class_names=_read_class_names(config.class_names, num_classes),
-    )
+    with reading("checkpoint", config.checkpoint, "a VAR transformer that the other options fit"):
+        state = read_state_dict(config.checkpoint)
+        num_classes = infer_size(state, ("class_emb.weight", 0), default=1) - 1
+    class_names = _read_class_names(config.class_names, num_classes)
+    with reading("checkpoint", config.checkpoint, "a VAR transformer that the other options fit"):
+        prior = prior_from_var(
+            state,
+            scales=config.scales,
+            num_heads=config.num_heads,
+            attention_scale=config.attention_scale,
+            class_names=class_names,
+        )
     kind = "prior"
     if config.to_pipeline:
-        tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
+        tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32)
         # The published pair; a checkpoint itself does not say which tokenizer is its own.
         prior.config.tokenizer_fingerprint = model_fingerprint(tokenizer)
         pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=var_sampling(prior.config))

@@ -20,6 +20,8 @@ from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.var_checkpoint import var_arguments, vqvae_from_var, vqvae_to_var
 
 from .conversion import ConversionConfig, parse_conversion
+from .inputs import load_given
+from .mistakes import reading
 
 
 @dataclass(kw_only=True)
@@ -64,19 +66,20 @@ def _convert(config: ConvertTokenizerConfig) -> None:
     """Do the work."""
     output_dir = Path(config.output_dir)
     if config.export:
-        model = VQVAE.from_pretrained(config.checkpoint, dtype=torch.float32)
+        model = load_given("checkpoint", config.checkpoint, VQVAE, dtype=torch.float32)
         state = vqvae_to_var(model, config.phi_names)
         write_state_dict(state, output_dir / "vae.pth")
         print(f"{output_dir / 'vae.pth'}: {len(state)} tensors for VAR with {var_arguments(model, state)}")
         return
-    model = vqvae_from_var(
-        read_state_dict(config.checkpoint),
-        scales=config.scales,
-        image_size=config.image_size,
-        has_normalized_codes=config.normalized_codes,
-        phi_ratio=config.phi_ratio,
-        beta=config.beta,
-    )
+    with reading("checkpoint", config.checkpoint, "a VAR tokenizer that the other options fit"):
+        model = vqvae_from_var(
+            read_state_dict(config.checkpoint),
+            scales=config.scales,
+            image_size=config.image_size,
+            has_normalized_codes=config.normalized_codes,
+            phi_ratio=config.phi_ratio,
+            beta=config.beta,
+        )
     model.save_pretrained(output_dir)
     H, W = model.config.image_size
     print(

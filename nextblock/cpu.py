@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+# More threads than any machine has cores make the libraries below run out of memory, which ends the process.
+MAX_THREADS = 1024
 # Names and values of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4

@@ -8,6 +8,7 @@ Needs the optional extra: pip install 'nextblock[demo]'.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from nextblock.pipelines import ClassToImagePipeline
 from nextblock.pipelines.demo_limits import DemoLimits
 
 from .command_line import parse_run_config
+from .inputs import load_given
 
 
 @dataclass(kw_only=True)
@@ -52,6 +54,16 @@ class DemoConfig:
             raise ValueError("the package gradio is missing; install it by `pip install 'nextblock[demo]'`")
 
 
+def _check_address(host: str, port: int | None) -> None:
+    """Refuse an address that is not this machine's, or where something listens already: Gradio would try for long."""
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        raise ValueError(
+            f"host is {host!r} and port {port}; expected an address of this machine and a free port: {error}"
+        ) from error
+
+
 def main(argv: Sequence[str]) -> None:
     """Serve the page until the process is stopped."""
     config = parse_run_config(DemoConfig, command="demo", argv=argv)
@@ -59,10 +71,11 @@ def main(argv: Sequence[str]) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from nextblock.pipelines.demo_page import CSS, build_page, launch_limits
 
+    _check_address(config.host, config.port)
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
-    pipe = ClassToImagePipeline.from_pretrained(
-        config.pipeline, requires_own_tokenizer=config.requires_own_tokenizer
-    ).to(device, getattr(torch, config.dtype))
+    options = {"requires_own_tokenizer": config.requires_own_tokenizer}
+    pipe = load_given("pipeline", config.pipeline, ClassToImagePipeline, **options)
+    pipe.to(device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     limits = config.limits
     # Gradio opens pictures too; PIL refuses twice as many pixels, whoever opens them.

@@ -21,6 +21,8 @@ from nextblock.training.peers import PeerWatch
 from nextblock.training.processes import connect_processes
 
 from .command_line import parse_run_config
+from .inputs import TOKENS_EXPECTED, load_given
+from .mistakes import reading
 
 _NUM_COLUMNS = 10
 
@@ -73,10 +75,11 @@ def _detokenize(config: DetokenizeConfig, state: PartialState) -> None:
     folder = Path(config.output_dir)
     if state.is_main_process and is_occupied(folder):
         raise ValueError(f"output_dir {folder} holds files; expected a new or empty folder")
-    model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
-    manifest = TokenManifest.load(Path(config.tokens))
-    manifest.check_tokenizer(model, Path(config.tokens))
-    tokens = TokenDataset(config.tokens, config.split or manifest.data["split"])
+    model = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32).to(state.device).eval()
+    with reading("tokens", config.tokens, TOKENS_EXPECTED):
+        manifest = TokenManifest.load(Path(config.tokens))
+        manifest.check_tokenizer(model, Path(config.tokens))
+        tokens = TokenDataset(config.tokens, config.split or manifest.data["split"])
     if config.first_row >= len(tokens):
         raise ValueError(f"first_row is {config.first_row}; expected under {len(tokens)}, the rows of the split")
     rows = list(range(config.first_row, min(config.first_row + config.num_images, len(tokens))))

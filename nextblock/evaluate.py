@@ -34,6 +34,8 @@ from nextblock.pipelines import ClassToImagePipeline
 from nextblock.pipelines.sample_files import NPZ_NAME, read_samples
 
 from .command_line import parse_run_config
+from .inputs import load_given
+from .mistakes import reading
 from .run_data import data_of_run
 
 _PICTURE_COLUMNS = 10
@@ -136,10 +138,9 @@ def _evaluate(config: EvaluateConfig) -> None:
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     logs = _read_logs(config)
     images, class_labels, sampling = _read_samples(Path(config.samples))
-    pipe = ClassToImagePipeline.from_pretrained(
-        config.pipeline, requires_own_tokenizer=config.requires_own_tokenizer
-    ).to(device)
-    _check_samples(images, pipe.tokenizer.config.image_size)
+    options = {"requires_own_tokenizer": config.requires_own_tokenizer}
+    pipe = load_given("pipeline", config.pipeline, ClassToImagePipeline, **options).to(device)
+    _check_samples(config.samples, images, class_labels, pipe)
     heldout = _reconstruct_heldout(pipe.tokenizer, config)
     figures = heldout.figures()
     if "prior" in logs:
@@ -172,7 +173,8 @@ def _read_logs(config: EvaluateConfig) -> dict[str, list[dict]]:
     """Read the logs of the trainings that the config names."""
     if not config.run_dirs:
         return {}
-    return {stage: read_log(folder) for stage, folder in zip(("tokenizer", "prior"), config.run_dirs, strict=True)}
+    with reading("run_dirs", config.run_dirs, "the output folders of two trainings"):
+        return {stage: read_log(folder) for stage, folder in zip(("tokenizer", "prior"), config.run_dirs, strict=True)}
 
 
 def _read_samples(folder: Path) -> tuple:
@@ -182,14 +184,25 @@ def _read_samples(folder: Path) -> tuple:
         if not path.is_file():
             expected = "what `nextblock sample` writes with output_format npz"
             raise ValueError(f"samples: {path} does not exist; expected {expected}")
-    return *read_samples(images_path), read_yaml(config_path)
+    with reading("samples", folder, "what `nextblock sample` writes with output_format npz"):
+        return *read_samples(images_path), read_yaml(config_path)
 
 
-def _check_samples(images, image_size: Sequence[int]) -> None:
+def _check_samples(folder: str, images: np.ndarray, class_labels: np.ndarray, pipe: ClassToImagePipeline) -> None:
     """Refuse samples that another pipeline drew."""
-    expected, given = ("x".join(map(str, size)) for size in (image_size, images.shape[1:3]))
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not len(images):
+        raise ValueError(
+            f"samples: {folder} has images {images.shape} of {images.dtype}; expected (N, H, W, 3) of uint8, N ≥ 1"
+        )
+    expected, given = ("x".join(map(str, size)) for size in (pipe.tokenizer.config.image_size, images.shape[1:3]))
     if expected != given:
-        raise ValueError(f"samples are {given}; expected {expected}, the pipeline's image size")
+        raise ValueError(f"samples: {folder} has images of {given}; expected {expected}, the pipeline's image size")
+    num_classes = max(1, pipe.prior.conditions.num_classes)
+    if class_labels.shape != (len(images),) or not np.isin(class_labels, np.arange(num_classes)).all():
+        raise ValueError(
+            f"samples: {folder} has {class_labels.shape} classes of {np.unique(class_labels)[:10]}; "
+            f"expected {len(images)} of 0 to {num_classes - 1}, the pipeline's"
+        )
 
 
 def _open_split(tokenizer, config: EvaluateConfig, split: str):

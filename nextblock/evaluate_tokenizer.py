@@ -24,6 +24,7 @@ from nextblock.files.claim import claimed
 from nextblock.tokenizer import VQVAE
 
 from .command_line import parse_run_config
+from .inputs import load_given
 from .run_data import data_of_run
 
 
@@ -71,7 +72,7 @@ def _evaluate(config: EvaluateTokenizerConfig) -> None:
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     split = config.split or config.data.eval_split
     source = open_usable(config.data, split, print)
-    tokenizer = VQVAE.from_pretrained(config.tokenizer).to(device).eval()
+    tokenizer = load_given("tokenizer", config.tokenizer, VQVAE).to(device).eval()
     dataset = ImageDataset(source, tokenizer.config.image_size, TransformConfig(), seed=0)
     loader = DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)
     result = reconstruct(tokenizer, loader, tokenizer.config.vocab_size, num_kept=config.num_pictures)

@@ -21,6 +21,10 @@ from nextblock.training.checkpoint import MODEL_CONFIG_NAME, damage
 from nextblock.training.saved_state import naming
 
 from .command_line import parse_run_config
+from .inputs import load_given
+from .mistakes import reading
+
+_EXPECTED = "the folder of a checkpoint, RUN/checkpoints/step_00001000 say"
 
 
 @dataclass(kw_only=True)
@@ -54,13 +58,14 @@ def _export(config: ExportConfig) -> None:
     output_dir = Path(config.output_dir)
     if is_occupied(output_dir):
         raise ValueError(f"output_dir {output_dir} holds files; expected a new or empty folder")
-    model, has_average = load_trained_model(Path(config.checkpoint))
+    with reading("checkpoint", config.checkpoint, _EXPECTED):
+        model, has_average = load_trained_model(Path(config.checkpoint))
     if config.tokenizer is None:
         model.save_pretrained(output_dir)
     else:
         if isinstance(model, VQVAE):
             raise ValueError(f"tokenizer is {config.tokenizer!r}; expected null with a tokenizer's checkpoint")
-        tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32)
+        tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32)
         ClassToImagePipeline(tokenizer=tokenizer, prior=model).save_pretrained(output_dir)
     weights = "weight average" if has_average else "weights"
     print(f"{output_dir}: the {weights} of {config.checkpoint}, {model.num_parameters():,} parameters")
@@ -81,7 +86,7 @@ def load_trained_model(checkpoint: Path) -> tuple[PreTrainedModel, bool]:
     """
     problem = damage(checkpoint)
     if problem:
-        raise ValueError(f"checkpoint {checkpoint} cannot be used: {problem}")
+        raise ValueError(f"checkpoint {checkpoint} cannot be used: {problem}; expected {_EXPECTED}")
     weights_path = checkpoint / "model.safetensors"
     for path in (checkpoint / MODEL_CONFIG_NAME, weights_path):
         if not path.is_file():

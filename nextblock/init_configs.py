@@ -18,6 +18,7 @@ from nextblock.files.claim import claimed
 from nextblock.files.regular import open_regular
 
 from .commands import example_text
+from .output_folders import check_writable
 
 _TRAIN_NAMES = ("train", "training")
 _EVAL_NAMES = ("test", "val", "validation", "valid", "eval")
@@ -225,6 +226,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("images", type=Path, help="folder of pictures, with or without splits and class folders")
     parser.add_argument("--output_dir", type=Path, default=None, help="folder of the configs (default: NAME-configs)")
     arguments = parser.parse_args(argv)
+    if arguments.output_dir is not None:
+        check_writable("output_dir", arguments.output_dir)
     folder = arguments.output_dir or Path(f"{arguments.images.resolve().name}-configs")
     facts = look_at(arguments.images)
     texts = config_texts(facts, folder)

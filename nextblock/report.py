@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nextblock.evaluation.run_page import write_report
+from nextblock.evaluation.run_page import SUFFIXES, write_report
 
 from .commands import example_text
+from .mistakes import reading
 
 
 def main(argv: Sequence[str]) -> None:
@@ -18,8 +19,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help=".html or .png file (default: report.html in the run directory)")
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run_dir / "report.html"
-    try:
+    if output.suffix not in SUFFIXES:
+        parser.error(f"output is {str(output)!r}; expected a name that ends in {' or '.join(SUFFIXES)}")
+    if not arguments.run_dir.is_dir():
+        parser.error(f"run_dir is {str(arguments.run_dir)!r}, no folder; expected the output folder of a training")
+    if output.is_dir() or not output.parent.is_dir():
+        parser.error(f"output is {str(output)!r}; expected a file in a folder that is there")
+    with reading("run_dir", arguments.run_dir, "the output folder of a training"):
         write_report(arguments.run_dir, output)
-    except ValueError as error:
-        parser.error(str(error))
     print(output)  # noqa: T201

@@ -7,6 +7,9 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig
 from nextblock.files.regular import read_yaml
 
+from .command_line import read_options
+from .mistakes import reading
+
 _CONFIG_NAME = "config.yaml"
 
 
@@ -23,17 +26,22 @@ def data_of_run(folder: str | None) -> tuple[ImageDataConfig, TransformConfig]:
         ValueError: if no training left its options there, or they name no images or are not understood.
     """
     path = None if folder is None else Path(folder, _CONFIG_NAME)
-    options = read_yaml(path) if path is not None and path.is_file() else {}
+    options = {}
+    if path is not None and path.is_file():
+        options = read_yaml(path) or {}
     data = options.get("data") if isinstance(options, dict) else None
-    if not data or data.get("source") is None:
+    if not data or (isinstance(data, dict) and data.get("source") is None):
         where = "" if path is None else f", and {path} is not there or names no images"
         # The same words as for a command that has no training to ask.
         ImageDataConfig().check_given(where)
     read = []
     for name, config_class in (("data", ImageDataConfig), ("transform", TransformConfig)):
         values = options.get(name) or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {name} is {values!r}, no options; expected --data.source")
         unknown = sorted(set(values) - {option.name for option in fields(config_class)})
         if unknown:
             raise ValueError(f"{path}: {name} holds {unknown}, which are no options; expected --data.source")
-        read.append(config_class(**values))
+        with reading("data", str(path), f"options of {name}, or --data.source beside it"):
+            read.append(read_options(config_class, values))
     return tuple(read)

@@ -33,7 +33,8 @@ from nextblock.training.processes import connect_processes
 from nextblock.training.run_config import save_run_config
 
 from .command_line import parse_run_config
-from .cpu import fixed_threads, keep_freed_memory
+from .cpu import MAX_THREADS, fixed_threads, keep_freed_memory
+from .inputs import load_given
 from .progress import Progress
 from .stoppable import Job, stoppable_job
 
@@ -82,6 +83,8 @@ class SampleConfig:
         for name in ("num_images_per_label", "batch_size", "num_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive integer")
+        if self.num_threads > MAX_THREADS:
+            raise ValueError(f"num_threads is {self.num_threads}; expected at most {MAX_THREADS}")
         if isinstance(self.class_labels, int | str):
             self.class_labels = [self.class_labels]
         if self.class_labels is not None and not self.class_labels:
@@ -132,9 +135,8 @@ def sample(config: SampleConfig) -> bool:
 def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     """Do the job."""
     folder = Path(config.output_dir)
-    pipe = ClassToImagePipeline.from_pretrained(
-        config.pipeline, requires_own_tokenizer=config.requires_own_tokenizer
-    )
+    options = {"requires_own_tokenizer": config.requires_own_tokenizer}
+    pipe = load_given("pipeline", config.pipeline, ClassToImagePipeline, **options)
     pipe.set_progress_bar_config(disable=True)
     sampling = pipe.sampling.changed(**asdict(config.sampling))
     labels = _check_against(pipe, config, sampling)

@@ -19,6 +19,7 @@ from nextblock.data.token_jobs import RowDataset, Shard
 from nextblock.data.token_shards import damage_of_shard
 from nextblock.data.tokens import MANIFEST_NAME, TokenManifest
 from nextblock.data.views import ViewSet
+from nextblock.data.workers import MAX_WORKERS
 from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint, model_options
 from nextblock.files.part_jobs import begin_job
@@ -27,7 +28,8 @@ from nextblock.tokenizer.modeling_vqvae import VQVAE
 from nextblock.training.processes import connect_processes
 
 from .command_line import parse_run_config
-from .cpu import fixed_threads, keep_freed_memory
+from .cpu import MAX_THREADS, fixed_threads, keep_freed_memory
+from .inputs import load_given
 from .progress import Progress
 from .run_data import data_of_run
 from .stoppable import Job, stoppable_job
@@ -84,6 +86,9 @@ class TokenizeConfig:
         for name in ("rows_per_shard", "batch_size", "num_threads", "min_image_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name, most in (("num_threads", MAX_THREADS), ("num_workers", MAX_WORKERS), ("seed", (1 << 63) - 1)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at most {most}")
         for name in ("num_augmented_views", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
@@ -133,7 +138,7 @@ def tokenize(config: TokenizeConfig) -> bool:
 def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> None:
     """Do the job."""
     folder = Path(config.output_dir)
-    model = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).to(state.device).eval()
+    model = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32).to(state.device).eval()
     if config.rows_per_shard * model.layout.num_tokens >= 1 << 31:
         raise ValueError(
             f"rows_per_shard is {config.rows_per_shard}; expected under {(1 << 31) // model.layout.num_tokens}, as a "

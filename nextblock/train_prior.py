@@ -19,6 +19,8 @@ from nextblock.training.opened_run import opened_run
 from nextblock.training.usable_images import check_run_files, open_training_images
 
 from .command_line import parse_run_config
+from .inputs import TOKENS_EXPECTED, load_given
+from .mistakes import reading
 
 
 def export_pipeline(
@@ -60,14 +62,16 @@ def train(config: PriorTrainConfig) -> None:
     if config.data is not None:
         config.data.check_given()
     output_dir = Path(config.output_dir)
-    tokenizer = VQVAE.from_pretrained(config.tokenizer, dtype=torch.float32).eval().requires_grad_(False)
-    config = with_initial_prior(config, tokenizer)
+    tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32).eval().requires_grad_(False)
+    with reading("loop.init_from", config.loop.init_from, "the folder of a saved prior, or of a pipeline"):
+        config = with_initial_prior(config, tokenizer)
     with opened_run(config.loop, output_dir, Path(config.pipeline_dir)) as accelerator:
         if config.tokens is not None:
-            if accelerator.is_main_process:
-                files = Path(config.tokens), [MANIFEST_NAME]  # It has the checksums of all others.
-                check_run_files(output_dir, "tokens", *files, "content", config.loop.accepts_changed_options)
-            data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
+            with reading("tokens", config.tokens, TOKENS_EXPECTED):
+                if accelerator.is_main_process:
+                    files = Path(config.tokens), [MANIFEST_NAME]  # It has the checksums of all others.
+                    check_run_files(output_dir, "tokens", *files, "content", config.loop.accepts_changed_options)
+                data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
         else:
             options = {"output_dir": output_dir, "num_workers": config.loop.num_workers}
             options["accepts_changes"] = config.loop.accepts_changed_options

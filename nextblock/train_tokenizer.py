@@ -17,6 +17,7 @@ from nextblock.training.opened_run import opened_run
 from nextblock.training.usable_images import open_training_images
 
 from .command_line import parse_run_config
+from .mistakes import reading
 
 
 def train(config: TokenizerTrainConfig) -> None:
@@ -30,7 +31,9 @@ def train(config: TokenizerTrainConfig) -> None:
             launch shards models (FSDP), or another command works in the folder.
     """
     config.data.check_given()
-    config, output_dir = with_initial_tokenizer(config), Path(config.output_dir)
+    output_dir = Path(config.output_dir)
+    with reading("loop.init_from", config.loop.init_from, "the folder of a saved tokenizer, or of a pipeline"):
+        config = with_initial_tokenizer(config)
     seed, image_size = config.loop.seed, tuple(VQVAEConfig(**asdict(config.model)).image_size)
     # First of all: its weights may be out of reach here.
     perceptual = load_perceptual_loss(config.perceptual) if config.perceptual.weight > 0 else None

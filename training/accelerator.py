@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    is_tensorboard_available,
+    is_wandb_available,
+    parse_flag_from_env,
+    set_seed,
+)
 
 from .launch_environment import check_training_variables
 from .loop_config import LoopConfig
@@ -15,6 +22,8 @@ from .processes import connect_processes
 from .sharding import sharded_precision
 
 logger = get_logger(__name__)
+
+_TRACKER_PACKAGES = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -25,6 +34,22 @@ def has_fast_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return capabilities.get("avx512_bf16", False) or capabilities.get("amx_tile", False)
     return False
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker whose package is not there, without which accelerate would train and say nothing.
+
+    Args:
+        name: of the tracker; None for none.
+
+    Raises:
+        ValueError: naming the package and how to install it.
+    """
+    if name is not None and not _TRACKER_PACKAGES[name]():
+        raise ValueError(
+            f"tracker is {name!r}, and the package {name} is not installed; expected null, or the package: "
+            f"pip install {name}"
+        )
 
 
 def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
@@ -38,9 +63,10 @@ def build_accelerator(config: LoopConfig, output_dir: Path) -> Accelerator:
         The accelerator.
 
     Raises:
-        ValueError: if several processes were launched but do not see each other, fp16 or TF32 has no GPU, or the
-            environment asks for something else than the options do.
+        ValueError: if several processes were launched but do not see each other, fp16 or TF32 has no GPU, the tracker's
+            package is missing, or the environment asks for something else than the options do.
     """
+    check_tracker(config.tracker)
     device = connect_processes(config.cpu).device
     precision = config.mixed_precision
     if precision == "auto":

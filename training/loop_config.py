@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from nextblock.data.workers import MAX_WORKERS
+
 
 @dataclass(kw_only=True)
 class LoopConfig:
@@ -75,8 +77,11 @@ class LoopConfig:
             raise ValueError(f"init_except is {self.init_except}; expected none of them without init_from")
         if self.usage_alarm is not None and not 0 < self.usage_alarm <= 1:
             raise ValueError(f"usage_alarm is {self.usage_alarm}; expected a number in (0, 1], or null")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}; expected at least 0")
+        if not 0 <= self.num_workers <= MAX_WORKERS:
+            raise ValueError(f"num_workers is {self.num_workers}; expected 0 to {MAX_WORKERS}")
+        # What the generators of torch, numpy and python all take, each process's own number added.
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {(1 << 31) - 1}")
 
     def count_steps(self, num_samples: int) -> None:
         """Turn epochs into steps, once the size of the data set is known.

@@ -62,7 +62,14 @@ class Recorder:
             # Whether the first step still has to be evaluated must be agreed on.
             agreed = broadcast_object_list([self.last_evaluation, self.evaluations])
             self.last_evaluation, self.evaluations = agreed
-        accelerator.init_trackers("nextblock", init_kwargs={"wandb": {"dir": str(output_dir), "config": options}})
+        try:
+            accelerator.init_trackers("nextblock", init_kwargs={"wandb": {"dir": str(output_dir), "config": options}})
+        except Exception as error:  # Services, keys and networks fail in ways of their own.
+            trackers = accelerator.log_with
+            raise ValueError(
+                f"tracker is {', '.join(map(str, trackers))}, which does not start: {type(error).__name__}: {error}; "
+                "expected null, or one that works here"
+            ) from error
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
         """Add one step's metrics to the running sums, without waiting for the device."""

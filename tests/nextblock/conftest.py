@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nextblock import __main__ as cli
 from nextblock.command_line import parse_run_config
 from nextblock.data.digits import CLASS_NAMES
 from nextblock.pipelines import ClassToImagePipeline
@@ -17,6 +20,9 @@ from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.prior.task import PriorTrainConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.task import TokenizerTrainConfig
+
+from ..conftest import NO_TRACKER, TINY_PRIOR, TINY_TOKENIZER
+from .wrong_places import make_wrong_places
 
 
 @pytest.fixture(scope="session")
@@ -76,5 +82,46 @@ def run_killed_jobs():
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def places(image_folder, tokenizer_dir, tokens_dir, tmp_path_factory) -> dict[str, str]:
+    """Good and wrong places by name, and what trains on the good ones: `train_tokenizer`, `train_prior`."""
+    root = tmp_path_factory.mktemp("places")
+    tokenizer = VQVAE.from_pretrained(tokenizer_dir)
+    sizes = {"vocab_size": 24, "embedding_dim": 4, "hidden_size": 8, "num_layers": 1, "num_heads": 1}
+    prior = BlockPrior(BlockPriorConfig(layout=tokenizer.layout.to_dict(), num_classes=3, **sizes))
+    pipeline = root / "pipeline"
+    ClassToImagePipeline(tokenizer=tokenizer, prior=prior).save_pretrained(pipeline)
+    good = {"images": image_folder, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "pipeline": pipeline}
+    found = {name: shlex.quote(str(path)) for name, path in make_wrong_places(root, **good).items()}
+    images = "--data.source folder --data.path {images}".format_map(found)
+    once = "--loop.num_steps 1 --loop.save_every null"
+    found["train_tokenizer"] = " ".join([*TINY_TOKENIZER, images, *NO_TRACKER, once, "--output_dir", found["new"]])
+    outputs = "--pipeline_dir {new}_pipeline --output_dir {new}".format_map(found)
+    found["train_prior"] = " ".join([*TINY_PRIOR, *NO_TRACKER, once, outputs])
+    return found
+
+
+@pytest.fixture
+def refusal(places, capsys, fresh_accelerate, monkeypatch):
+    """Run a command line with a mistake in it; return what it says, which is no traceback, and leave no file behind."""
+    root = Path(shlex.split(places["new"])[0]).parent
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(typed: str) -> str:
+        before = set(root.rglob("*"))
+        argv = shlex.split(typed.format_map(places))
+        with pytest.raises(SystemExit) as end:
+            cli.main(argv)
+        text = capsys.readouterr().err
+        left = set(root.rglob("*")) - before
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        assert end.value.code == 2 and not left
+        assert "error: " in text and "Traceback" not in text
+        return text[text.index("error: ") :]
 
     return run

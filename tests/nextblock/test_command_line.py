@@ -212,12 +212,13 @@ def test_bad_options_are_refused(argv, message, capsys):
         ("output_dir: out\nmodel: {beta: }\n", 'Parser key "model.beta":\n  Expected a value, got null'),
         ("output_dir: out\nmodel:\n", 'Parser key "model":\n  Expected a value, got null'),
         ("output_dir: out\noptimizer: {lr: 0}\n", "lr must be positive, got 0.0"),
-        ("- 1\n", "Unexpected config"),
-        ("output_dir: [1\n", "--config: "),
+        ("- 1\n", "expected names with values"),
+        ("output_dir: [1\n", "expected ',' or ']'"),
     ],
 )
 def test_bad_files_are_refused(text, message, tmp_path, capsys):
-    assert refusal(capsys, "--config", write(tmp_path / "bad.yaml", text)).startswith(message)
+    path = write(tmp_path / "bad.yaml", text)
+    assert message in refusal(capsys, "--config", path)
 
 
 def test_help_shows_descriptions_and_defaults(capsys):

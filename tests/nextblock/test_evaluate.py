@@ -151,7 +151,7 @@ def test_other_sources_get_the_general_figures_alone(folder, tmp_path, capsys):
 
 
 def test_wrong_input_is_named(folder, tmp_path, capsys):
-    arguments = _arguments(folder, tmp_path)
+    arguments = _arguments(folder, tmp_path / "out")
     with pytest.raises(ValueError, match=r"images.npz does not exist"):
         main([*arguments, "--samples", str(tmp_path)])
     with pytest.raises(ValueError, match=r"metrics.jsonl does not exist"):
@@ -172,8 +172,8 @@ def test_wrong_input_is_named(folder, tmp_path, capsys):
 def test_samples_of_another_size_are_refused(folder, tmp_path):
     np.savez(tmp_path / "images.npz", np.zeros((2, 16, 16, 3), np.uint8), np.zeros(2, np.int64))
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(ValueError, match=r"samples are 16x16; expected 32x32"):
-        main([*_arguments(folder, tmp_path), "--samples", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"images of 16x16; expected 32x32"):
+        main([*_arguments(folder, tmp_path / "out"), "--samples", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

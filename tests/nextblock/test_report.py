@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from nextblock import __main__ as cli
 from nextblock.evaluation.run_page import chosen_pictures, draw_curves, html_page, panels_of
 from nextblock.report import main
 from nextblock.training.run_record import RunRecord, describe_start, git_state
@@ -106,7 +107,7 @@ def test_what_cannot_be_reported_is_refused(run_dir, tmp_path, capsys):
         ([str(run_dir), "--output", "report.pdf"], "expected a name that ends in .html or .png"),
     ):
         with pytest.raises(SystemExit) as exit_info:
-            main(arguments)
+            cli.main(["report", *arguments])
         assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -82,7 +82,7 @@ def test_options_that_a_training_left(trained, image_folder):
     for text, message in (
         ("data: null\n", NO_IMAGES),
         ("data: {source: folder, path: x, colour: red}\n", r"data holds \['colour'\]"),
-        ("data: {source: nowhere}\n", "source='nowhere'"),
+        ("data: {source: nowhere}\n", "Given value: nowhere"),
     ):
         (trained / "config.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,55 @@
+"""Folders that a command is to write, looked at before any work: they can be made, and are none of those it reads."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+_OUTPUTS = ("output_dir", "pipeline_dir")
+_INPUTS = ("tokenizer", "tokens", "pipeline", "samples")
+
+
+def check_output_folders(config: Any) -> None:
+    """Refuse folders that cannot be written, or that the same command reads.
+
+    Args:
+        config: of a command; its fields `output_dir` and `pipeline_dir`, if it has them, are what it writes.
+
+    Raises:
+        ValueError: naming the option, its value and what was expected.
+    """
+    for option in _OUTPUTS:
+        value = getattr(config, option, None)
+        if value is None:
+            continue
+        if not value or "\0" in value:
+            raise ValueError(f"{option} is {value!r}; expected the name of a folder")
+        check_writable(option, Path(value))
+        folder = Path(value).resolve()
+        for name in _INPUTS:
+            source = getattr(config, name, None)
+            if source and folder == Path(source).resolve():
+                raise ValueError(f"{option} is {value!r}, the same as {name}; expected a folder of its own")
+        data = getattr(config, "data", None)
+        images = getattr(data, "path", None)
+        if images and os.path.isdir(images) and folder.is_relative_to(Path(images).resolve()):
+            raise ValueError(f"{option} is {value!r}, within data.path {images!r}; expected a folder outside the data")
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Args:
+        option: that names it.
+        folder: that may not be there yet.
+
+    Raises:
+        ValueError: naming the option, its value and what was expected.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:  # Names that are too long, links that lead in circles.
+        raise ValueError(f"{option} is {str(folder)!r}; expected a folder that can be made: {error}") from error
+    if not there.is_dir():
+        raise ValueError(f"{option} is {str(folder)!r}; expected a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} is {str(folder)!r}; expected a folder that can be written, but {there} cannot")
