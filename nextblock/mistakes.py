@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_OTHERS_SECONDS = 3.0
+_OTHERS_SECONDS = 10.0
 # Whose errors mean files or names that are not what they should be.
 _FOREIGN_REFUSALS = {"huggingface_hub", "safetensors", "safetensors_rust", "yaml"}
 

@@ -21,9 +21,7 @@ def main(argv: Sequence[str]) -> None:
     output = arguments.output or arguments.run_dir / "report.html"
     if output.suffix not in SUFFIXES:
         parser.error(f"output is {str(output)!r}; expected a name that ends in {' or '.join(SUFFIXES)}")
-    if not arguments.run_dir.is_dir():
-        parser.error(f"run_dir is {str(arguments.run_dir)!r}, no folder; expected the output folder of a training")
-    if output.is_dir() or not output.parent.is_dir():
+    if arguments.output is not None and (output.is_dir() or not output.parent.is_dir()):
         parser.error(f"output is {str(output)!r}; expected a file in a folder that is there")
     with reading("run_dir", arguments.run_dir, "the output folder of a training"):
         write_report(arguments.run_dir, output)

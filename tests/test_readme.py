@@ -31,7 +31,7 @@ COMMAND_LINES += [span for span in re.findall(r"`([^`\n]+)`", README) if re.matc
 FOREIGN_OPTIONS = {"--config_file", "--num_processes", "--machine_rank", "--help"}
 
 
-class StoppedError(Exception):
+class StoppedError(BaseException):
     """Ends a command before its work."""
 
 

@@ -20,7 +20,7 @@ from nextblock.training.guards import NonFiniteError
 ROOT = Path(__file__).parents[2]
 
 
-class StoppedError(Exception):
+class StoppedError(BaseException):
     """Ends an entry point before its work, and carries the options that it has read."""
 
 

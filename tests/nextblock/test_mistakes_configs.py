@@ -1,5 +1,9 @@
 """Mistakes in files of options, in the words of a command line, and in what stands on it twice. One clear message."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nextblock.commands import COMMANDS
@@ -84,3 +88,18 @@ def test_every_command_refuses_such_files(command, refusal):
     for name, words in FILES:
         assert words in refusal(f"{command} --config {{yaml_{name}}}")
     assert "did you mean" in refusal(f"{command} --output_dirr x")
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_processes_make_is_said_once(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launcher, "--main_process_port", "0", "-m", "nextblock", "sample", "--pipelin", "x"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0 and not any(tmp_path.iterdir())
+    assert (done.stdout + done.stderr).count("unrecognized arguments: --pipelin x; did you mean --pipeline?") == 1

@@ -133,11 +133,11 @@ MORE_CHECKPOINTS = [
     ("''", "expected a .pth, .pt or .safetensors file"),
 ]
 RUNS = [
-    ("{missing}", "no folder; expected the output folder of a training"),
+    ("{missing}", "metrics.jsonl does not exist; expected the output folder of a training"),
     ("{run_no_log}", "metrics.jsonl does not exist; expected the output folder of a training"),
     ("{run_binary}", "expected the output folder of a training"),
     ("{run_recordlist}", "expected the output folder of a training"),
-    ("{file}", "no folder"),
+    ("{file}", "metrics.jsonl does not exist"),
     ("{tokens}", "metrics.jsonl does not exist"),
     ("{run_text}", "line 1 is not JSON"),
     ("{run_list}", "expected an object with a step"),
