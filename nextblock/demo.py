@@ -57,7 +57,8 @@ class DemoConfig:
 def _check_address(host: str, port: int | None) -> None:
     """Refuse an address that is not this machine's, or where something listens already: Gradio would try for long."""
     try:
-        socket.create_server((host, port or 0)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
     except OSError as error:
         raise ValueError(
             f"host is {host!r} and port {port}; expected an address of this machine and a free port: {error}"

@@ -72,7 +72,7 @@ MORE_PIPELINES = [
 TOKENS = [
     ("{missing}", "has no manifest.json; expected a folder that `nextblock tokenize` finished"),
     ("{tokenizer}", "has no manifest.json"),
-    ("{tokens_binary}", "manifest.json is damaged"),
+    ("{tokens_binary}", "manifest.json is no text in UTF-8"),
     ("{tokens_no_data}", "is missing; its manifest lists it"),
     ("{tokens_lacking}", "layout"),
 ]
@@ -96,7 +96,7 @@ MORE_TOKENS = [
 SAMPLES = [
     ("{missing}", "images.npz does not exist; expected what `nextblock sample` writes"),
     ("{samples_text}", "expected what `nextblock sample` writes"),
-    ("{samples_names}", "arr_0 is not a file in the archive"),
+    ("{samples_names}", "no item named 'arr_0.npy'"),
     ("{samples_size}", "images of 8x8; expected 16x16"),
     ("{samples_labels}", "expected 6 of 0 to 2"),
 ]
