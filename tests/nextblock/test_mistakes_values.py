@@ -65,7 +65,7 @@ THOROUGH = {
         ("loop.init_from", "{prior_model}", "expected the folder of a saved nextblock_vqvae"),
         ("loop.init_from", "{tokenizer_binary}", "no text in UTF-8"),
         ("loop.init_from", "{tokenizer_list}", "expected the folder of a saved nextblock_vqvae"),
-        ("loop.init_from", "{tokenizer_words}", "expected the folder of a saved tokenizer"),
+        ("loop.init_from", "{tokenizer_words}", "vocab_size is"),
         ("loop.init_except", "[a]", "without init_from"),
         ("loop.mixed_precision", "fp16", "expected 'bf16' or 'no' on a CPU"),
         ("loop.mixed_precision", "fp8", "Expected a"),
