@@ -1,4 +1,4 @@
-"""What a GPU reaches: sampling VAR d16 beside a plain loop, training steps of both stages, nearest-code search.
+"""What a GPU reaches: sampling VAR d16 beside the published loop, training steps of both stages, nearest-code search.
 
     python benchmarks/gpu.py                                                # everything; writes benchmarks/gpu.json
     python benchmarks/gpu.py --device cpu --depth 1 --image_size 16 --num_runs 1 --batch_sizes 1 --output /tmp/gpu.json
@@ -15,14 +15,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from sampling import GUIDANCE, TRUNCATION, build_models, plain_loop
+from published_loops import OPTIONS, build_models, var_loop
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextblock.prior.family import compile_layers
-from nextblock.prior.sampling import SamplingOptions
+from nextblock.prior.family import compile_step
 from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
@@ -74,24 +74,31 @@ def sampling_call(prior, tokenizer) -> tuple[str, Callable[[torch.Tensor], objec
     try:
         from nextblock.pipelines import ClassToImagePipeline
     except ModuleNotFoundError:
-        options = {**GUIDANCE, **TRUNCATION}
+        options = asdict(OPTIONS["var"])
 
         def sample(class_labels):
             idx_Bl = prior.generate(class_labels, tokenizer.quantizer, **options)
             return ((tokenizer.idxBl_to_img(idx_Bl) + 1) / 2).cpu()
 
-        return "generate and decode", sample, lambda: (compile_layers(prior), tokenizer.decoder.compile())
-    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=SamplingOptions(**GUIDANCE, **TRUNCATION))
+        return "generate and decode", sample, lambda: (compile_step(prior), tokenizer.decoder.compile())
+    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=OPTIONS["var"])
     pipe.set_progress_bar_config(disable=True)
     return "pipe(...)", lambda labels: pipe(labels.tolist(), output_type="pt"), pipe.compile
 
 
 def measure_sampling(arguments: argparse.Namespace) -> list[dict]:
-    """Time the plain loop, the library and the compiled library in bf16, in turn at each batch size."""
+    """Time the published loop, the library and the compiled library in bf16, in turn at each batch size."""
     device, rows = arguments.device, []
-    prior, tokenizer = build_models(arguments.depth, torch.bfloat16, device)
+    depth = arguments.depth
+    models = build_models("var", hidden_size=64 * depth, num_layers=depth, num_heads=depth)
+    prior, tokenizer = (model.to(device, torch.bfloat16) for model in models)
     call, sample, compile_all = sampling_call(prior, tokenizer)
-    loops = {"plain": lambda labels: plain_loop(prior, tokenizer, labels).float().cpu(), "nextblock": sample}
+
+    def published(class_labels):
+        with torch.autocast(device, torch.bfloat16):
+            return var_loop(prior, tokenizer, class_labels, OPTIONS["var"]).float().cpu()
+
+    loops = {"published": published, "nextblock": sample}
     for is_compiled in (False, True):
         if is_compiled:
             start = time.perf_counter()
@@ -105,7 +112,7 @@ def measure_sampling(arguments: argparse.Namespace) -> list[dict]:
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 seconds = seconds_of(lambda f=function, x=labels: f(x), arguments.num_runs)
-                row = {"loop": name, "call": "a loop" if name == "plain" else call, "batch_size": batch_size}
+                row = {"loop": name, "call": "a loop" if name == "published" else call, "batch_size": batch_size}
                 row |= {"ms_an_image": 1000 * seconds / batch_size, "images_a_second": batch_size / seconds}
                 if is_compiled:
                     row["seconds_to_compile"] = first_seconds

@@ -3,9 +3,7 @@
 VAR's d16 at 256 px, and a raster of LlamaGen-B's shape (width 768, 12 layers, 16384 codes, 256 tokens). The loops run
 in processes of their own and take turns, so that a drifting machine drifts for all:
 
-- "published": VAR's `autoregressive_infer_cfg` (arXiv:2404.02905), which computes the AdaLN modulations at every block,
-  grows its cache by concatenation and guides every block; or LlamaGen's `generate` (arXiv:2406.06525), which has a
-  cache of full length under a mask. Every product is `F.linear`; bfloat16 is autocast.
+- "published": VAR's or LlamaGen's own loop, see published_loops.py; bfloat16 is autocast.
 - "pipe": `pipe(…)`; "pipe, freed memory kept": as `nextblock sample` sets a CPU up; "pipe, compiled".
 
 Weights are random: time does not depend on them. A part's results are put among those that are there:
@@ -25,164 +23,19 @@ import time
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from published_loops import OPTIONS, build_models, llamagen_loop, var_loop
 
 from nextblock.cpu import keep_freed_memory
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.sampling import SamplingOptions
-from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 LOOPS = ("published", "pipe", "pipe, freed memory kept", "pipe, compiled")
 MODELS = ("var", "raster")
-TOKENIZERS = {
-    "var": {
-        "vocab_size": 4096,
-        "embedding_dim": 32,
-        "quant_conv_kernel_size": 3,
-        "layout": "scales",
-        "scales": [1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
-        "hidden_dim": 160,
-    },
-    "raster": {"vocab_size": 16384, "embedding_dim": 8, "layout": "tiles", "tile": 1, "hidden_dim": 128},
-}
-PRIORS = {
-    "var": {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "use_normalized_attention": True},
-    "raster": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "input_embedding": "tokens"},
-}
-OPTIONS = {
-    "var": SamplingOptions(guidance_scale=2.5, guidance_schedule="linear", top_k=900, top_p=0.96),
-    "raster": SamplingOptions(guidance_scale=2.0, top_k=2000),
-}
-
-
-@torch.no_grad()
-def var_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: Tensor, options: SamplingOptions) -> Tensor:
-    """Sample images as VAR's published code does."""
-    B, layout, quantizer = len(class_labels), prior.layout, tokenizer.quantizer
-    scales, num_layers = options.scales(layout.num_blocks), len(prior.blocks)
-    vector = prior.class_emb(torch.cat([class_labels, torch.full_like(class_labels, prior.config.num_classes)]))
-    keys, values = [None] * num_layers, [None] * num_layers
-    canvas, block_input = quantizer.start(B), vector[:, None] + prior.pos_start
-    for k, (start, end) in enumerate(layout.bounds):
-        x = block_input + (prior.pos_1LC[:, start:end] + prior.lvl_embed.weight[k])
-        for i, layer in enumerate(prior.blocks):
-
-            def attend(q, key, value, i=i, scale=layer.attn.scale):
-                keys[i] = key if keys[i] is None else torch.cat([keys[i], key], dim=2)
-                values[i] = value if values[i] is None else torch.cat([values[i], value], dim=2)
-                return F.scaled_dot_product_attention(q, keys[i], values[i], scale=scale)
-
-            x = _layer(layer, x, _projected(layer.ada_lin, vector, 6), attend)
-        with_class, without = _logits(prior, x, _projected(prior.head_nm.ada_lin, vector, 2)).chunk(2)
-        t = scales[k] - 1
-        idx = _draw((1 + t) * with_class - t * without, options)
-        canvas, next_input = quantizer.advance(canvas, idx, k)
-        if next_input is not None:
-            block_input = F.linear(next_input, prior.word_embed.weight, prior.word_embed.bias).repeat(2, 1, 1)
-    return decode(tokenizer, canvas)
-
-
-@torch.no_grad()
-def llamagen_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: Tensor, options: SamplingOptions) -> Tensor:
-    """Sample images token by token as LlamaGen's published code does."""
-    B, L, D = len(class_labels), prior.layout.num_tokens, prior.config.hidden_size
-    vector = prior.class_emb(torch.cat([class_labels, torch.full_like(class_labels, prior.config.num_classes)]))
-    modulations = [_projected(layer.ada_lin, vector, 6) for layer in prior.blocks]
-    head_modulation, heads = _projected(prior.head_nm.ada_lin, vector, 2), prior.config.num_heads
-    kind = vector.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vector.dtype
-    caches = [vector.new_zeros(2, 2 * B, heads, L, D // heads, dtype=dtype) for _ in prior.blocks]
-    mask, tokens = torch.ones(L, L, dtype=torch.bool, device=vector.device).tril(), []
-    x = vector[:, None] + prior.pos_start
-    for k in range(L):
-        x = x + (prior.pos_1LC[:, k : k + 1] + prior.lvl_embed.weight[k])
-        for cache, layer, modulation in zip(caches, prior.blocks, modulations, strict=True):
-
-            def attend(q, key, value, cache=cache, k=k, scale=layer.attn.scale):
-                cache[0, :, :, k : k + 1], cache[1, :, :, k : k + 1] = key, value
-                return F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask[k : k + 1], scale=scale)
-
-            x = _layer(layer, x, modulation, attend)
-        with_class, without = _logits(prior, x, head_modulation).chunk(2)
-        tokens.append(_draw(without + (with_class - without) * options.guidance_scale, options))
-        x = prior.word_embed(torch.cat([tokens[-1], tokens[-1]]))
-    return decode(tokenizer, tokenizer.quantizer.idx_to_features(torch.cat(tokens, 1)))
-
-
-def decode(tokenizer: VQVAE, features: Tensor) -> Tensor:
-    """Decode as the published code does: channels first, every operation into memory of its own."""
-    decoder = tokenizer.decoder
-
-    def residual(block, x):
-        h = block.conv1(F.silu(block.norm1(x)))
-        return block.nin_shortcut(x) + block.conv2(F.silu(block.norm2(h)))
-
-    x = decoder.conv_in(tokenizer.post_quant_conv(features))
-    x = residual(decoder.mid.block_2, decoder.mid.attn_1(residual(decoder.mid.block_1, x)))
-    for level in reversed(decoder.up):
-        for j, block in enumerate(level.block):
-            x = residual(block, x)
-            if level.attn:
-                x = level.attn[j](x)
-        if hasattr(level, "upsample"):
-            x = level.upsample(x)
-    return decoder.conv_out(F.silu(decoder.norm_out(x))).clamp(-1, 1)
-
-
-def _projected(ada_lin: nn.Sequential, vector: Tensor, num_parts: int) -> tuple[Tensor, ...]:
-    """Return a class embedding's modulations, each (R, 1, D)."""
-    projected = F.linear(F.silu(vector), ada_lin[1].weight, ada_lin[1].bias)
-    return projected.view(len(vector), 1, num_parts, -1).unbind(2)
-
-
-def _layer(layer: nn.Module, x: Tensor, modulation: tuple[Tensor, ...], attend) -> Tensor:
-    """Apply attention and feed-forward to (R, L_k, D)."""
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-    attn, (R, length, D) = layer.attn, x.shape
-    bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-    h = F.layer_norm(x, (D,), eps=layer.norm.eps).mul(scale1.add(1)).add_(shift1)
-    qkv = F.linear(h, attn.mat_qkv.weight, bias).view(R, length, 3, attn.num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    if attn.is_normalized:
-        q = F.normalize(q, dim=-1).mul(attn.scale_mul_1H11.clamp_max(4.605).exp().to(q.dtype))
-        k = F.normalize(k, dim=-1)
-    out = attend(q, k, v).transpose(1, 2).reshape(R, length, D)
-    x = x + F.linear(out, attn.proj.weight, attn.proj.bias).mul(gamma1)
-    h = F.layer_norm(x, (D,), eps=layer.norm.eps).mul(scale2.add(1)).add_(shift2)
-    h = F.gelu(F.linear(h, layer.ffn.fc1.weight, layer.ffn.fc1.bias), approximate="tanh")
-    return x + F.linear(h, layer.ffn.fc2.weight, layer.ffn.fc2.bias).mul(gamma2)
-
-
-def _logits(prior: BlockPrior, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
-    """Return float32 scores of all codes."""
-    scale, shift = modulation
-    h = F.layer_norm(x, x.shape[-1:], eps=prior.head_nm.norm.eps).mul(scale.add(1)).add_(shift)
-    return F.linear(h, prior.head.weight, prior.head.bias).float()
-
-
-def _draw(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Truncate and draw tokens (B, L_k)."""
-    logits = logits / options.temperature
-    if options.top_k:
-        logits = logits.masked_fill(logits < logits.topk(options.top_k, dim=-1).values[..., -1:], -torch.inf)
-    if options.top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - options.top_p
-        is_tail[..., -1] = False
-        logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
-    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
 
 
 def build_pipeline(model: str) -> ClassToImagePipeline:
     """Return a pipeline with random weights."""
-    torch.manual_seed(0)
-    shape = {"image_size": 256, "autoencoder": "vqgan", "num_res_blocks": 2}
-    tokenizer = VQVAE(VQVAEConfig(**shape, **TOKENIZERS[model])).eval()
-    codes = {name: TOKENIZERS[model][name] for name in ("vocab_size", "embedding_dim")}
-    config = BlockPriorConfig(layout=tokenizer.layout.to_dict(), num_classes=1000, **codes, **PRIORS[model])
-    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=BlockPrior(config).eval(), sampling=OPTIONS[model])
+    prior, tokenizer = build_models(model)
+    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=OPTIONS[model])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -5,7 +5,7 @@ import torch
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.family import compile_layers
+from nextblock.prior.family import compile_step
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 from ..needs_gpu import CUDA, NEEDS_GPU
@@ -53,7 +53,7 @@ def test_two_calls_of_compiled_layers_are_those_before(models):
         return prior.generate(class_labels, tokenizer.quantizer, generator=generators, guidance_scale=2.0)
 
     expected = [sample(class_labels) for class_labels in calls]
-    compile_layers(prior)
+    compile_step(prior)
     for _ in range(2):
         got = [sample(class_labels) for class_labels in calls]
         # The first call's tokens must not be what the second wrote over them.
