@@ -29,10 +29,18 @@ def check_output_folders(config: Any) -> None:
             source = getattr(config, name, None)
             if source and folder == Path(source).resolve():
                 raise ValueError(f"{option} is {value!r}, the same as {name}; expected a folder of its own")
-        data = getattr(config, "data", None)
-        images = getattr(data, "path", None)
-        if images and os.path.isdir(images) and folder.is_relative_to(Path(images).resolve()):
-            raise ValueError(f"{option} is {value!r}, within data.path {images!r}; expected a folder outside the data")
+        _check_outside_images(option, value, getattr(config, "data", None))
+
+
+def _check_outside_images(option: str, value: str, data: Any) -> None:
+    """Refuse a folder that a later run would read images in."""
+    if getattr(data, "source", None) != "folder" or not data.path or not os.path.isdir(data.path):
+        return
+    images, folder = Path(data.path).resolve(), Path(value).resolve()
+    splits = [images / split for split in (data.split, data.eval_split) if split is not None]
+    read = [split for split in splits if split.is_dir()] or [images]
+    if folder == images or any(folder.is_relative_to(place) for place in read):
+        raise ValueError(f"{option} is {value!r}, within data.path {data.path!r}; expected a folder outside the data")
 
 
 def check_writable(option: str, folder: Path) -> None:

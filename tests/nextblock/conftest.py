@@ -53,7 +53,7 @@ def digits_pipeline_dir(tmp_path_factory) -> Path:
         ("tokenizer", TokenizerTrainConfig, ("output_dir",)),
         ("prior", PriorTrainConfig, ("tokens", "tokenizer", "output_dir", "pipeline_dir")),
     ):
-        argv = ["--config", f"{stage}/digits-scales", *(f"--{name}=unused" for name in folders)]
+        argv = ["--config", f"{stage}/digits-scales", *(f"--{name}={name}" for name in folders)]
         models[stage] = asdict(parse_run_config(config_class, command="test", argv=argv).model)
     tokenizer = VQVAE(VQVAEConfig(**models["tokenizer"]))
     sizes = {name: getattr(tokenizer.config, name) for name in ("vocab_size", "embedding_dim")}

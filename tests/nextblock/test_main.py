@@ -131,8 +131,14 @@ def test_the_list_of_commands_loads_none_of_them(tmp_path):
     assert done.stdout.endswith("\nset()\n")
 
 
-@pytest.mark.parametrize("start", [["nextblock"], [sys.executable, "-m", "nextblock"]])
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "nextblock", ROOT.parent])
+@pytest.mark.parametrize(
+    ("start", "folder"),
+    [
+        (["nextblock"], ROOT.parent),
+        ([sys.executable, "-m", "nextblock"], ROOT),
+        ([sys.executable, "-m", "nextblock"], ROOT / "nextblock"),
+    ],
+)
 def test_the_command_line_starts_from_any_folder(start, folder):
     program = [str(Path(sys.executable).parent / "nextblock")] if start == ["nextblock"] else start
     done = subprocess.run([*program, "verify", "--tokens", "nowhere"], cwd=folder, capture_output=True, text=True)
@@ -218,8 +224,14 @@ def test_one_class_needs_no_list(ten_class_pipeline_dir, tmp_path, capsys):
             assert arrays["arr_1"].tolist() == labels
 
 
-@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
-@pytest.mark.parametrize("name", ["train-tokenizer", "sample", "train-prior"])
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("sample", {"PYTHONIOENCODING": "ascii"}),
+        pytest.param("train-tokenizer", {"LC_ALL": "C"}, marks=pytest.mark.slow),
+        pytest.param("train-prior", {"LC_ALL": "C"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_terminal_that_knows_ascii_alone_shows_help(variables, name, tmp_path):
     environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} | variables
     command = [sys.executable, "-m", "nextblock", name, "--help"]

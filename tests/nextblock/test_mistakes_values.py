@@ -92,7 +92,7 @@ THOROUGH = {
         ("data.source", "x", "Expected a"),
         ("data.first_label", "-1", "expected 0 or more, or null"),
         ("output_dir", "{file}/x", "expected a folder, but {file} is a file"),
-        ("output_dir", "{images}/run", "within data.path"),
+        ("output_dir", "{images}/train/run", "within data.path"),
         ("optimizer.learning_rate", ".nan", "expected a number above 0"),
         ("optimizer.learning_rate", "1e999", "expected a number above 0"),
         ("optimizer.weight_decay", ".nan", "expected a number of at least 0"),

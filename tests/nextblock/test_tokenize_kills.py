@@ -40,6 +40,7 @@ def check(root: Path) -> None:
     assert rows == Counter((file, view) for file in set(files) - set(rejected) for view in range(3))
 
 
+@pytest.mark.slow
 def test_a_job_killed_twice_ends_as_if_it_had_not_been(broken_arguments, run_killed_jobs, tmp_path):
     assert run_killed_jobs(tmp_path, broken_arguments, num_kills=2)["kills"] == 2
     check(tmp_path)

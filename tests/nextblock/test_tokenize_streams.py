@@ -35,6 +35,7 @@ def arguments(image_folder, tokenize_arguments, tmp_path, monkeypatch) -> list[s
     return [*tokenize_arguments, *source, "--rows_per_shard", "9", "--batch_size", "4", "--on_error", "skip"]
 
 
+@pytest.mark.slow
 def test_a_streamed_job_killed_or_not_leaves_the_bytes_of_a_job_that_is_not_streamed(
     arguments, run_killed_jobs, run_here, tmp_path
 ):

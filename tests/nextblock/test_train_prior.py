@@ -148,7 +148,7 @@ def test_a_run_leaves_metrics_pictures_events_and_its_configuration(alone, read_
         assert picture.size == (2 * 66 + 2, 3 * 66 + 2)
     assert len(list((alone / "logs" / "nextblock").glob("events.out.tfevents.*"))) == 1
     left = {"checkpoints", "logs", "pictures", "pipeline", "config.yaml", "metrics.jsonl", "run.json"}
-    left |= {"tokens_check.png"}
+    left |= {"tokens_check.png", "source-tokens.npz"}
     assert {path.name for path in alone.iterdir()} == left
 
 

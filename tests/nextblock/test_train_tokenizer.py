@@ -137,6 +137,7 @@ def test_a_run_leaves_metrics_pictures_events_and_its_configuration(alone, train
     assert {path.name for path in alone.iterdir()} == {
         *("checkpoints", "logs", "pictures"),
         *("config.json", "config.yaml", "metrics.jsonl", "model.safetensors", "run.json"),
+        *("source-train.npz", "source-test.npz"),
     }
 
 

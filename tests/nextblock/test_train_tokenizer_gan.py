@@ -311,6 +311,7 @@ def test_an_interrupted_adversarial_training_equals_an_uninterrupted_one(
     assert not any("discriminator" in name for name in load_file(whole / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, fresh_accelerate):
     output = tmp_path / "state.pt"
     command = [sys.executable, __file__, str(output), str(free_port())]

@@ -83,7 +83,7 @@ def test_a_tokenizer_normalises_by_its_configuration(options, groups, tmp_path):
     assert groups_of(model) == groups
     model.save_pretrained(tmp_path)
     assert groups_of(VQVAE.from_pretrained(tmp_path)) == groups
-    with pytest.raises(ValueError, match="min_group_channels is 0; expected at least 1"):
+    with pytest.raises(ValueError, match="min_group_channels is 0; expected an integer from 1 to 65536"):
         VQVAEConfig(min_group_channels=0)
 
 

@@ -118,6 +118,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(attempt
     assert outcomes(stopped) == ["stopped by SIGTERM", "stopped by SIGINT", "finished"]
 
 
+@pytest.mark.slow
 def test_three_processes_go_on_summing_in_the_same_order(attempts, tmp_path):
     stage, whole, killed = "tokenizer against a discriminator", tmp_path / "whole", tmp_path / "killed"
     codes, _, log = run(

@@ -105,6 +105,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_training_saves_and_stops_when_its_launcher_is_killed(tokenizer_arguments, tmp_path):
     arguments = [*tokenizer_arguments, "--loop.num_steps", "100000", "--loop.save_every", "5", "--loop.tracker", "null"]
     with socket.socket() as listener:
