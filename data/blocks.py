@@ -15,6 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .given import check_tensor
+
 Shape = tuple[int, int]
 
 MAX_TOKENS, MAX_SCALES = 1 << 20, 1 << 10
@@ -231,7 +233,8 @@ class BlockLayout:
             got = f"{len(idx_Bl)} blocks" if isinstance(idx_Bl, (list, tuple)) else type(idx_Bl).__name__
             raise ValueError(f"idx_Bl has {got}; expected a list of {num_blocks} index tensors")
         for k, idx in enumerate(idx_Bl):
-            expected = (idx_Bl[0].shape[0], self.block_lengths[k])
+            check_tensor(f"idx_Bl[{k}]", idx, f"a torch.int64 tensor (batch, {self.block_lengths[k]})")
+            expected = (idx_Bl[0].shape[0] if idx_Bl[0].ndim else "batch", self.block_lengths[k])
             if tuple(idx.shape) != expected:
                 raise ValueError(f"idx_Bl[{k}] has shape {tuple(idx.shape)}; expected {expected}")
             if idx.dtype != torch.int64:

@@ -16,7 +16,7 @@ from nextblock.data.blocks import BlockLayout
 
 from .given_images import ImageInput, images_to_pixel_values, masks_to_tensor, split_images, split_masks
 from .sampling_loop import decode, hooks_freed
-from .sampling_request import MAX_BATCH_SIZE, OUTPUT_TYPES, BatchShape, check_counts
+from .sampling_request import MAX_BATCH_SIZE, MAX_IMAGES, OUTPUT_TYPES, BatchShape, check_count, check_counts
 
 PICTURE_TYPES = OUTPUT_TYPES[:3]
 Labels = int | str | Sequence[int | str] | Tensor | None
@@ -93,8 +93,8 @@ def interpolate(
 ) -> Output:
     """Go from one image to another; see `ClassToImagePipeline.interpolate`."""
     check_counts(output_type, PICTURE_TYPES, decode_batch_size=decode_batch_size)
-    if type(num_steps) is not int or num_steps < 2:
-        raise ValueError(f"num_steps is {num_steps!r}; expected an integer of at least 2")
+    if type(num_steps) is not int or not 2 <= num_steps <= MAX_IMAGES:
+        raise ValueError(f"num_steps is {num_steps!r:.80}; expected an integer of at least 2, up to {MAX_IMAGES}")
     ends = []
     for name, image in {"image_a": image_a, "image_b": image_b}.items():
         images = split_images(name, image)
@@ -118,7 +118,7 @@ def _pixel_values(pipe, name: str, images: list, fit: str) -> Tensor:
 
 def _count_labels(pipe, class_labels: Labels, num_images_per_label: int, **pictures: list) -> int:
     """Count labels; refuse images and masks of which there is neither one nor one a label."""
-    check_counts("pil", num_images_per_label=num_images_per_label)
+    check_count("num_images_per_label", num_images_per_label)
     num_labels = len(pipe.resolve_labels(class_labels))
     for name, given in pictures.items():
         if len(given) not in (1, num_labels):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextblock.data.finite import check_finite
+from nextblock.data.given import FLOAT_DTYPES, check_tensor
 from nextblock.data.pixels import check_fit, fit_image, to_pictures, to_pixel_values, to_rgb
 from nextblock.data.unreadable import UnreadableModeError
 
@@ -74,6 +75,9 @@ def split_masks(name: str, masks: ImageInput) -> list[Image.Image]:
             raise ValueError(f"{name} has shape {tuple(each.shape)}; expected (H, W), (n, H, W) or one channel more")
         if levels.is_floating_point():
             check_finite(name, {"the mask": levels})
+            lowest, highest = levels.min().item(), levels.max().item()
+            if not -0.001 <= lowest <= highest <= 1.001:
+                raise ValueError(f"{name} spans {lowest:g} to {highest:g}; expected numbers from 0 to 1, bool or uint8")
         # A picture whose lightest pixel is 1 of 255 is no mask.
         if levels.dtype != torch.uint8 or levels.max() <= 1:
             levels = (levels.float().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -155,6 +159,8 @@ def _elements(name: str, images: ImageInput) -> list:
 
 def _opened(name: str, image: Image.Image, background: str) -> Image.Image:
     """Open a picture as for training."""
+    if not all(image.size):
+        raise ValueError(f"{name} is {image.size[0]} by {image.size[1]} pixels; expected at least 1 by 1")
     try:
         return to_rgb(image, background)
     except UnreadableModeError as error:
@@ -170,6 +176,9 @@ def _as_tensor(name: str, values: np.ndarray | Tensor, kinds: str) -> Tensor:
     if not (is_float or is_taken):
         raise ValueError(f"{name} has dtype {values.dtype}; expected {kinds}")
     if isinstance(values, Tensor):
+        check_tensor(name, values, kinds)
+        if values.is_meta or (is_float and values.dtype not in FLOAT_DTYPES):
+            raise ValueError(f"{name} is {values.dtype} on {values.device}; expected values of {kinds}")
         return values.detach()
     return torch.from_numpy(np.array(values, np.float32 if is_float else values.dtype, order="C"))
 

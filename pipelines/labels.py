@@ -9,6 +9,8 @@ from torch import Tensor
 
 from nextblock.prior.conditioning import ClassConditions
 
+from .sampling_request import MAX_IMAGES
+
 
 def resolve_labels(class_labels, conditions: ClassConditions) -> list[int]:
     """Turn labels and class names into label numbers.
@@ -37,9 +39,10 @@ def resolve_labels(class_labels, conditions: ClassConditions) -> list[int]:
 
 def _unconditional_labels(count: int | None) -> list[int]:
     """Return the null class, which is 0 where there is no other, for each image."""
-    if count is not None and (type(count) is not int or count < 1):
+    if count is not None and (type(count) is not int or not 1 <= count <= MAX_IMAGES):
         raise ValueError(
-            f"class_labels is {count!r}; expected None for an unconditional model, or a positive number of images"
+            f"class_labels is {count!r}; expected None for an unconditional model, or a positive number of images, "
+            f"up to {MAX_IMAGES}"
         )
     return [0] * (1 if count is None else count)
 

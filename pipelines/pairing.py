@@ -8,9 +8,34 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
 
+from nextblock.data.given import check_offers
 from nextblock.files.fingerprints import model_fingerprint
+from nextblock.prior.family import check_prior, check_quantizer
 
 logger = logging.getLogger(__name__)
+
+
+TOKENIZER_PARTS = ("quantizer", "layout", "config", "img_to_idx", "decode")
+
+
+def check_components(tokenizer: PreTrainedModel, prior: PreTrainedModel, card, is_required) -> None:
+    """Refuse what is no tokenizer or no prior of classes, such as one in the other's place, or two that do not fit.
+
+    Args:
+        tokenizer, prior, card: of the pipeline.
+        is_required: `requires_own_tokenizer` of the pipeline.
+
+    Raises:
+        ValueError: naming the argument, what it is and what was expected.
+    """
+    check_offers("tokenizer", tokenizer, TOKENIZER_PARTS, "a VQVAE")
+    check_prior(prior)
+    check_offers("prior.conditions", prior.conditions, ("num_classes", "class_names"), "classes")
+    check_quantizer(prior, tokenizer.quantizer)
+    if not isinstance(card, Mapping | None):
+        raise ValueError(f"card is {card!r:.80}; expected a dict, or None")
+    if not isinstance(is_required, bool):
+        raise ValueError(f"requires_own_tokenizer is {is_required!r:.80}; expected True or False")
 
 
 def check_pair(prior: PreTrainedModel, tokenizer: PreTrainedModel, is_required: bool) -> None:
@@ -54,7 +79,7 @@ def check_stored_pair(pipe: DiffusionPipeline, folder: str | Path, options: Mapp
         ValueError: as `check_pair`.
     """
     prior, tokenizer = pipe.prior, pipe.tokenizer
-    is_given = prior is None or tokenizer is None or options.get("tokenizer") is not None
+    is_given = options.get("tokenizer") is not None
     if is_given or getattr(prior.config, "tokenizer_fingerprint", None) is None or _is_in_float32(tokenizer):
         return
     place, variant = Path(folder) / "tokenizer", options.get("variant")

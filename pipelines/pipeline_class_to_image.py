@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 # diffusers loads a saved pipeline's components only from modules that are imported.
 import nextblock.prior
 import nextblock.tokenizer  # noqa: F401
-from nextblock.prior.family import check_quantizer
 from nextblock.prior.sampling import SamplingOptions
 
 from . import editing, storage
@@ -25,7 +24,7 @@ from .compiling import compile_pipeline
 from .editing import Labels, Output
 from .given_images import ImageInput
 from .labels import resolve_labels
-from .pairing import check_pair, check_stored_pair
+from .pairing import check_components, check_pair, check_stored_pair
 from .sampling_loop import make_request, run, run_progressively
 from .sampling_request import check_counts
 
@@ -43,7 +42,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         requires_own_tokenizer: refuse a tokenizer other than that whose tokens the prior has learned, not only warn.
 
     Raises:
-        ValueError: if prior and tokenizer do not fit each other, or the prior cannot be sampled so.
+        ValueError: if prior or tokenizer is none, they do not fit each other, or the prior cannot be sampled so.
     """
 
     model_cpu_offload_seq = "prior->tokenizer"
@@ -59,10 +58,9 @@ class ClassToImagePipeline(DiffusionPipeline):
     ):
         super().__init__()
         options = SamplingOptions.stored(sampling)
-        if tokenizer is not None and prior is not None:
-            check_quantizer(prior, tokenizer.quantizer)
-            options.check_for(prior)
-            check_pair(prior, tokenizer, requires_own_tokenizer)
+        check_components(tokenizer, prior, card, requires_own_tokenizer)
+        options.check_for(prior)
+        check_pair(prior, tokenizer, requires_own_tokenizer)
         self.register_modules(tokenizer=tokenizer, prior=prior)
         self.register_to_config(sampling=asdict(options), card=card)
         self._guidance_scale, self._interrupt = options.guidance_scale, False

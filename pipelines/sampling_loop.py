@@ -20,7 +20,7 @@ from nextblock.training.offload import run_offload_hook
 
 from .block_loop import BlockLoop
 from .labels import resolve_labels
-from .sampling_request import BatchShape, SamplingRequest, check_callback, check_counts
+from .sampling_request import BatchShape, SamplingRequest, check_callback, check_count, check_counts
 
 
 def make_request(
@@ -54,7 +54,8 @@ def make_request(
     Raises:
         ValueError: if an argument is outside its range or a class name is unknown.
     """
-    check_counts("pil", num_images_per_label=num_images_per_label, batch_size=batch_size)
+    check_count("num_images_per_label", num_images_per_label)
+    check_counts("pil", batch_size=batch_size)
     prior = pipe.prior
     options.check_for(prior)
     tensor_inputs = check_callback(callback, callback_tensor_inputs, pipe._callback_tensor_inputs)

@@ -14,6 +14,8 @@ from nextblock.prior.conditioning import Condition
 from nextblock.prior.sampling import SamplingOptions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# All images of a call lie in memory.
+MAX_IMAGES = 1 << 20
 # Without a batch_size, more images than this are sampled in several batches.
 MAX_BATCH_SIZE = 64
 
@@ -70,11 +72,21 @@ def check_counts(output_type: str, output_types: Sequence[str] = OUTPUT_TYPES, *
     Raises:
         ValueError: naming the argument, its value and what was expected.
     """
-    if output_type not in output_types:
+    if not isinstance(output_type, str) or output_type not in output_types:
         raise ValueError(f"output_type is {output_type!r}; expected one of {list(output_types)}")
     for name, value in counts.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} is {value!r}; expected a positive integer")
+        if value is not None:
+            check_count(name, value)
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse what is no positive integer, or more images than a call can be meant to give.
+
+    Raises:
+        ValueError: naming the argument, its value and what was expected.
+    """
+    if type(value) is not int or not 1 <= value <= MAX_IMAGES:
+        raise ValueError(f"{name} is {value!r:.80}; expected a positive integer up to {MAX_IMAGES}")
 
 
 def check_callback(callback, tensor_inputs, allowed: Sequence[str]) -> tuple[str, ...]:

@@ -71,8 +71,8 @@ def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -
 
 def _check_chunk_size(chunk_size: int) -> None:
     """Refuse chunks of nothing."""
-    if chunk_size < 1:
-        raise ValueError(f"loss_chunk_size is {chunk_size}; expected at least 1")
+    if type(chunk_size) is not int or chunk_size < 1:
+        raise ValueError(f"loss_chunk_size is {chunk_size!r}; expected an integer of at least 1")
 
 
 def chunked_cross_entropy(

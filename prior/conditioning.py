@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nextblock.data.given import check_tensor
 from nextblock.data.keyed_random import keyed_uniform
 
 
@@ -148,6 +149,7 @@ class ClassConditions:
         """
         if isinstance(class_labels, ClassCondition):
             class_labels = class_labels.class_labels
+        check_tensor("class_labels", class_labels, "a torch.int64 tensor (batch,)")
         if class_labels.ndim != 1 or class_labels.dtype != torch.int64:
             raise ValueError(
                 f"class_labels is {class_labels.dtype} {tuple(class_labels.shape)}; expected torch.int64 (batch,)"

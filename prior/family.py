@@ -6,12 +6,20 @@ before the first token, V codes, C code channels, D width.
 
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.given import check_offers
 
 from .conditioning import Condition, Conditions, Context
 from .losses import PriorOutput
+
+QUANTIZER_PARTS = ("layout", "num_codes", "dim", "start", "advance", "lookup", "check_finite")
+PRIOR_PARTS = (
+    *("layout", "vocab_size", "embedding_dim", "conditions", "takes_indices", "device"),
+    *("context", "new_cache", "decode_block", "logits"),
+)
 
 
 class Prior(Protocol):
@@ -79,6 +87,98 @@ class Prior(Protocol):
         """Return scores of all codes, (R, L_k, D) → (R, L_k, V), at least float32."""
 
 
+def check_prior(prior: Prior) -> None:
+    """Refuse what is no prior of any family, by what it offers; nothing is computed.
+
+    Args:
+        prior: of any family, if it is one.
+
+    Raises:
+        ValueError: naming what it lacks, or the attribute that is of the wrong kind.
+    """
+    check_offers("prior", prior, PRIOR_PARTS, "a BlockPrior, or a prior of another family")
+    check_offers("prior.conditions", prior.conditions, ("has_null", "of", "from_batch"), "what the prior takes")
+    for field, kind in {"layout": BlockLayout, "takes_indices": bool, "vocab_size": int, "embedding_dim": int}.items():
+        if type(getattr(prior, field)) is not kind:
+            raise ValueError(f"prior.{field} is {getattr(prior, field)!r:.80}; expected a {kind.__name__}")
+    if prior.takes_indices and prior.layout.is_scales:
+        raise ValueError("prior.takes_indices is True; expected False for a scale layout, whose input is no code")
+
+
+@torch.no_grad()
+def try_out(prior: Prior) -> None:
+    """Run one image of a class through the first two blocks, and refuse a family that gives other tensors than it must.
+
+    Args:
+        prior: of any family, where its weights are; neither it nor any random state is changed.
+
+    Raises:
+        ValueError: naming the method and what it gave.
+    """
+    check_prior(prior)
+    lengths, device, was_training = prior.layout.block_lengths, prior.device, prior.training
+    prior.eval()
+    condition = prior.conditions.from_batch({"class_labels": torch.zeros(1, dtype=torch.int64, device=device)})
+    context, content = prior.context(condition), None
+    check_context(context, 1)
+    cache = prior.new_cache(1)
+    for k in range(min(2, len(lengths))):
+        if k and prior.takes_indices:
+            content = torch.zeros(1, lengths[k - 1], dtype=torch.int64, device=device)
+        elif k:
+            content = torch.zeros(1, lengths[k], prior.embedding_dim, dtype=prior.dtype, device=device)
+        try:
+            hidden_states = prior.decode_block(content, k, context, cache)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            taken = f"takes_indices {prior.takes_indices} and embedding_dim {prior.embedding_dim}"
+            raise ValueError(f"prior.decode_block fails for block {k}, given what {taken} say: {error}") from error
+        check_hidden(prior, k, hidden_states, 1)
+        check_logits(prior, k, prior.logits(hidden_states, context), 1)
+    prior.train(was_training)
+
+
+def check_context(context: Context, num_rows: int) -> None:
+    """Refuse what a family's `context` gave, unless it is of R rows."""
+    if not isinstance(context, Context) or len(context) != num_rows:
+        raise ValueError(f"prior.context gives {context!r:.80}; expected a Context of {num_rows} rows")
+
+
+def check_hidden(prior: Prior, k: int, hidden_states: Tensor, num_rows: int) -> None:
+    """Refuse what a family's `decode_block` gave for block k, unless it is (R, L_k, D)."""
+    shape = getattr(hidden_states, "shape", ())
+    if len(shape) != 3 or shape[0] != num_rows or shape[1] != prior.layout.block_lengths[k]:
+        expected = f"({num_rows}, {prior.layout.block_lengths[k]}, width)"
+        raise ValueError(f"prior.decode_block gives {_described(hidden_states)} for block {k}; expected {expected}")
+
+
+def check_logits(prior: Prior, k: int, logits: Tensor, num_rows: int) -> None:
+    """Refuse what a family's `logits` gave for block k, unless it is (R, L_k, V) and at least float32."""
+    expected = (num_rows, prior.layout.block_lengths[k], prior.vocab_size)
+    if getattr(logits, "shape", ()) != expected or logits.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"prior.logits gives {_described(logits)} for block {k}; expected {expected} in float32")
+
+
+def check_output(output: PriorOutput, shape: tuple[int, int]) -> None:
+    """Refuse what a family's forward pass gave with labels, unless loss, token_loss and token_correct are as they must.
+
+    Args:
+        output: from the prior.
+        shape: (B, L).
+
+    Raises:
+        ValueError: naming what is of another shape.
+    """
+    for name, expected in {"loss": (), "token_loss": shape, "token_correct": shape}.items():
+        value = getattr(output, name, None)
+        if getattr(value, "shape", None) != expected:
+            raise ValueError(f"the prior's forward pass gives {_described(value)} as {name}; expected {expected}")
+
+
+def _described(value: Any) -> str:
+    """Say what was given in a tensor's place."""
+    return f"{tuple(value.shape)} in {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def check_quantizer(prior: Prior, quantizer: nn.Module) -> None:
     """Refuse a quantizer whose tokens are not those of a prior.
 
@@ -87,8 +187,10 @@ def check_quantizer(prior: Prior, quantizer: nn.Module) -> None:
         quantizer: a tokenizer's.
 
     Raises:
-        ValueError: naming what differs: layout, number of codes, or, where code vectors are taken, their channels.
+        ValueError: if it is none, or naming what differs: layout, number of codes, or, where code vectors are taken,
+            their channels.
     """
+    check_offers("quantizer", quantizer, QUANTIZER_PARTS, "a tokenizer's quantizer")
     if quantizer.num_codes != prior.vocab_size:
         raise ValueError(f"quantizer has {quantizer.num_codes} codes; expected {prior.vocab_size}")
     if not prior.takes_indices and quantizer.dim != prior.embedding_dim:
@@ -111,6 +213,8 @@ def check_given(prior: Prior, given_idx_Bl: list[Tensor], num_images: int) -> No
     """
     prior.layout.check_blocks(given_idx_Bl, prior.layout.num_blocks)
     for k, idx in enumerate(given_idx_Bl):
+        if not len(idx):
+            raise ValueError(f"given_idx_Bl[{k}] has no row; expected {num_images}")
         if len(idx) != num_images or not -1 <= idx.min().item() <= idx.max().item() < prior.vocab_size:
             raise ValueError(
                 f"given_idx_Bl[{k}] has {len(idx)} rows from {idx.min().item()} to {idx.max().item()}; "

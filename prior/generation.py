@@ -14,7 +14,7 @@ from nextblock.data.finite import all_finite, extremes
 from nextblock.training.offload import run_offload_hook
 
 from .conditioning import Condition, Context
-from .family import Prior
+from .family import Prior, check_context, check_hidden, check_logits
 from .sampling import SamplingOptions, draw_gumbels, draw_uniforms, mix_codes, sample_tokens, truncate_logits
 
 
@@ -220,12 +220,15 @@ def _block_steps(
     scales = source.options.scales(K)
     num_guided = num_guided_blocks(scales) if is_guidance_fixed else K
     context = prior.context(condition.joined(condition.null()) if num_guided else condition)
+    check_context(context, 2 * B if num_guided else B)
     conditional = context.first(B)
     cache, canvas, content = prior.new_cache(len(context)), source.quantizer.start(B), None
     for k in range(K):
         rows = context if k < num_guided else conditional
         hidden_states = prior.decode_block(content, k, rows, cache)
+        check_hidden(prior, k, hidden_states, len(rows))
         logits = _guided_logits(prior, hidden_states, rows, conditional, scales[k])
+        check_logits(prior, k, logits, B)
         step = BlockStep(k, scales, logits, source, canvas)
         yield step
         if k + 1 < K:

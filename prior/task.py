@@ -36,7 +36,7 @@ from nextblock.training.run_config import options_dataclass
 
 from .conditioning import Condition
 from .configuration_block_prior import BlockPriorConfig
-from .family import Prior
+from .family import Prior, check_output, try_out
 from .generation import generate
 from .losses import PriorOutput
 from .modeling_block_prior import BlockPrior
@@ -129,7 +129,8 @@ class PriorTask:
         export: called with the prior, the tokenizer, sampling options, recipe, metrics and sample images.
 
     Raises:
-        ValueError: if the prior cannot draw samples as the run asks, or compute its loss in chunks.
+        ValueError: if the prior is none, gives tensors of other shapes than it must, cannot draw samples as the run
+            asks or compute its loss in chunks, or `loop.keep_best` is no figure of its evaluations.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class PriorTask:
         data: PriorData,
         export: Callable[..., None],
     ):
+        try_out(model)
         if config.loss_chunk_size is not None and not model.can_chunk_loss:
             raise ValueError(f"loss_chunk_size is {config.loss_chunk_size}; expected null for {type(model).__name__}")
         self.accelerator = accelerator
@@ -220,7 +222,9 @@ class PriorTask:
     def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition) -> PriorOutput:
         """Run the prior under teacher forcing."""
         var_input = self.tokenizer.idx_to_var_input(idx_BL, as_indices=self.takes_indices)
-        return model(var_input, condition, idx_BL, **self.loss_options)
+        output = model(var_input, condition, idx_BL, **self.loss_options)
+        check_output(output, tuple(idx_BL.shape))
+        return output
 
     @torch.no_grad()
     def _metrics(self, output: PriorOutput, loss: Tensor) -> Tensor:

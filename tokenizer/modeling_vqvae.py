@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import check_finite
-from nextblock.evaluation.codebook import check_codes, code_counts, codebook_statistics
+from nextblock.data.given import FLOAT_DTYPES, check_tensor
+from nextblock.evaluation.codebook import code_counts, codebook_statistics
 from nextblock.files.stored_model import StoredModel
 from nextblock.training.offload import run_offload_hook
 from nextblock.training.precision import without_tf32
@@ -34,6 +35,7 @@ from .quantizer import Codebook, Codec, Quantizer
 STATISTICS_MAX_BLOCKS = 64
 # Of the images that codes start from, in one pass: the 512 of a run on digits are one, of 256 px eight (1.4 GB).
 ENCODED_PIXELS = 1 << 19
+PIXELS_EXPECTED = "a floating-point tensor (batch, 3, H, W) in [-1, 1]"
 
 
 @dataclass
@@ -69,7 +71,7 @@ class VQVAE(StoredModel):
         config: the architecture.
 
     Raises:
-        ValueError: if the codebook is not of the configured size.
+        ValueError: if codec or codebook is none, is not of the configured size, or gives other tensors than it must.
     """
 
     config_class = VQVAEConfig
@@ -96,13 +98,16 @@ class VQVAE(StoredModel):
         # In this order both draw their weights.
         codebook = self.build_codebook(config)
         codec = self.build_codec(config)
+        self.quantizer = Quantizer(codec, codebook)
+        if codec.layout != self.layout:
+            raise ValueError(f"build_codec gives a codec of layout {codec.layout}; expected {self.layout}")
         for name, value in {"vocab_size": codebook.num_codes, "embedding_dim": codebook.dim}.items():
             if getattr(config, name) != value:
                 raise ValueError(
                     f"{name} is {getattr(config, name)}; expected {value} for a {type(codebook).__name__}"
                 )
-        self.quantizer = Quantizer(codec, codebook)
         self.post_init()
+        self.quantizer.try_out()
 
     def build_codebook(self, config: VQVAEConfig) -> Codebook:
         """Make the codebook; the one place that chooses it.
@@ -212,6 +217,7 @@ class VQVAE(StoredModel):
             ValueError: if the pixels have the wrong shape or type, or on the CPU the wrong range, or if what is
                 quantized is NaN or infinite.
         """
+        check_tensor("pixel_values", pixel_values, PIXELS_EXPECTED)
         run_offload_hook(self)
         # Which code is nearest may hang on the last bits of a feature.
         with without_tf32(pixel_values.device):
@@ -233,9 +239,9 @@ class VQVAE(StoredModel):
                 scales.
         """
         run_offload_hook(self)
-        self._check_indices(idx_BL)
         if not as_indices:
             return self.quantizer.var_input(idx_BL)
+        self.quantizer.check_indices(idx_BL)
         if self.layout.is_scales:
             raise ValueError("as_indices is True; expected False for a scale layout, whose input is no code's vector")
         return idx_BL[:, : self.layout.bounds[-1][0]]
@@ -255,7 +261,6 @@ class VQVAE(StoredModel):
                 the image, is NaN or infinite.
         """
         run_offload_hook(self)
-        self._check_indices(idx_BL)
         quantized = self.quantizer.idx_to_features(idx_BL)
         image = self.decode(quantized)
         check_finite("decoding", {"the quantized map": quantized, "the image": image})
@@ -316,25 +321,17 @@ class VQVAE(StoredModel):
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
         """Refuse pixels that are no (B, 3, H, W) floats in [-1, 1]."""
+        check_tensor("pixel_values", pixel_values, PIXELS_EXPECTED)
         expected = (self.config.num_channels, *self.config.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch, *{expected})")
-        if not pixel_values.is_floating_point():
+        if pixel_values.dtype not in FLOAT_DTYPES:
             raise ValueError(f"pixel_values has dtype {pixel_values.dtype}; expected floating point in [-1, 1]")
         if pixel_values.device.type != "cpu":
             return  # Reading the range would make every training step wait for the device, the prior's too.
         largest = pixel_values.detach().abs().amax().item() if pixel_values.numel() else 0.0
         if not largest <= 1.001:
             raise ValueError(f"pixel_values reaches {largest} in absolute value; expected finite numbers in [-1, 1]")
-
-    def _check_indices(self, idx_BL: Tensor) -> None:
-        """Refuse what does not fit the layout and indices that are no codes."""
-        if idx_BL.ndim != 2 or idx_BL.shape[1] != self.layout.num_tokens:
-            raise ValueError(f"idx_BL has shape {tuple(idx_BL.shape)}; expected (batch, {self.layout.num_tokens})")
-        if idx_BL.dtype != torch.int64:
-            raise ValueError(f"idx_BL has dtype {idx_BL.dtype}; expected torch.int64")
-        if idx_BL.device.type == "cpu":  # As with pixels; a GPU's own table look-up refuses what is no code.
-            check_codes(idx_BL, self.layout.block_lengths, self.quantizer.num_codes)
 
 
 def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:

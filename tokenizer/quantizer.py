@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import check_finite
+from nextblock.data.given import FLOAT_DTYPES, check_tensor
+from nextblock.evaluation.codebook import check_codes
 from nextblock.training.precision import full_precision, in_float32, moved_unhalved
 
 from .codebook_learned import LearnedCodebook
 from .codec_tiles import TileCodec
+from .seam_checks import check_parts, try_out
 
 
 class Codebook(Protocol):
@@ -121,11 +124,12 @@ class Quantizer(nn.Module):
         codebook: how a vector becomes an index.
 
     Raises:
-        ValueError: if the codebook has no floating-point tensor.
+        ValueError: if codec or codebook is none, or the codebook has no floating-point tensor.
     """
 
     def __init__(self, codec: Codec, codebook: Codebook):
         super().__init__()
+        check_parts(codec, codebook)
         if not any(tensor.is_floating_point() for tensor in chain(codebook.parameters(), codebook.buffers())):
             raise ValueError(
                 f"codebook is a {type(codebook).__name__} without a floating-point tensor; expected a parameter or "
@@ -160,9 +164,10 @@ class Quantizer(nn.Module):
             The quantized map (B, C, h, w), which passes gradients straight through; the scalar loss; and idx_BL.
 
         Raises:
-            ValueError: in evaluation mode, if features, codes or the codec's weights are NaN or infinite; a training
-                loop has a guard of its own and no time to wait for its device.
+            ValueError: if the map has another shape or dtype than it must; in evaluation mode also if features, codes
+                or the codec's weights are NaN or infinite: a training loop has a guard of its own and no time to wait.
         """
+        self._check_features(features)
         if not self.training:
             self.check_finite(features)
         with in_float32(features.device):
@@ -178,8 +183,10 @@ class Quantizer(nn.Module):
                 become code 0.
 
         Raises:
-            ValueError: if features, codes or the codec's weights are NaN or infinite.
+            ValueError: if the map has another shape or dtype than it must, or features, codes or the codec's weights
+                are NaN or infinite.
         """
+        self._check_features(features)
         if is_checked:
             self.check_finite(features)
         with in_float32(features.device):
@@ -191,12 +198,14 @@ class Quantizer(nn.Module):
             return self.codec.training_vectors(full_precision(features, self._like), self.codebook)
 
     def idx_to_features(self, idx_BL: Tensor) -> Tensor:
-        """Return the quantized map (B, C, h, w) that indices stand for."""
+        """Return the quantized map (B, C, h, w) of indices; those that `check_indices` refuses are refused."""
+        self.check_indices(idx_BL)
         with in_float32(idx_BL.device):
             return self.codec.decode(idx_BL, self.codebook)
 
     def var_input(self, idx_BL: Tensor) -> Tensor:
-        """Return the prior's input (B, L − L_1, C): for each block after the first, what the prior sees there."""
+        """Return the prior's input (B, L − L_1, C); indices that `check_indices` refuses are refused."""
+        self.check_indices(idx_BL)
         with in_float32(idx_BL.device):
             return self.codec.var_input(idx_BL, self.codebook)
 
@@ -222,6 +231,24 @@ class Quantizer(nn.Module):
         """Return the code vectors of indices as the decoder receives them, (…) → (…, C)."""
         with in_float32(idx.device):
             return self.codebook.lookup(idx)
+
+    def check_indices(self, idx_BL: Tensor) -> None:
+        """Refuse what does not fit the layout, and indices that are no codes.
+
+        Args:
+            idx_BL: (B, L) int64 in block order.
+
+        Raises:
+            ValueError: if shape or dtype do not fit, or one on the CPU is not a code.
+        """
+        L = self.layout.num_tokens
+        check_tensor("idx_BL", idx_BL, f"a torch.int64 tensor (batch, {L})")
+        if idx_BL.ndim != 2 or idx_BL.shape[1] != L:
+            raise ValueError(f"idx_BL has shape {tuple(idx_BL.shape)}; expected (batch, {L})")
+        if idx_BL.dtype != torch.int64:
+            raise ValueError(f"idx_BL has dtype {idx_BL.dtype}; expected torch.int64")
+        if idx_BL.device.type == "cpu":  # Reading them would wait for a GPU, whose own look-up refuses what is no code.
+            check_codes(idx_BL, self.layout.block_lengths, self.num_codes)
 
     def check_finite(self, features: Tensor | None = None) -> None:
         """Refuse to quantize with values that are NaN or infinite; waits for the device.
@@ -289,6 +316,24 @@ class Quantizer(nn.Module):
         self.codebook.after_step(*keys)
         for tensor, unmoved in zip(tensors, before, strict=True):
             tensor.copy_(torch.where(was_skipped, unmoved, tensor))
+
+    def try_out(self) -> None:
+        """Refuse a codebook that gives other tensors than it must, by a few vectors.
+
+        Raises:
+            ValueError: naming the method, what it gave and what was expected.
+        """
+        with in_float32(self._like.device):
+            try_out(self.codebook, self._like)
+
+    def _check_features(self, features: Tensor) -> None:
+        """Refuse what is no feature map of the codes' channels and the layout's size."""
+        grid = ("h", "w") if self.layout is None else self.layout.grid
+        expected = f"a floating-point tensor (batch, {self.dim}, {grid[0]}, {grid[1]})"
+        check_tensor("features", features, expected)
+        is_map = features.ndim == 4 and features.shape[1] == self.dim and features.dtype in FLOAT_DTYPES
+        if not is_map or (self.layout is not None and tuple(features.shape[2:]) != grid):
+            raise ValueError(f"features is {features.dtype} {tuple(features.shape)}; expected {expected}")
 
     @property
     def _like(self) -> Tensor:

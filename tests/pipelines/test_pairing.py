@@ -90,6 +90,26 @@ def test_a_prior_that_knows_no_tokenizer_is_not_checked(build_pipeline, foreign,
     assert "fingerprint" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda pipe: (pipe.prior, pipe.tokenizer), "tokenizer is a BlockPrior without quantizer, .* a VQVAE"),
+        (lambda pipe: (pipe.tokenizer, pipe.tokenizer), "prior is a VQVAE without vocab_size, .* a BlockPrior"),
+        (lambda pipe: (None, pipe.prior), "tokenizer is None without quantizer, .*; expected a VQVAE"),
+        (lambda pipe: (pipe.tokenizer, None), "prior is None without layout, .*; expected a BlockPrior"),
+        (lambda pipe: ("folder", pipe.prior), "tokenizer is a str without quantizer"),
+        (lambda pipe: (VQVAE, pipe.prior), "tokenizer is the class VQVAE; expected a VQVAE"),
+        (lambda pipe: (pipe.tokenizer.quantizer, pipe.prior), "tokenizer is a Quantizer without quantizer"),
+        (lambda pipe: (pipe.tokenizer, torch.nn.Identity()), "prior is a Identity without layout"),
+        (lambda pipe: (pipe.tokenizer, pipe.prior, None, "card"), "card is 'card'; expected a dict, or None"),
+        (lambda pipe: (pipe.tokenizer, pipe.prior, None, None, 1), "requires_own_tokenizer is 1; expected True"),
+    ],
+)
+def test_components_that_are_none_are_refused_by_name(changes, message, pipe):
+    with pytest.raises(ValueError, match=message):
+        ClassToImagePipeline(*changes(pipe))
+
+
 def test_commands_refuse_on_request(foreign, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         options = ["--pipeline", str(foreign), "--output_dir", str(tmp_path / "out"), "--cpu", "true"]

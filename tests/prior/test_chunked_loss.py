@@ -177,5 +177,5 @@ def test_chunks_without_labels_and_of_nothing_are_refused(make_prior, batch):
     model = make_prior(SCALES)
     with pytest.raises(ValueError, match="loss_chunk_size is 4 but labels is None"):
         model(*batch[:2], loss_chunk_size=4)
-    with pytest.raises(ValueError, match="loss_chunk_size is 0; expected at least 1"):
+    with pytest.raises(ValueError, match="loss_chunk_size is 0; expected an integer of at least 1"):
         model(*batch, loss_chunk_size=0)

@@ -92,8 +92,10 @@ def test_codes_start_from_the_vectors_of_a_map(layout):
 
 
 def test_a_codebook_without_any_tensor_is_refused():
-    with pytest.raises(ValueError, match="codebook is a Identity without a floating-point tensor"):
-        Quantizer(TileCodec(LAYOUTS["tiles"]), torch.nn.Identity())
+    codebook = LearnedCodebook(V, C)
+    del codebook.weight
+    with pytest.raises(ValueError, match="codebook is a LearnedCodebook without a floating-point tensor"):
+        Quantizer(TileCodec(LAYOUTS["tiles"]), codebook)
 
 
 # Precision
