@@ -246,6 +246,12 @@ def open_rows(
     else:
         parts = _mapped_shards(folder, manifest, split, shards, num_tokens)
     labels, views = (np.concatenate([part[column] for part in parts]) for column in (1, 2))
+    num_classes = len(manifest.class_names)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < max(num_classes, 1):
+        raise ValueError(
+            f"split {split!r} of {folder} has labels from {labels.min()} to {labels.max()}; expected "
+            f"0 to {max(num_classes - 1, 0)}, as its manifest has {num_classes} class_names"
+        )
     return [part.idx for part in parts], labels, views
 
 

@@ -159,6 +159,7 @@ class PriorTask:
         self.sampling.check_for(model)
         self.metric_names, self.block_shares = _block_metrics(model.layout)
         self.block_shares = self.block_shares.to(accelerator.device)
+        config.loop.check_keep_best([] if data.heldout is None else [*self.metric_names, "gain_nats"])
         self._export = export
         optimizer = build_optimizer(model, config.optimizer, model.no_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)

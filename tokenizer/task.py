@@ -100,6 +100,9 @@ class TokenizerTask:
         train_data: images with augmentation.
         eval_data: held-out images without, or None.
         perceptual: the perceptual term, or None.
+
+    Raises:
+        ValueError: if `loop.keep_best` is no figure of its evaluations.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class TokenizerTask:
         eval_data: Dataset | None,
         perceptual: nn.Module | None = None,
     ):
+        config.loop.check_keep_best([] if eval_data is None else _figures(model.layout.num_blocks))
         self.accelerator = accelerator
         self.config = config
         self.train_data = train_data
@@ -286,6 +290,11 @@ class TokenizerTask:
         """Save the tokenizer."""
         model.save_pretrained(self.config.output_dir)
         return Path(self.config.output_dir)
+
+
+def _figures(num_blocks: int) -> list[str]:
+    """Name the figures of an evaluation."""
+    return ["psnr", *(f"codebook/{name}" for name in codebook_curves(torch.zeros(num_blocks, 1)))]
 
 
 def _laid_out(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,5 +1,6 @@
 """Options of the training loop."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,21 @@ class LoopConfig:
         # What the generators of torch, numpy and python all take, each process's own number added.
         if not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed is {self.seed}; expected 0 to {(1 << 31) - 1}")
+
+    def check_keep_best(self, measured: Collection[str]) -> None:
+        """Refuse to keep the best step by a figure that evaluations will not have.
+
+        Args:
+            measured: names of the figures that they will have; none without held-out data.
+
+        Raises:
+            ValueError: naming the figure and those there are.
+        """
+        if self.keep_best is not None and self.keep_best not in measured:
+            known = ", ".join(measured) or "null: there is no held-out data"
+            raise ValueError(
+                f"loop.keep_best is {self.keep_best!r}, which evaluations do not measure; expected {known}"
+            )
 
     def count_steps(self, num_samples: int) -> None:
         """Turn epochs into steps, once the size of the data set is known.

@@ -91,6 +91,9 @@ MORE_TOKENS = [
     ("{tokens_version}", "format_version 9; expected 1"),
     ("{tokens_data}", "split"),
     ("{tokens_cut}", "train-00000"),
+    ("{tokens_names}", "class_names is [1, 2, 3]; expected a list[str]"),
+    ("{tokens_name}", "class_names is 'wren'; expected a list[str]"),
+    ("{tokens_few}", "has labels from 0 to 2; expected 0 to 0, as its manifest has 1 class_names"),
     ("''", "manifest.json"),
 ]
 SAMPLES = [

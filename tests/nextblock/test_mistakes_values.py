@@ -37,7 +37,9 @@ QUICK = {
     TOKENIZER: [
         ("loop.tracker", "wandb", "package wandb is not installed; expected null, or the package: pip install wandb"),
         ("loop.num_workers", "100000", "expected 0 to 256"),
+        ("loop.keep_best", "loss", "which evaluations do not measure; expected psnr, codebook/usage"),
     ],
+    PRIOR: [("loop.keep_best", "psnr", "which evaluations do not measure; expected loss, accuracy")],
 }
 THOROUGH = {
     TOKENIZER: [

@@ -30,6 +30,9 @@ MANIFESTS = {
     "vocab": {"vocab_size": "many"},
     "version": {"format_version": 9},
     "data": {"data": {}},
+    "names": {"class_names": [1, 2, 3]},
+    "name": {"class_names": "wren"},
+    "few": {"class_names": ["wren"]},
 }
 CONFIGS = {
     "self": "loop: &a {num_steps: *a}\n",
