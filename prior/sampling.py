@@ -164,10 +164,13 @@ def image_generators(generator: Generator | list[Generator] | None, num_images: 
         ValueError: if a list has another length, or an entry is no generator.
     """
     if isinstance(generator, (list, tuple)):
-        if len(generator) != num_images or not all(isinstance(g, Generator) for g in generator):
+        if len(generator) != num_images:
             raise ValueError(
                 f"generator is a list of {len(generator)}; expected {num_images} torch.Generators, one an image"
             )
+        for n, each in enumerate(generator):
+            if not isinstance(each, Generator):
+                raise ValueError(f"generator[{n}] is {each!r:.80}; expected a torch.Generator")
         return list(generator)
     if generator is not None and not isinstance(generator, Generator):
         raise ValueError(f"generator is {generator!r}; expected a torch.Generator, a list of them, or None")

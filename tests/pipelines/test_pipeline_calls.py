@@ -37,6 +37,7 @@ WRONG_CALLS = [
     ({"is_smooth": 1}, "is_smooth is 1; expected True or False"),
     ({"generator": 42}, "generator is 42; expected a torch.Generator"),
     ({"generator": [torch.Generator()] * 2}, "generator is a list of 2; expected 1 torch.Generators"),
+    ({"generator": [None]}, r"generator\[0\] is None; expected a torch.Generator"),
     ({"idx_Bl": GOOD_IDX[:2]}, "idx_Bl has 2 blocks; expected a list of 3"),
     ({"idx_Bl": [idx.float() for idx in GOOD_IDX]}, r"idx_Bl\[0\] has dtype torch.float32; expected torch.int64"),
     ({"idx_Bl": [idx + 13 for idx in GOOD_IDX]}, r"idx_Bl\[0\] has 1 rows from 12 to 12; expected 1 rows from -1"),

@@ -265,7 +265,7 @@ def test_no_generator_means_torchs_own_and_a_generator_leaves_it_alone():
     [
         ([torch.Generator()], "generator is a list of 1; expected 2 torch.Generators"),
         ([torch.Generator()] * 3, "generator is a list of 3; expected 2"),
-        ([torch.Generator(), 7], "generator is a list of 2; expected 2 torch.Generators"),
+        ([torch.Generator(), 7], r"generator\[1\] is 7; expected a torch.Generator"),
         (7, "generator is 7; expected a torch.Generator"),
     ],
 )
