@@ -58,7 +58,10 @@ def check_stopped(folder: Path, output: str, command: str, signal_name: str) -> 
     assert not [name for name in ("manifest.json", "images.npz") if (folder / name).exists()]
 
 
-@pytest.mark.parametrize(("command", "signal_name"), [pytest.param("tokenize", "SIGINT", marks=pytest.mark.slow), ("sample", "SIGTERM")])
+@pytest.mark.parametrize(
+    ("command", "signal_name"),
+    [pytest.param("tokenize", "SIGINT", marks=pytest.mark.slow), ("sample", "SIGTERM")],
+)
 def test_a_signalled_job_stops_cleanly(command, signal_name, jobs, tmp_path):
     folder = tmp_path / "out"
     process = start(command, jobs[command], folder)
