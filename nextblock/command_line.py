@@ -51,6 +51,8 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
     namespace.pop("config")
     for name, value in _misplaced_values(config_class, namespace):
         parser.error(f'Parser key "{name}":\n  Expected {"a value, got null" if value is None else "options"}')
+    for name, value, most in _outsized(namespace):
+        parser.error(f"{name} is {value}; expected at most {most}")
     try:
         config = config_class(**vars(parser.instantiate(namespace)))
         check_output_folders(config)
@@ -224,3 +226,18 @@ def _misplaced_values(config_class: type, namespace: Namespace, prefix: str = ""
             yield from _misplaced_values(hint, value, f"{prefix}{field.name}.")
         elif isinstance(value, str | int | float | list) and dataclasses.is_dataclass(hint):
             yield prefix + field.name, value
+
+
+# Images or rows at a time, and pictures to look at: of more, a mistyped number, no machine holds what is made of them.
+_MOST = {"batch_size": 1 << 16, "eval_batch_size": 1 << 16, "num_pictures": 1 << 12, "num_pictures_per_class": 1 << 12}
+# What numpy, torch and the files hold of any other number.
+_MAX_INTEGER = (1 << 63) - 1
+
+
+def _outsized(namespace: Namespace) -> Iterator[tuple[str, int, int]]:
+    """Yield integers that are larger than anything can be made of, and the largest that is taken."""
+    for name, value in vars(namespace.as_flat()).items():
+        most = _MOST.get(name.rpartition(".")[2], _MAX_INTEGER)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int) and number > most:
+                yield name, number, most

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -99,6 +100,11 @@ def _break_models(copied) -> None:
     torch.save({"a": torch.zeros(1)}, copied("tokenizer_pickle", "tokenizer", weights) / "pytorch_model.bin")
     for name, content in {"binary": BINARY, "list": b"[1]", "blankjson": b"", "cutjson": b'{"model_type": '}.items():
         (copied(f"tokenizer_{name}", "tokenizer") / config).write_bytes(content)
+    os.truncate(copied("tokenizer_outsized", "tokenizer") / config, 1 << 40)
+    for name, make in {"pipe": os.mkfifo, "damaged": Path.touch, "folder": Path.mkdir}.items():
+        inside = copied("among_pipes", "empty") / name if name == "pipe" else inside.with_name(name)
+        inside.mkdir()
+        make(inside / config)
     for name, change in TOKENIZERS.items():
         path = copied(f"tokenizer_{name}", "tokenizer") / config
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
