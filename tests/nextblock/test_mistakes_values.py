@@ -154,7 +154,7 @@ THOROUGH = {
         ("num_workers", "-1", "expected at least 0"),
         ("rows_per_shard", "9999999999", "expected under"),
         ("num_augmented_views", "2", "expected 0 views, or a transform"),
-        ("ten_crop_ratio", ".inf", "expected a number of 1 or more, or null"),
+        ("ten_crop_ratio", "1e300", "expected a number from 1 to 16, or null"),
         ("on_error", "x", "Expected a"),
         ("seed", HUGE, "expected at most"),
         ("data.path", "{missing}", "expected a folder of images"),

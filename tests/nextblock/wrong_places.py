@@ -101,10 +101,10 @@ def _break_models(copied) -> None:
     for name, content in {"binary": BINARY, "list": b"[1]", "blankjson": b"", "cutjson": b'{"model_type": '}.items():
         (copied(f"tokenizer_{name}", "tokenizer") / config).write_bytes(content)
     os.truncate(copied("tokenizer_outsized", "tokenizer") / config, 1 << 40)
-    for name, make in {"pipe": os.mkfifo, "damaged": Path.touch, "folder": Path.mkdir}.items():
-        inside = copied("among_pipes", "empty") / name if name == "pipe" else inside.with_name(name)
-        inside.mkdir()
-        make(inside / config)
+    folder = copied("among_pipes", "empty")
+    for make in (os.mkfifo, Path.touch, Path.mkdir):
+        (folder / make.__name__).mkdir()
+        make(folder / make.__name__ / config)
     for name, change in TOKENIZERS.items():
         path = copied(f"tokenizer_{name}", "tokenizer") / config
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
