@@ -60,10 +60,10 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
     namespace.pop("config")
     for name, value in _misplaced_values(config_class, namespace):
         parser.error(f'Parser key "{name}":\n  Expected {"a value, got null" if value is None else "options"}')
-    for name, value, most in _outsized(namespace):
-        parser.error(f"{name} is {value}; expected at most {most}")
     try:
         config = config_class(**vars(parser.instantiate(namespace)))
+        for name, value, most in _outsized(namespace):
+            raise ValueError(f"{name} is {value}; expected at most {most}")
         check_output_folders(config)
     except ValueError as error:
         parser.error(str(error), error)
