@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# A picture is resized to the square of its ratio to the target's area.
+MAX_RATIO = 16
 # A resized picture of up to so many times the area to be covered is made whole.
 _MAX_COVER = 32
 # Beyond that, so many times the crop's longer side is kept on either side of the crop, for what a shift brings in.
@@ -41,8 +43,8 @@ class TransformConfig:
     digits and twice as fast, "bicubic" keeps more of the detail of photographs."""
 
     def __post_init__(self):
-        if not (math.isfinite(self.resize_ratio) and self.resize_ratio >= 1):
-            raise ValueError(f"resize_ratio={self.resize_ratio}: expected a number of 1 or more")
+        if not 1 <= self.resize_ratio <= MAX_RATIO:
+            raise ValueError(f"resize_ratio={self.resize_ratio}: expected a number from 1 to {MAX_RATIO}")
         for name in ("max_shift", "max_rotation", "max_scale", "max_shear"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

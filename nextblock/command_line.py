@@ -25,6 +25,15 @@ from .output_folders import check_output_folders
 
 ConfigT = TypeVar("ConfigT")
 
+set_parsing_settings(
+    # The descriptions of fields are the strings under them.
+    docstring_parse_attribute_docstrings=True,
+    validate_defaults=True,
+    # A class that options name would be imported, and its module run.
+    import_path_denylist=["*"],
+    import_path_allowlist=["nextblock"],
+)
+
 
 def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequence[str]) -> ConfigT:
     """Reads a run config from `--config` files and command line options.
@@ -41,7 +50,7 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
         An instance of config_class.
     """
     parser = _run_config_parser(config_class, command)
-    _check_group_files(parser, config_class, argv)
+    _check_group_files(parser, argv)
     try:
         namespace = parser.parse_args(list(argv))
         given = parser.parse_args(list(argv), defaults=False)
@@ -53,6 +62,8 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
         parser.error(f'Parser key "{name}":\n  Expected {"a value, got null" if value is None else "options"}')
     try:
         config = config_class(**vars(parser.instantiate(namespace)))
+        for name, value, most in _outsized(namespace):
+            raise ValueError(f"{name} is {value}; expected at most {most}")
         check_output_folders(config)
     except ValueError as error:
         parser.error(str(error), error)
@@ -91,6 +102,7 @@ class _ExampleParser(ArgumentParser):
 
     example = ""
     piped: dict[str, str]
+    group_names: set[str]
     source: str | None = None
     """The file that is being read, whose name belongs into messages."""
 
@@ -143,7 +155,7 @@ class _NamedConfigFile(ActionConfigFile):
         if is_file or _SUBSTITUTION.fullmatch(values):
             try:
                 text = read_text(values, MAX_YAML_BYTES) if is_file else parser.read_pipe(values)
-                check_options_text(text, values)
+                check_options_text(text, values, parser.group_names)
             except (ValueError, OSError) as error:
                 parser.error(f"--config: {error}", error)
             self._read(parser, cfg, values if is_file else text, values)
@@ -176,8 +188,6 @@ def shipped_configs() -> dict[str, Any]:
 
 
 def _run_config_parser(config_class: type, command: str) -> ArgumentParser:
-    # The descriptions of fields are the strings under them.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, validate_defaults=True)
     prog = f"nextblock {command}"
     parser = _ExampleParser(
         prog=prog,
@@ -187,30 +197,32 @@ def _run_config_parser(config_class: type, command: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     help_text = "YAML file, or the name of a shipped config. May be repeated; the last value counts."
-    parser.example, parser.piped = example_text(command), {}
+    parser.example, parser.piped, parser.group_names = example_text(command), {}, set(_groups(config_class))
     parser.add_argument("--config", action=_NamedConfigFile, help=help_text)
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 
 
-def _check_group_files(parser: ArgumentParser, config_class: type, argv: Sequence[str]) -> None:
-    """Refuse what is given for a whole group of options, as in `--loop FILE`, and is no file of options."""
-    groups = set(_groups(config_class))
+def _check_group_files(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    """Refuse what is given for a whole group of options, as in `--loop FILE`, and neither is nor names options."""
     words = [word for argument in argv for word in argument.split("=", 1)]
     for option, value in pairwise(words):
-        if option in groups and os.path.exists(value):
+        if option.startswith("--") and option[2:] in parser.group_names:
+            is_file = os.path.exists(value)
             try:
-                check_options_text(read_text(value, MAX_YAML_BYTES), value)
+                text = read_text(value, MAX_YAML_BYTES) if is_file else value
+                check_options_text(text, value, parser.group_names, f"{option[2:]}.")
             except (ValueError, OSError) as error:
                 parser.error(f"{option}: {error}", error)
 
 
-def _groups(config_class: type, prefix: str = "--") -> Iterator[str]:
-    """Yield the options that stand for a group."""
+def _groups(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Yield the names that stand for a group."""
     for name, hint in get_type_hints(config_class).items():
-        if dataclasses.is_dataclass(hint):
-            yield f"{prefix}{name}"
-            yield from _groups(hint, f"{prefix}{name}.")
+        for each in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(each):
+                yield f"{prefix}{name}"
+                yield from _groups(each, f"{prefix}{name}.")
 
 
 def _misplaced_values(config_class: type, namespace: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -224,3 +236,18 @@ def _misplaced_values(config_class: type, namespace: Namespace, prefix: str = ""
             yield from _misplaced_values(hint, value, f"{prefix}{field.name}.")
         elif isinstance(value, str | int | float | list) and dataclasses.is_dataclass(hint):
             yield prefix + field.name, value
+
+
+# Images or rows at a time, and pictures to look at: of more, a mistyped number, no machine holds what is made of them.
+_MOST = {"batch_size": 1 << 16, "eval_batch_size": 1 << 16, "num_pictures": 1 << 12, "num_pictures_per_class": 1 << 12}
+# What numpy, torch and the files hold of any other number.
+_MAX_INTEGER = (1 << 63) - 1
+
+
+def _outsized(namespace: Namespace) -> Iterator[tuple[str, int, int]]:
+    """Yield integers that are larger than anything can be made of, and the largest that is taken."""
+    for name, value in vars(namespace.as_flat()).items():
+        most = _MOST.get(name.rpartition(".")[2], _MAX_INTEGER)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int) and number > most:
+                yield name, number, most

@@ -1,7 +1,7 @@
 """Models and pipelines that an option names: a folder of the right kind, or a repository of the hub that answers."""
 
-import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from nextblock.data.tokens import MANIFEST_NAME
 from nextblock.evaluation.training_log import RECORD_NAME
 from nextblock.files.part_jobs import JOB_NAME
+from nextblock.files.regular import read_json
 
 from .mistakes import reading
 
@@ -58,7 +59,7 @@ def _check_folder(folder: Path, marker: str, model_type: str | None) -> None:
         raise ValueError("it is empty")
     if not (folder / marker).is_file():
         kinds = [kind for name, kind in _KINDS.items() if (folder / name).is_file()]
-        inside = [path.parent for path in folder.glob(f"*/{marker}") if _content(path).get("model_type") == model_type]
+        inside = [path.parent for path in folder.glob(f"*/{marker}") if _is_of_type(path, model_type)]
         hint = "".join(f"; there is one in {place}" for place in inside)
         raise ValueError(f"it {f'is {kinds[0]}' if kinds else f'has no {marker}'}{hint}")
     found = _content(folder / marker).get("model_type")
@@ -68,13 +69,17 @@ def _check_folder(folder: Path, marker: str, model_type: str | None) -> None:
 
 def _content(path: Path) -> dict:
     """Read a model's or a pipeline's configuration."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not names and values")
     return content
+
+
+def _is_of_type(path: Path, model_type: str | None) -> bool:
+    """Tell whether a file, which nobody named and may be anything, is the configuration of such a model."""
+    with suppress(ValueError, OSError):
+        return _content(path).get("model_type") == model_type
+    return False
 
 
 def _hub_options(source: str, marker: str) -> dict[str, bool]:

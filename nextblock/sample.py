@@ -41,6 +41,8 @@ from .stoppable import Job, stoppable_job
 _PICTURE_NAME = "samples.png"
 _PICTURE_COLUMNS, _PICTURE_ROWS = 10, 10
 _NUM_WRITERS = 4
+# Their classes alone take gigabytes beyond; a mistyped number must not begin to.
+_MAX_IMAGES = 10**8
 
 
 @dataclass(kw_only=True)
@@ -183,7 +185,14 @@ def _check_against(pipe: ClassToImagePipeline, config: SampleConfig, sampling: S
     wanted, num_classes = config.class_labels, pipe.prior.conditions.num_classes
     if wanted is None and num_classes:
         wanted = range(num_classes)
-    return pipe.resolve_labels(wanted)
+    labels = pipe.resolve_labels(wanted)
+    num_images = len(labels) * config.num_images_per_label
+    if num_images > _MAX_IMAGES:
+        raise ValueError(
+            f"num_images_per_label is {config.num_images_per_label}, of {len(labels)} labels; expected at most "
+            f"{_MAX_IMAGES} images in all"
+        )
+    return labels
 
 
 def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int], state: PartialState) -> dict:

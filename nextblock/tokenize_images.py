@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 
-from nextblock.data.augment import TransformConfig
+from nextblock.data.augment import MAX_RATIO, TransformConfig
 from nextblock.data.images import ImageDataConfig, load_source, source_files
 from nextblock.data.source_record import check_files
 from nextblock.data.token_account import check_finished, finish
@@ -92,8 +92,9 @@ class TokenizeConfig:
         for name in ("num_augmented_views", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
-        if self.ten_crop_ratio is not None and not 1 <= self.ten_crop_ratio < float("inf"):
-            raise ValueError(f"ten_crop_ratio is {self.ten_crop_ratio}; expected a number of 1 or more, or null")
+        if self.ten_crop_ratio is not None and not 1 <= self.ten_crop_ratio <= MAX_RATIO:
+            expected = f"a number from 1 to {MAX_RATIO}, or null"
+            raise ValueError(f"ten_crop_ratio is {self.ten_crop_ratio}; expected {expected}")
         for name, values in (
             ("on_error", ("stop", "skip")),
             ("mixed_precision", ("no", "bf16")),

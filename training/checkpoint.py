@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ MANIFEST_NAME = "checkpoint.json"
 # Another one whenever checkpoints written before cannot be loaded any more. Version 0.1.0 wrote none.
 FORMAT_VERSION = 3
 RUN_CONFIG_NAME, MODEL_CONFIG_NAME = "config.yaml", "config.json"
+# The folder beside the checkpoints that has the best one.
+BEST_NAME = "best"
 
 
 class Record(Protocol):
@@ -37,6 +41,32 @@ class Record(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> object:
         """Go on from such tensors."""
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, those of fewer steps first; what has other names is none, and stays.
+
+    Args:
+        folder: where checkpoints lie; it need not be there.
+
+    Returns:
+        Their paths, damaged ones among them.
+    """
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+
+
+def check_folders(checkpoints: Path) -> None:
+    """Refuse to begin a run that could not save: a file, a pipe or a broken link where its checkpoints belong.
+
+    Args:
+        checkpoints: the run's folder of them, which need not be there.
+
+    Raises:
+        ValueError: naming what is there.
+    """
+    for place in (checkpoints, checkpoints.with_name(BEST_NAME)):
+        if os.path.lexists(place) and not place.is_dir():
+            raise ValueError(f"{place} is no folder; expected one for checkpoints, or nothing")
 
 
 def save_checkpoint(
@@ -83,7 +113,7 @@ def _save(
     folder = final.parent
     if accelerator.is_main_process:
         for leftover in folder.glob(".step_*.tmp"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
         temporary.mkdir(parents=True)
         for name, text in descriptions.items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -109,17 +139,24 @@ def _save(
             _check_whole(path)
         write_text_whole(temporary / MANIFEST_NAME, json.dumps(manifest, indent=2))
         flush_to_disk(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         temporary.rename(final)
         flush_to_disk(folder)
         # What lies beyond this step was left by a run that went on from an earlier checkpoint than its last.
-        known = sorted(folder.glob("step_*"))
+        known = saved_steps(folder)
         kept = known[: known.index(final) + 1][-num_kept:]
         for other in known:
             if other not in kept:
-                shutil.rmtree(other)
+                _remove(other)
     accelerator.wait_for_everyone()
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or whatever else has its name: of a link not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check_whole(path: Path) -> None:
@@ -194,8 +231,8 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
             raise ValueError(f"resume_from_checkpoint is {wanted}, which cannot be used: {problem}")
         _check_format(Path(wanted))
         return Path(wanted)
-    candidates = sorted(folder.glob("step_*"), reverse=True)
-    for candidate in candidates:
+    candidates = saved_steps(folder)
+    for candidate in reversed(candidates):
         problem = damage(candidate)
         if problem is None:
             _check_format(candidate)

@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from .checkpoint import saved_steps
 from .sharding import local_part, whole_tensor
 
 
@@ -152,7 +153,7 @@ class StepGuard:
     def _refuse_long_streaks(self) -> None:
         if int(self._longest) < self._max_steps:
             return
-        saved = sorted(self._checkpoints.glob("step_*"))
+        saved = saved_steps(self._checkpoints)
         raise NonFiniteError(
             f"step {self._num_done}: loss or gradient was not finite in {int(self._longest)} steps in a row, which "
             f"were skipped; last good checkpoint: {saved[-1] if saved else 'none yet'}. Lower optimizer.learning_rate, "

@@ -26,7 +26,7 @@ from nextblock.files.atomic import write_text_whole
 from .alarms import CodeUsage, UsageAlarm
 from .average import AVERAGE_NAME, WeightAverage
 from .buckets import settle_gradient_buckets
-from .checkpoint import MODEL_CONFIG_NAME, RUN_CONFIG_NAME, Record, save_checkpoint
+from .checkpoint import BEST_NAME, MODEL_CONFIG_NAME, RUN_CONFIG_NAME, Record, save_checkpoint, saved_steps
 from .guards import StepGuard
 from .initial_weights import load_initial_weights
 from .loop_config import LoopConfig
@@ -39,9 +39,6 @@ from .sharding import is_sharded, whole_model
 from .stopping import StopRequest
 
 logger = get_logger(__name__)
-
-# The folder beside the checkpoints that has the best one.
-BEST_NAME = "best"
 
 
 class RunConfig(Protocol):
@@ -320,7 +317,7 @@ def _export(
     model = _learned_model(accelerator, task, average)
     if accelerator.is_main_process:
         folder = task.export(model.eval(), recorder.last_evaluation)
-        best = max(checkpoints.with_name(BEST_NAME).glob("step_*"), default=None)
-        last = max(checkpoints.glob("step_*"))
+        best = max(saved_steps(checkpoints.with_name(BEST_NAME)), default=None)
+        last = max(saved_steps(checkpoints))
         print(recorder.closing_line(model=folder, checkpoint=last, best=best), flush=True)
     accelerator.wait_for_everyone()

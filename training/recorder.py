@@ -18,7 +18,7 @@ from torch import Tensor
 from nextblock.evaluation.pictures import save_picture
 from nextblock.evaluation.training_log import ALARMS_NAME, LOG_NAME
 from nextblock.files.atomic import set_aside, write_whole, writing
-from nextblock.files.regular import open_regular
+from nextblock.files.regular import MAX_TEXT_BYTES, read_content
 
 from .sharding import whole_tensor
 
@@ -169,8 +169,7 @@ def _keep_lines_up_to(path: Path, step: int, is_whole: Callable[[dict], bool]) -
     try:
         texts = [b""]
         if step and path.exists():
-            with open_regular(path) as file:
-                texts = file.read().split(b"\n")
+            texts = read_content(path, MAX_TEXT_BYTES).split(b"\n")
     except (OSError, ValueError):
         damaged = ["all"]
     # A crash may have cut the last line short.

@@ -8,7 +8,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from .checkpoint import RUN_CONFIG_NAME, Record, find_checkpoint, load_checkpoint
+from .checkpoint import RUN_CONFIG_NAME, Record, check_folders, find_checkpoint, load_checkpoint, saved_steps
 from .loop_config import LoopConfig
 
 logger = get_logger(__name__)
@@ -73,11 +73,13 @@ def resume(
         The number of steps taken, 0 without a checkpoint.
 
     Raises:
-        ValueError: if there are checkpoints that the run does not go on from, or the wanted one is damaged, has taken
-            more steps than the run has, or was written under options that lead to other weights.
+        ValueError: if there is no folder where checkpoints belong; if there are checkpoints that the run does not go
+            on from; if the wanted one is damaged, has taken more steps than the run has, or was written under options
+            that lead to other weights.
     """
+    check_folders(checkpoints)
     if config.resume_from_checkpoint is None:
-        if any(checkpoints.glob("step_*")):
+        if saved_steps(checkpoints):
             raise ValueError(
                 f"resume_from_checkpoint is null, but {checkpoints} holds checkpoints of an earlier run; expected "
                 "'latest' to go on with it, or another output_dir"

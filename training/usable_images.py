@@ -18,6 +18,8 @@ from nextblock.data.usable import UsableImages, describe_unreadable, find_unread
 from nextblock.files.atomic import set_aside, write_text_whole
 from nextblock.files.regular import read_json
 
+from .checkpoint import saved_steps
+
 UNREADABLE_NAME = "unreadable.json"
 logger = get_logger(__name__)
 
@@ -118,7 +120,7 @@ def check_run_files(
 
 def _is_begun(output_dir: Path) -> bool:
     """Whether a run has come to a checkpoint."""
-    return any((output_dir / "checkpoints").glob("step_*"))
+    return bool(saved_steps(output_dir / "checkpoints"))
 
 
 def _read(path: Path) -> dict:

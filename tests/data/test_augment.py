@@ -252,8 +252,8 @@ def test_apply_transform_warps_as_drawn_then_mirrors():
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("resize_ratio", 0.9, "1 or more"),
-        ("resize_ratio", math.nan, "1 or more"),
+        ("resize_ratio", 0.9, "from 1 to 16"),
+        ("resize_ratio", math.nan, "from 1 to 16"),
         ("max_shift", -1, "0 or more"),
         ("max_rotation", 181, "at most 180"),
         ("max_scale", 1, "less than 1"),

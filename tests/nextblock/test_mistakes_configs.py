@@ -31,6 +31,10 @@ CONTENTS = [
     ("intkey", "Key must be a string, got: 1"),
     ("misspelt", "did you mean --loop.num_steps?"),
     ("group", "Expected options"),
+    ("groupfile", "loop is '/dev/zero'; expected options by name"),
+    ("groupinside", "discriminator.optimizer is '/dev/zero'; expected options by name"),
+    ("groupdotted", "discriminator.optimizer is '/dev/zero'; expected options by name"),
+    ("class", "Importing 'this.Config' is not allowed"),
     ("null", 'Parser key "loop.num_workers"'),
     ("text", 'Parser key "loop.batch_size"'),
     ("names", "class_names"),
@@ -72,14 +76,21 @@ def test_a_wrong_option_in_a_file_is_named(name, words, refusal):
     assert words in refusal(f"train-tokenizer --output_dir {{new}} --config {{yaml_{name}}}")
 
 
+def test_a_class_that_options_name_is_not_imported(refusal):
+    for given in ("this.Config", "'{{class_path: this.Config}}'", "{yaml_class}"):
+        for option in ("train-tokenizer --loop", "train-tokenizer --discriminator.optimizer", "train-prior --data"):
+            refusal(option + " " + given + " --output_dir {new}")
+    assert "this" not in sys.modules
+
+
 @pytest.mark.parametrize(("typed", "words"), WORDS)
 def test_wrong_words_are_said(typed, words, refusal, places):
     assert words.format_map(places) in refusal(typed)
 
 
 def test_yaml_that_is_good_is_taken():
-    check_options_text("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\nd: [*a, *a]\n", "good.yaml")
-    check_options_text("", "blank.yaml")
+    check_options_text("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\nd: [*a, *a]\n", "good.yaml", {"a.x"})
+    check_options_text("", "blank.yaml", {"a"})
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -53,6 +54,10 @@ CONFIGS = {
     + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
     "misspelt": "loop: {num_stepz: 3}\n",
     "group": "loop: [1, 2]\n",
+    "groupfile": "loop: /dev/zero\n",
+    "groupinside": "discriminator: {optimizer: /dev/zero}\n",
+    "groupdotted": "discriminator.optimizer: /dev/zero\n",
+    "class": "loop: {class_path: this.Config}\n",
     "null": "loop: {num_workers: null}\n",
     "text": "loop: {batch_size: many}\n",
     "names": "data: {source: folder, path: x, class_names: [1, 2]}\n",
@@ -102,6 +107,11 @@ def _break_models(copied) -> None:
     torch.save({"a": torch.zeros(1)}, copied("tokenizer_pickle", "tokenizer", weights) / "pytorch_model.bin")
     for name, content in {"binary": BINARY, "list": b"[1]", "blankjson": b"", "cutjson": b'{"model_type": '}.items():
         (copied(f"tokenizer_{name}", "tokenizer") / config).write_bytes(content)
+    os.truncate(copied("tokenizer_outsized", "tokenizer") / config, 1 << 40)
+    folder = copied("among_pipes", "empty")
+    for make in (os.mkfifo, Path.touch, Path.mkdir):
+        (folder / make.__name__).mkdir()
+        make(folder / make.__name__ / config)
     for name, change in TOKENIZERS.items():
         path = copied(f"tokenizer_{name}", "tokenizer") / config
         path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -92,7 +92,7 @@ def test_options_out_of_range_are_refused(tokenize_here, tmp_path, capsys):
         (["--num_threads", 0], "num_threads is 0; expected at least 1"),
         (["--min_image_side", 0], "min_image_side is 0; expected at least 1"),
         (["--seed", -1], "seed is -1; expected at least 0"),
-        (["--ten_crop_ratio", 0.9], "ten_crop_ratio is 0.9; expected a number of 1 or more"),
+        (["--ten_crop_ratio", 0.9], "ten_crop_ratio is 0.9; expected a number from 1 to 16, or null"),
     ):
         with pytest.raises(SystemExit):
             tokenize_here(tmp_path / "new", *options)

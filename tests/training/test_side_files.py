@@ -1,10 +1,14 @@
 """Files that a run keeps for people: damaged ones are named and set aside, and its whole checkpoints are resumed."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from nextblock.data.images import ImageDataConfig
 from nextblock.evaluation.training_log import read_starts
 from nextblock.training.accelerator import build_accelerator
+from nextblock.training.checkpoint import damage
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.usable_images import open_training_images
 
@@ -85,3 +89,39 @@ def test_a_damaged_list_of_unreadable_images_is_made_anew(tmp_path, caplog):
         assert (run / "unreadable.json").read_bytes() == whole
         aside = run / ("unreadable.json.damaged" + f"-{number + 1}" * (number > 0))
         assert aside.read_bytes() == content and f"set aside as {aside}, and all" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "link"])
+def test_what_only_has_the_name_of_a_checkpoint_costs_no_step(tmp_path, kind):
+    """Neither what lies where one is to be written, nor where a newer one or a killed save's leftover would."""
+    options = {"num_steps": 4, "save_every": 2, "num_checkpoints": 2}
+    train(tmp_path, **options | {"num_steps": 2})
+    checkpoints, kept = tmp_path / "checkpoints", tmp_path / "kept"
+    kept.mkdir()
+    for name in ("step_00000004", "step_00000009", ".step_00000004.tmp", ".step_00000008.tmp"):
+        make = {"file": Path.touch, "pipe": os.mkfifo, "link": lambda path: path.symlink_to(kept)}[kind]
+        make(checkpoints / name)
+    (kept / "mine").touch()
+    for name in ("step_00000002_mine", "step_best", "step_00000002.zip"):
+        (checkpoints / name).mkdir()
+    train(tmp_path, resume_from_checkpoint="latest", accepts_changed_options=True, **options)
+    names = {"step_00000002", "step_00000004", "step_00000002_mine", "step_best", "step_00000002.zip"}
+    assert {path.name for path in checkpoints.iterdir()} == names and damage(checkpoints / "step_00000004") is None
+    assert (kept / "mine").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "best"])
+def test_a_run_that_could_not_save_does_not_begin(tmp_path, name):
+    for number, make in enumerate((Path.touch, os.mkfifo, lambda path: path.symlink_to("nowhere"))):
+        run = tmp_path / str(number)
+        run.mkdir()
+        make(run / name)
+        with pytest.raises(ValueError, match=f"{name} is no folder; expected one for checkpoints, or nothing"):
+            train(run, num_steps=2, save_every=1)
+
+
+def test_a_log_larger_than_any_is_set_aside_unread(tmp_path):
+    train(tmp_path, num_steps=2, save_every=1)
+    os.truncate(tmp_path / "metrics.jsonl", 1 << 40)
+    train(tmp_path, num_steps=3, save_every=1, resume_from_checkpoint="latest", accepts_changed_options=True)
+    assert (tmp_path / "metrics.jsonl.damaged").stat().st_size == 1 << 40
