@@ -38,7 +38,6 @@ QUICK = {
         ("output_dir", "{used}", "expected a new or empty folder"),
     ],
     MEASURE: [("batch_size", HUGE, "expected at most 65536")],
-    PRIOR: [("num_pictures_per_class", "10000000", "expected at most 4096")],
     TOKENIZER: [
         ("eval_batch_size", HUGE, "expected at most 65536"),
         ("model.width_multipliers", f"[1,{HUGE}]", "model.width_multipliers is 1208925819614629174706176; expected at"),
@@ -46,7 +45,10 @@ QUICK = {
         ("loop.num_workers", "100000", "expected 0 to 256"),
         ("loop.keep_best", "loss", "which evaluations do not measure; expected psnr, codebook/usage"),
     ],
-    PRIOR: [("loop.keep_best", "psnr", "which evaluations do not measure; expected loss, accuracy")],
+    PRIOR: [
+        ("num_pictures_per_class", "10000000", "expected at most 4096"),
+        ("loop.keep_best", "psnr", "which evaluations do not measure; expected loss, accuracy"),
+    ],
 }
 THOROUGH = {
     TOKENIZER: [
