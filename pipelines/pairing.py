@@ -41,18 +41,20 @@ def check_components(tokenizer: PreTrainedModel, prior: PreTrainedModel, card, i
 def check_pair(prior: PreTrainedModel, tokenizer: PreTrainedModel, is_required: bool) -> None:
     """Warn of a tokenizer that is not the one that made the tokens of a prior, or refuse it.
 
-    Nothing is said where it cannot be known: the prior, of an older version say, knows no fingerprint, or the
+    There is no warning where it cannot be known: the prior, of an older version say, knows no fingerprint, or the
     tokenizer has been rounded to half precision. It takes about half a second for 100 million parameters.
 
     Args:
         prior: its configuration may have a `tokenizer_fingerprint`.
         tokenizer: that is to decode its tokens.
-        is_required: whether another tokenizer is an error.
+        is_required: whether another tokenizer, or a prior that knows none, is an error.
 
     Raises:
-        ValueError: naming both fingerprints.
+        ValueError: naming both fingerprints, or saying that the prior knows none.
     """
     expected = getattr(prior.config, "tokenizer_fingerprint", None)
+    if expected is None and is_required:
+        raise ValueError("requires_own_tokenizer is True; expected False: the prior's tokenizer_fingerprint is None")
     if expected is None or not _is_in_float32(tokenizer):
         return
     found = model_fingerprint(tokenizer)

@@ -82,12 +82,14 @@ def test_a_tokenizer_that_is_given_is_compared_itself(foreign, folder, pipe, cap
     assert "requires_own_tokenizer" not in (folder / "model_index.json").read_text()
 
 
-def test_a_prior_that_knows_no_tokenizer_is_not_checked(build_pipeline, foreign, caplog):
+def test_a_prior_that_knows_no_tokenizer_is_taken_unless_it_must_have_its_own(build_pipeline, foreign, caplog):
     prior = build_pipeline().prior
     assert prior.config.tokenizer_fingerprint is None
     tokenizer = VQVAE.from_pretrained(foreign / "tokenizer")
-    ClassToImagePipeline(tokenizer=tokenizer, prior=prior, requires_own_tokenizer=True)
+    ClassToImagePipeline(tokenizer=tokenizer, prior=prior)
     assert "fingerprint" not in caplog.text
+    with pytest.raises(ValueError, match="the prior's tokenizer_fingerprint is None"):
+        ClassToImagePipeline(tokenizer=tokenizer, prior=prior, requires_own_tokenizer=True)
 
 
 @pytest.mark.parametrize(
