@@ -64,8 +64,8 @@ class PeerWatch:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._has_launchers_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._store: dist.Store | None = None
-        # Where the others are, known once they have been heard of.
-        self._hosts: dict[int, str] = {}
+        # Where this one is and the others are, known once they have been heard of.
+        self._hosts: dict[int, str] = {self._rank: socket.gethostname()}
         self._has_left = threading.Event()
         self._num_looks = 0
         self._store_is_gone = False
@@ -75,7 +75,7 @@ class PeerWatch:
         if self._num_processes > 1:
             # A connection of its own: one that somebody waits at would hold up this thread too.
             self._store = dist.distributed_c10d._get_default_store().clone()
-            self._store.set(f"{self._key(self._rank)}/host", socket.gethostname())
+            self._store.set(f"{self._key(self._rank)}/host", self._hosts[self._rank])
         if self._store is not None or self._launcher is not None:
             for thread in self._threads:
                 thread.start()
