@@ -26,6 +26,8 @@ def run(rank, port, failing, end, wait, log):
     dist.init_process_group("gloo")
     with peers.PeerWatch(SimpleNamespace(process_index=rank, num_processes=2), patience_seconds=4.0):
         dist.barrier()  # Else one might fall silent before the other has begun to watch.
+        if rank == failing:
+            time.sleep(1)  # Else the other might still be at the barrier.
         exec(end if rank == failing else wait)
 
 peers.GRACE_SECONDS = 2.0
@@ -70,7 +72,7 @@ CASES = {
     "death of 0": (0, "os._exit(3)", "time.sleep(60)", 1, "rank 0 of 2, which keeps the connections, is gone"),
     "stop of 0": (0, "raise peers.Stopped(signal.SIGTERM)", "time.sleep(60)", -signal.SIGTERM, ""),
     "stop of 1": (1, "raise peers.Stopped(signal.SIGINT)", "time.sleep(60)", -signal.SIGTERM, ""),
-    "0 leaves first": (0, "pass", "time.sleep(1.5)", 0, ""),
+    "0 leaves first": (0, "pass", "time.sleep(2.5)", 0, ""),
     "1 leaves first": (1, "pass", "time.sleep(7)", 0, ""),
 }
 
