@@ -53,7 +53,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.mm(weight, x.reshape(num_rows, K).t()).t()
         # Contiguous: what follows goes along N.
         return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], N)
-    if num_rows and _HAS_ONEDNN:
+    # Inductor has a way of its own with oneDNN and takes no other.
+    if num_rows and _HAS_ONEDNN and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
