@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Pairs of processes; one of a pair ends as told while the other waits. Silence lasts four seconds, grace six.
+# Pairs of processes; one of a pair ends as told while the other waits. Silence lasts four seconds, grace three.
 PROGRAM = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
@@ -30,7 +30,7 @@ def run(rank, port, failing, end, wait, log):
             time.sleep(1)  # Else the other might still be at the barrier.
         exec(end if rank == failing else wait)
 
-peers.GRACE_SECONDS = 6.0
+peers.GRACE_SECONDS = 3.0
 ranks, codes = {}, {}
 for name, (failing, end, wait) in json.loads(sys.argv[1]).items():
     with socket.socket() as listener:
