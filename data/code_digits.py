@@ -1,0 +1,88 @@
+"""Codes as digits: an index of a product codebook is a number whose digits are the indices of its factors.
+
+The first digit counts ones: idx = Σ d_i · Π_{j<i} b_j, so of bits the first is the lowest. Legend: n digits, b_i base
+of digit i, V = Π b_i codes.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from math import prod
+from operator import mul
+
+import torch
+from torch import Tensor
+
+# What token shards hold: indices in uint32.
+MAX_CODES = 1 << 32
+
+
+@dataclass(frozen=True)
+class CodeDigits:
+    """The digits of a codebook's indices.
+
+    Args:
+        bases: n whole numbers b_i of at least 2, the first that of the lowest digit.
+
+    Raises:
+        ValueError: if a base is none, or there are no bases or more than 2^32 codes.
+    """
+
+    bases: tuple[int, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "bases", tuple(self.bases))
+        if not self.bases or not all(type(base) is int and base >= 2 for base in self.bases):
+            raise ValueError(f"bases is {self.bases!r:.80}; expected one or more whole numbers of at least 2")
+        if self.num_codes > MAX_CODES:
+            raise ValueError(f"bases is {self.bases!r:.80}, {self.num_codes} codes; expected at most {MAX_CODES}")
+
+    @property
+    def num_digits(self) -> int:
+        """n."""
+        return len(self.bases)
+
+    @property
+    def num_codes(self) -> int:
+        """V, the product of the bases."""
+        return prod(self.bases)
+
+    def split(self, idx: Tensor) -> Tensor:
+        """Return the digits of indices.
+
+        Args:
+            idx: (…) int64 in [0, V).
+
+        Returns:
+            (…, n) int64, digit i in [0, b_i).
+        """
+        bases, values = _place_values(self.bases, idx.device)
+        return torch.div(idx[..., None], values, rounding_mode="floor") % bases
+
+    def join(self, digits: Tensor) -> Tensor:
+        """Return the indices of digits (…, n) int64, (…) int64."""
+        _, values = _place_values(self.bases, digits.device)
+        return (digits * values).sum(-1)
+
+    def grouped(self, sizes: tuple[int, ...]) -> "CodeDigits":
+        """Return the digits that runs of neighbouring ones make together; indices stay what they are.
+
+        Args:
+            sizes: how many digits each run has, from the first on; all digits belong to one.
+
+        Raises:
+            ValueError: if they are no counts that add up to n.
+        """
+        if not all(type(size) is int and size >= 1 for size in sizes) or sum(sizes) != self.num_digits:
+            raise ValueError(f"sizes is {sizes!r:.80}; expected counts of digits that add up to {self.num_digits}")
+        ends = list(accumulate(sizes))
+        return CodeDigits(tuple(prod(self.bases[end - size : end]) for size, end in zip(sizes, ends, strict=True)))
+
+
+@lru_cache(maxsize=64)
+def _place_values(bases: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the bases and what a one at each digit is worth, two tensors (n,) int64."""
+    # Kept: a copy from the host at every training step would wait for the device.
+    values = list(accumulate((1, *bases[:-1]), mul))
+    with torch.inference_mode(False):
+        return torch.tensor(bases).to(device), torch.tensor(values).to(device)
