@@ -47,6 +47,10 @@ class ImageFolderSource:
         except Exception as error:  # PIL's readers raise whatever a broken file makes them trip over
             raise UnreadableImageError(f"the image file {file}", str(file), error) from error
 
+    def files(self) -> list[Path]:
+        """The paths of all files."""
+        return [self.root / file for file in self._files]
+
     def label(self, index: int) -> int:
         """The position of the file's class folder among the class names."""
         return self._labels[index]
@@ -96,6 +100,28 @@ def scan_image_folder(root: Path, split: str) -> ImageFolderSource:
                 "a folder without splits is the split 'train'"
             )
         folder = root
+    return _scan(folder, root)
+
+
+def scan_whole_folder(root: Path) -> ImageFolderSource:
+    """Finds all images of a folder, whatever its sub-folders are called; see `scan_image_folder`.
+
+    Args:
+        root: the folder; each of its sub-folders is a class.
+
+    Returns:
+        The source.
+
+    Raises:
+        ValueError: if the folder does not exist or is not as described.
+    """
+    if not root.is_dir():
+        raise ValueError(f"path={str(root)!r} is not a folder; expected a folder of images")
+    return _scan(root, root)
+
+
+def _scan(folder: Path, root: Path) -> ImageFolderSource:
+    """Finds the images of a folder; files are named from `root` on."""
     loose, class_folders = _list(folder)
     by_class = {entry.name: _images_below(entry, (folder.resolve(),)) for entry in class_folders}
     if loose:

@@ -38,3 +38,16 @@ def keyed_uniform(*keys: int, samples: Tensor) -> Tensor:
         state = _mix(state + _GOLDEN + key)
     state = _mix(state + _GOLDEN + samples)
     return _shift_right(state, 11).double() * 2.0**-53
+
+
+def keyed_order(*keys: int, num_items: int) -> Tensor:
+    """Put items into a random order, a function of the keys and of how many there are alone.
+
+    Args:
+        keys: integers.
+        num_items: N.
+
+    Returns:
+        (N,) int64, a permutation of 0 … N - 1.
+    """
+    return torch.argsort(keyed_uniform(*keys, samples=torch.arange(num_items)), stable=True)

@@ -8,9 +8,9 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -97,10 +97,28 @@ def read_picture(file: str | Path | BinaryIO, max_pixels: int | None = None) -> 
     if isinstance(file, str | Path):
         with open_regular(file) as stream:
             return read_picture(stream, max_pixels)
+    return _read(file, functools.partial(_opened, max_pixels=max_pixels))
+
+
+def picture_header(path: str | Path) -> tuple[str, tuple[int, int]]:
+    """Return a picture's kind, "png" say, and its (H, W) before it is turned upright, without unpacking it.
+
+    Args:
+        path: of the picture.
+
+    Raises:
+        Exception: see `read_picture`.
+    """
+    with open_regular(path) as stream:
+        return _read(stream, _header)
+
+
+def _read(file: BinaryIO, read: Callable[[BinaryIO], Any]) -> Any:
+    """Read a picture as `read` does, once more without what lies beside its pixels where that fails."""
     check_size(file.seek(0, os.SEEK_END), MAX_PICTURE_BYTES, "the file")
     file.seek(0)
     try:
-        return _opened(file, max_pixels)
+        return read(file)
     except (MemoryError, Image.DecompressionBombError):
         raise
     except Exception:
@@ -109,7 +127,13 @@ def read_picture(file: str | Path | BinaryIO, max_pixels: int | None = None) -> 
         pixels_alone = _without_metadata(file.read())
         if pixels_alone is None:
             raise
-        return _opened(io.BytesIO(pixels_alone), max_pixels)
+        return read(io.BytesIO(pixels_alone))
+
+
+def _header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
+    """Read what `picture_header` returns."""
+    with Image.open(file, formats=_formats()) as image:
+        return image.format.lower(), (image.height, image.width)
 
 
 def picture_size(file: BinaryIO) -> tuple[int, int]:
