@@ -22,9 +22,11 @@ import torch
 from accelerate import PartialState
 
 from nextblock.evaluation.pictures import class_grid, save_picture
+from nextblock.evaluation.sample_order import IN_TURN, turn_order
 from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
-from nextblock.files.part_jobs import begin_job
+from nextblock.files.part_jobs import JOB_NAME, begin_job
+from nextblock.files.regular import read_json
 from nextblock.pipelines.pipeline_class_to_image import ClassToImagePipeline
 from nextblock.pipelines.sample_files import LOSSY_FORMATS, NpzFile, PictureFolder
 from nextblock.pipelines.sampling_loop import make_request, run
@@ -49,8 +51,8 @@ _MAX_IMAGES = 10**8
 class SampleConfig:
     """Draws images from a pipeline and writes them, a grid of the first ones and the config used.
 
-    Each image depends on the seed, its class and its position alone, whatever the number of processes. A job that was
-    killed goes on when it is started again.
+    Images are numbered class by class. Each depends on the seed, its class and its number alone, whatever the number of
+    processes. A job that was killed goes on when it is started again.
     """
 
     pipeline: str
@@ -61,7 +63,8 @@ class SampleConfig:
     """Folder that the images go to; an unfinished one is finished, one of another job refused."""
     output_format: Literal["npz", "png", "jpeg", "webp"] = "npz"
     """"npz" writes images.npz as ADM's evaluator reads it: `arr_0`, (N, H, W, 3) uint8, and `arr_1`, (N,) int64, the
-    classes. The others write images/CLASS/POSITION.png and so on."""
+    classes; classes take turns there, in an order keyed by the seed, and `index`, (N,) int64, says which image is
+    where. The others write images/CLASS/NUMBER.png and so on."""
     image_quality: int = 95
     """Quality of JPEG and WebP, 1 to 100."""
     class_labels: list[int | str] | int | str | None = None
@@ -98,11 +101,11 @@ class SampleConfig:
 
 
 def image_seed(seed: int, index: int) -> int:
-    """Return the 63-bit seed of one image's generator, a hash of the run's seed and the image's position.
+    """Return the 63-bit seed of one image's generator, a hash of the run's seed and the image's number.
 
     Args:
         seed: the run's seed.
-        index: position of the image among all that the run draws.
+        index: number of the image among all that the run draws, class by class.
 
     Returns:
         An integer in [0, 2^63).
@@ -144,10 +147,15 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     labels = _check_against(pipe, config, sampling)
     # What is written down beside the images says how they were drawn, whoever chose it.
     config = replace(config, sampling=GivenSamplingOptions(**asdict(sampling)))
-    job = _describe(config, pipe, labels, state)
-    class_labels = np.repeat(np.asarray(labels, np.int64), config.num_images_per_label)
-    files = _open_files(config, pipe, class_labels)
-    N = len(class_labels)
+    job, index = _describe(config, pipe, labels, state), None
+    N = len(labels) * config.num_images_per_label
+    if _is_sorted_by_class(folder):
+        job.pop("order")
+    else:
+        index = turn_order(config.seed, len(labels), config.num_images_per_label)
+    numbers = np.arange(N) if index is None else index
+    class_labels = np.asarray(labels, np.int64)[numbers // config.num_images_per_label]
+    files = _open_files(config, pipe, class_labels, index)
     batches = [range(start, min(start + config.batch_size, N)) for start in range(0, N, config.batch_size)]
     begin_job(folder, job, state)
     for problem in files.remove_damaged(batches[state.process_index :: state.num_processes]):
@@ -166,14 +174,14 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
             keep_freed_memory()
         pipe.to(state.device, getattr(torch, config.dtype))
         with fixed_threads(config.num_threads):
-            draw = partial(_draw, pipe, config, sampling, class_labels)
+            draw = partial(_draw, pipe, config, sampling, class_labels, numbers)
             _draw_missing(draw, missing, N, files, state)
     if state.is_main_process:
         if not is_finished:
             files.assemble(batches)
         files.check()
         if not is_finished:
-            _draw_picture(folder / _PICTURE_NAME, files, class_labels)
+            _draw_picture(folder / _PICTURE_NAME, files, class_labels, np.argsort(numbers))
         processes = f"{state.num_processes} process" + "es" * (state.num_processes > 1)
         drawn = f"{sum(map(len, missing))} of them drawn now by {processes}"
         print(f"{files.path}: {N} images, {'all there already' if is_finished else drawn}")
@@ -206,16 +214,28 @@ def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int
         "image_quality": config.image_quality if config.output_format in LOSSY_FORMATS else None,
         "device": state.device.type,
         "class_labels": labels,
+        "order": IN_TURN,
     }
 
 
-def _open_files(config: SampleConfig, pipe: ClassToImagePipeline, class_labels: np.ndarray) -> NpzFile | PictureFolder:
+def _is_sorted_by_class(folder: Path) -> bool:
+    """Tell whether a job was begun here by an earlier version, which wrote images class by class and said nothing."""
+    try:
+        found = read_json(folder / JOB_NAME) if (folder / JOB_NAME).is_file() else None
+    except ValueError:  # It is damaged, which is said when the job begins.
+        return False
+    return isinstance(found, dict) and "order" not in found
+
+
+def _open_files(
+    config: SampleConfig, pipe: ClassToImagePipeline, class_labels: np.ndarray, index: np.ndarray | None
+) -> NpzFile | PictureFolder:
     """Return what the images are written to."""
     folder, conditions = Path(config.output_dir), pipe.prior.conditions
     if config.output_format == "npz":
-        return NpzFile(folder, class_labels, pipe.tokenizer.config.image_size)
+        return NpzFile(folder, class_labels, pipe.tokenizer.config.image_size, index)
     classes = conditions.num_classes, conditions.class_names
-    return PictureFolder(folder, class_labels, *classes, config.output_format, config.image_quality)
+    return PictureFolder(folder, class_labels, *classes, config.output_format, config.image_quality, index)
 
 
 def _draw_missing(
@@ -249,25 +269,32 @@ def _draw_missing(
 
 
 def _draw(
-    pipe: ClassToImagePipeline, config: SampleConfig, sampling: SamplingOptions, class_labels: np.ndarray, batch: range
+    pipe: ClassToImagePipeline,
+    config: SampleConfig,
+    sampling: SamplingOptions,
+    class_labels: np.ndarray,
+    numbers: np.ndarray,
+    batch: range,
 ) -> np.ndarray:
     """Draw one batch, (n, H, W, 3) uint8."""
+    seeds = [image_seed(config.seed, number) for number in numbers[batch.start : batch.stop].tolist()]
     is_conditional = pipe.prior.conditions.num_classes > 0
     request = make_request(
         pipe,
         class_labels[batch.start : batch.stop] if is_conditional else len(batch),
         options=sampling,
-        generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in batch],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         batch_size=config.batch_size,
     )
     return np.stack([np.asarray(image) for image in run(pipe, request, "pil")])
 
 
-def _draw_picture(path: Path, files: NpzFile | PictureFolder, class_labels: np.ndarray) -> None:
-    """Show the first images of the first classes."""
+def _draw_picture(path: Path, files: NpzFile | PictureFolder, class_labels: np.ndarray, places: np.ndarray) -> None:
+    """Show the first images of the first classes; image i is at `places[i]`."""
+    class_labels = class_labels[places]
     shown = list(dict.fromkeys(class_labels.tolist()))[:_PICTURE_ROWS]
-    indices = np.concatenate([np.flatnonzero(class_labels == label)[:_PICTURE_COLUMNS] for label in shown])
-    grid = class_grid(files.read(indices), class_labels[indices], num_columns=_PICTURE_COLUMNS)
+    chosen = np.concatenate([np.flatnonzero(class_labels == label)[:_PICTURE_COLUMNS] for label in shown])
+    grid = class_grid(files.read(places[chosen].tolist()), class_labels[chosen], num_columns=_PICTURE_COLUMNS)
     save_picture(grid, path)
 
 

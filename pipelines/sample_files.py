@@ -6,13 +6,10 @@ Legend: N images of the job, n of a batch, HxW pixels.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,18 +19,14 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from nextblock.evaluation.sample_sets import IMAGES_KEY, INDEX_KEY, LABELS_KEY, NPZ_NAME, PICTURES_NAME
 from nextblock.files.atomic import flush_to_disk, write_whole
-from nextblock.files.regular import open_regular
+from nextblock.files.npz import DAMAGE, NpzArray, npz_arrays
 
-NPZ_NAME = "images.npz"
-# ADM's evaluator wants the images under the first name; the second is where its samples have their labels.
-IMAGES_KEY, LABELS_KEY = "arr_0", "arr_1"
 LOSSY_FORMATS = ("jpeg", "webp")
 PICTURE_FORMATS = ("png", *LOSSY_FORMATS)
 _ENDINGS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _NUM_READERS = 4
-# What reading an archive or array that was cut short may raise.
-_DAMAGE = (OSError, ValueError, EOFError, KeyError, struct.error, zipfile.BadZipFile)
 # Pictures of one colour are all that packs more tightly.
 MAX_EXPANSION = 100
 
@@ -41,18 +34,22 @@ MAX_EXPANSION = 100
 class NpzFile:
     """One .npz file in the layout of ADM's evaluator, `arr_0` (N, H, W, 3) uint8 and `arr_1` (N,) int64, the classes.
 
-    Batches wait as files in `parts`, which vanishes once all are in the .npz file.
+    Beside them lie the images' own numbers, `index` (N,) int64. Batches wait as files in `parts`, which vanishes once
+    all are in the .npz file.
 
     Args:
         folder: of the job.
         class_labels: (N,) int64.
         image_size: (H, W).
+        index: (N,) int64; None leaves it out of the file.
     """
 
-    def __init__(self, folder: Path, class_labels: np.ndarray, image_size: Sequence[int]):
+    def __init__(
+        self, folder: Path, class_labels: np.ndarray, image_size: Sequence[int], index: np.ndarray | None = None
+    ):
         self.path = folder / NPZ_NAME
         self._parts = folder / "parts"
-        self._class_labels = class_labels
+        self._numbers = {LABELS_KEY: class_labels} | ({} if index is None else {INDEX_KEY: index})
         self._shape = (len(class_labels), *image_size, 3)
 
     def has(self, batch: range) -> bool:
@@ -71,24 +68,25 @@ class NpzFile:
         """
         if self.path.is_file() and any(batch.start == 0 for batch in batches):
             try:
-                map_images(self.path)
-                with np.load(self.path) as arrays:
-                    arrays[LABELS_KEY].shape  # noqa: B018  It is read here.
-            except _DAMAGE as error:
+                self._images()
+                arrays = npz_arrays(self.path, self._numbers)
+                for name in self._numbers:
+                    arrays[name].check_content()
+            except DAMAGE as error:
                 self.path.unlink()
                 yield f"{self.path} is damaged ({error})"
         for batch in batches:
             if self._part(batch).is_file():
                 try:
                     self._check_part(batch, self._part(batch))
-                except _DAMAGE as error:
+                except DAMAGE as error:
                     self._part(batch).unlink()
                     yield str(error)
 
     def assemble(self, batches: Sequence[range]) -> None:
         """Put all batches, which must be on disk, into the .npz file."""
         if not self.path.is_file():
-            write_whole(self.path, partial(self._write_archive, batches=batches), map_images)
+            write_whole(self.path, partial(self._write_archive, batches=batches), self._check_arrays)
         flush_to_disk(self.path.parent)
         if self._parts.is_dir():
             shutil.rmtree(self._parts)
@@ -99,16 +97,28 @@ class NpzFile:
         Raises:
             ValueError: naming it and what it holds.
         """
-        images = map_images(self.path)
-        with np.load(self.path) as arrays:
-            has_labels = np.array_equal(arrays[LABELS_KEY], self._class_labels)
-        if images.shape != self._shape or not has_labels:
-            held = f"an array {images.shape} and" + ("" if has_labels else " other") + " classes"
-            raise ValueError(f"{self.path} holds {held}; expected {self._shape} and the classes of the job")
+        self._check_arrays(self.path)
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
+    def read(self, places: Sequence[int]) -> np.ndarray:
         """Read some images of an assembled file, (n, H, W, 3)."""
-        return map_images(self.path)[list(indices)]
+        rows = self._images().rows([range(place, place + 1) for place in sorted(places)])
+        return np.concatenate([*rows])[np.argsort(np.argsort(places))]
+
+    def _images(self) -> NpzArray:
+        """Look up the images in the .npz file."""
+        return npz_arrays(self.path, [IMAGES_KEY])[IMAGES_KEY]
+
+    def _check_arrays(self, path: Path) -> None:
+        """Refuse an .npz file that does not hold the job's images and numbers."""
+        arrays = npz_arrays(path, (IMAGES_KEY, *self._numbers))
+        same = [
+            name in arrays and np.array_equal(arrays[name].read(numbers.nbytes), numbers)
+            for name, numbers in self._numbers.items()
+        ]
+        shape = arrays[IMAGES_KEY].shape if IMAGES_KEY in arrays else None
+        if shape != self._shape or not all(same):
+            held = f"an array {shape} and" + ("" if all(same) else " other") + " classes"
+            raise ValueError(f"{path} holds {held}; expected {self._shape} and the classes of the job")
 
     def _part(self, batch: range) -> Path:
         """A batch's own file."""
@@ -119,7 +129,7 @@ class NpzFile:
         shape = (len(batch), *self._shape[1:])
         try:
             images = np.load(path, mmap_mode="r")
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is damaged ({error}); expected an array {shape}") from error
         if images.shape != shape or images.dtype != np.uint8 or images.offset + images.nbytes != path.stat().st_size:
             raise ValueError(f"{path} holds an array {images.shape} of {images.dtype}; expected {shape} of uint8")
@@ -133,12 +143,13 @@ class NpzFile:
                 for batch in batches:
                     self._check_part(batch, self._part(batch))
                     member.write(np.load(self._part(batch)).data)
-            with archive.open(f"{LABELS_KEY}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, self._class_labels)
+            for name, numbers in self._numbers.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, numbers)
 
 
 class PictureFolder:
-    """A picture file for each image, `images/<class>/<position>.png`, which an image folder reader reads back.
+    """A picture file for each image, `images/<class>/<number>.png`, which an image folder reader reads back.
 
     Class folders are named by number and name, so that their order is the classes'; images without classes lie in
     `images` itself.
@@ -150,6 +161,7 @@ class PictureFolder:
         class_names: of the model, or None.
         output_format: one of `PICTURE_FORMATS`.
         image_quality: of JPEG and WebP, 1 to 100.
+        index: (N,) int64, the images' own numbers, by which they are named; None counts them as they come.
     """
 
     def __init__(
@@ -160,26 +172,29 @@ class PictureFolder:
         class_names: Sequence[str] | None,
         output_format: str,
         image_quality: int,
+        index: np.ndarray | None = None,
     ):
-        self.path = folder / "images"
+        self.path = folder / PICTURES_NAME
         self._options = {"format": output_format}
         if output_format in LOSSY_FORMATS:
             self._options["quality"] = image_quality
         folders = [self.path / name for name in class_folder_names(num_classes, class_names)] or [self.path]
         width = len(str(len(class_labels) - 1))
+        numbers = range(len(class_labels)) if index is None else index.tolist()
         self._files = [
-            folders[label] / f"{index:0{width}d}.{output_format}" for index, label in enumerate(class_labels.tolist())
+            folders[label] / f"{number:0{width}d}.{output_format}"
+            for number, label in zip(numbers, class_labels.tolist(), strict=True)
         ]
 
     def has(self, batch: range) -> bool:
         """Whether all of a batch's pictures are on disk."""
-        return all(self._files[index].is_file() for index in batch)
+        return all(self._files[place].is_file() for place in batch)
 
     def write(self, batch: range, images: np.ndarray) -> None:
         """Write the pictures of a batch (n, H, W, 3) of bytes."""
-        for index, image in zip(batch, images, strict=True):
-            self._files[index].parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._files[index], partial(Image.fromarray(image).save, **self._options), _check_picture)
+        for place, image in zip(batch, images, strict=True):
+            self._files[place].parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._files[place], partial(Image.fromarray(image).save, **self._options), _check_picture)
 
     def remove_damaged(self, batches: Sequence[range]) -> Iterator[str]:
         """Remove pictures that are not whole, so that they are drawn again, and yield what was wrong with each."""
@@ -207,11 +222,11 @@ class PictureFolder:
             problem = "is there" if wrong in found else "is missing"
             raise ValueError(f"{wrong} {problem}; expected exactly the job's {len(self._files)} images in {self.path}")
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
+    def read(self, places: Sequence[int]) -> np.ndarray:
         """Read some pictures, (n, H, W, 3)."""
         images = []
-        for index in indices:
-            with Image.open(self._files[index]) as image:
+        for place in places:
+            with Image.open(self._files[place]) as image:
                 images.append(np.asarray(image.convert("RGB")))
         return np.stack(images)
 
@@ -260,7 +275,7 @@ def class_folder_names(num_classes: int, class_names: Sequence[str] | None) -> l
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the images and the classes of an .npz file.
+    """Read the images and the classes of an .npz file, in the order of the images' own numbers where it holds these.
 
     Args:
         path: of it.
@@ -271,47 +286,22 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: if it holds something else, or claims to hold more than its size can mean.
     """
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            for key in (IMAGES_KEY, LABELS_KEY):
-                _check_claim(archive, key, path)
-            file.seek(0)
-            with np.load(file) as arrays:
-                images, class_labels = arrays[IMAGES_KEY], arrays[LABELS_KEY]
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; expected what `nextblock sample` writes") from error
+    arrays = npz_arrays(path, (IMAGES_KEY, LABELS_KEY, INDEX_KEY))
+    for key in (IMAGES_KEY, LABELS_KEY):
+        if key not in arrays:
+            raise ValueError(f"{path} cannot be read: it has no {key}; expected what `nextblock sample` writes")
+    most = MAX_EXPANSION * os.path.getsize(path)
+    for array in arrays.values():
+        array.check_content()
+    images, class_labels = (arrays[key].read(most) for key in (IMAGES_KEY, LABELS_KEY))
     is_whole = images.ndim == 4 and images.shape[3] == 3 and class_labels.shape == images.shape[:1]
     if not is_whole or images.dtype != np.uint8 or class_labels.dtype.kind not in "iu":
         held = f"arrays {images.shape} of {images.dtype} and {class_labels.shape} of {class_labels.dtype}"
         raise ValueError(f"{path} holds {held}; expected (N, H, W, 3) of uint8 and (N,) of integers")
-    return images, class_labels
-
-
-def _check_claim(archive: zipfile.ZipFile, key: str, path: Path) -> None:
-    """Refuse an array whose header claims another size than its member has, or a member that unpacks without end."""
-    info = archive.getinfo(f"{key}.npy")
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in read_header:
-            raise ValueError(f"{path}: {key} is of version {version}; expected one of {list(read_header)}")
-        shape, _, dtype = read_header[version](member)
-        claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
-    most = MAX_EXPANSION * os.path.getsize(path)
-    if claimed != held or held > most:
-        raise ValueError(
-            f"{path}: the header of {key} claims {claimed} bytes, its member {held}; expected as many, {most} at most"
-        )
-
-
-def map_images(path: Path) -> np.ndarray:
-    """Map the images of an .npz file that holds them uncompressed into memory, (N, H, W, 3) uint8."""
-    with zipfile.ZipFile(path) as archive:
-        start = archive.getinfo(f"{IMAGES_KEY}.npy").header_offset
-    with open(path, "rb") as file:
-        # A zip member begins with 30 bytes, of which the last four count those of its name and of extra fields.
-        file.seek(start + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
+    if INDEX_KEY not in arrays:
+        return images, class_labels
+    index = arrays[INDEX_KEY].read(most)
+    if not np.array_equal(np.sort(index, axis=None), np.arange(len(images))):
+        raise ValueError(f"{path}: {INDEX_KEY} is no order of {len(images)} images; expected each number once")
+    places = np.argsort(index)
+    return images[places], class_labels[places]

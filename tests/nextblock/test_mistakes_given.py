@@ -101,7 +101,7 @@ MORE_TOKENS = [
 SAMPLES = [
     ("{missing}", "images.npz does not exist; expected what `nextblock sample` writes"),
     ("{samples_text}", "expected what `nextblock sample` writes"),
-    ("{samples_names}", "no item named 'arr_0.npy'"),
+    ("{samples_names}", "it has no arr_0"),
     ("{samples_size}", "images of 8x8; expected 16x16"),
     ("{samples_labels}", "expected 0 to 2, the pipeline's"),
 ]
@@ -113,7 +113,7 @@ MORE_SAMPLES = [
     ("{samples_blank}", "cannot be read"),
     ("{samples_cut}", "cannot be read"),
     ("{samples_flat}", "holds arrays (6,) of uint8"),
-    ("{samples_object}", "the header of arr_0 claims"),
+    ("{samples_object}", "arr_0 is an array of Python objects"),
     ("{samples_float}", "of float64 and (6,) of int64; expected (N, H, W, 3) of uint8"),
     ("{samples_none}", "has no images; expected at least 1"),
     ("{samples_length}", "and (5,) of int64; expected (N, H, W, 3)"),

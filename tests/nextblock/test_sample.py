@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 from nextblock.data.image_folder import scan_image_folder
+from nextblock.evaluation.sample_sets import open_samples
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.sample import image_seed, main
@@ -14,10 +15,13 @@ from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 
 def _sample(pipeline_dir, output_dir, *options):
+    """Draw images; return them and their classes by number."""
     main(["--pipeline", str(pipeline_dir), "--output_dir", str(output_dir), *map(str, options)])
     with np.load(output_dir / "images.npz") as arrays:
-        assert arrays.files == ["arr_0", "arr_1"]
-        return arrays["arr_0"], arrays["arr_1"]
+        assert arrays.files == ["arr_0", "arr_1", "index"] and arrays["index"].dtype == np.int64
+        places = np.empty(len(arrays["index"]), np.int64)
+        places[arrays["index"]] = np.arange(len(places))
+        return arrays["arr_0"][places], arrays["arr_1"][places]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,25 @@ def drawn(ten_class_pipeline_dir, tmp_path_factory):
     return output_dir, *_sample(ten_class_pipeline_dir, output_dir, *options)
 
 
-def test_every_class_is_drawn_in_order(drawn):
+def test_classes_take_turns_in_an_order_of_the_seeds(ten_class_pipeline_dir, drawn, tmp_path):
+    with np.load(drawn[0] / "images.npz") as arrays:
+        assert all(len(set(part)) == 10 for part in arrays["arr_1"].reshape(3, 10))
+        assert (arrays["arr_1"] != np.sort(arrays["arr_1"])).any()
+        assert np.array_equal(arrays["index"] // 3, arrays["arr_1"])
+    options = ["--num_images_per_label", "10", "--class_labels", "[4, 2, 9]", "--output_format"]
+    for seed in ("0", "1"):
+        for output_format in ("npz", "png"):
+            folder = tmp_path / f"{output_format}-{seed}"
+            arguments = ["--pipeline", str(ten_class_pipeline_dir), "--output_dir", str(folder), "--seed", seed]
+            main([*arguments, *options, output_format])
+        npz, png = (open_samples(tmp_path / f"{kind}-{seed}") for kind in ("npz", "png"))
+        np.testing.assert_array_equal(npz.images(range(30)), png.images(range(30)))
+        assert npz.class_labels.tolist() == png.class_labels.tolist() and npz.index.tolist() == png.index.tolist()
+        assert all(len(set(tenth)) == 3 for tenth in npz.class_labels.reshape(10, 3))
+    assert npz.index.tolist() != open_samples(tmp_path / "npz-0").index.tolist()
+
+
+def test_every_class_is_drawn(drawn):
     output_dir, images, class_labels = drawn
     assert images.shape == (30, 32, 32, 3) and images.dtype == np.uint8
     assert class_labels.dtype == np.int64
@@ -113,7 +135,7 @@ def test_half_precision_draws_other_roundings_of_the_same_models(ten_class_pipel
     options = ["--num_images_per_label", 1, "--seed", 5, "--dtype", "bfloat16"]
     images, _ = _sample(ten_class_pipeline_dir, tmp_path, *options)
     assert images.shape == (10, 32, 32, 3)
-    # the first image has the same position, and so the same random numbers, in both runs
+    # the first image has the same number, and so the same random numbers, in both runs
     assert np.abs(images[0].astype(int) - drawn[1][0]).mean() < 20
 
 

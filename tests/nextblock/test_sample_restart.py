@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from nextblock.data.digits import CLASS_NAMES
+from nextblock.evaluation.sample_sets import open_samples
 from nextblock.files import atomic
 from nextblock.pipelines import ClassToImagePipeline, sample_files
 from nextblock.sample import main
@@ -199,6 +201,42 @@ def test_damaged_files_are_named_and_drawn_again(sample_in, finished, tmp_path, 
     for file in files:
         assert f"{file.relative_to(tmp_path)} " in output
     assert output.count(": drawn again\n") == len(files) and files_of(tmp_path / "out") == files_of(folder)
+
+
+@pytest.mark.parametrize("state", ["begun", "half", "finished"])
+def test_a_folder_of_an_earlier_version_is_finished_as_it_was_begun(sample_in, finished, tmp_path, capsys, state):
+    """It is sorted by class, and nothing in it says so."""
+    output_format, folder = finished
+    samples = open_samples(folder)
+    places = np.argsort(samples.index)
+    images, class_labels = samples.images(places), samples.class_labels[places]
+    out = tmp_path / "out"
+    if state == "finished":
+        shutil.copytree(folder, out)
+    out.mkdir(exist_ok=True)
+    job = json.loads((folder / "job.json").read_text())
+    assert job.pop("order") == "classes in turn"
+    (out / "job.json").write_text(json.dumps(job, indent=2) + "\n")
+    if output_format == "npz":
+        np.savez(tmp_path / "expected.npz", images, class_labels)
+        if state == "finished":
+            shutil.copy(tmp_path / "expected.npz", out / "images.npz")
+    if state == "half":
+        files = FORMATS[output_format]
+        arguments = ([32, 32],) if output_format == "npz" else (10, CLASS_NAMES, "png", 95)
+        files(out, class_labels, *arguments).write(range(3, 6), images[3:6])
+    sample_in(tmp_path, "--output_format", output_format)
+    num_drawn = {"begun": "20 of them drawn now by 1 process", "half": "17 of them drawn now by 1 process"}
+    assert f"20 images, {num_drawn.get(state, 'all there already')}\n" in capsys.readouterr().out
+    assert json.loads((out / "job.json").read_text()) == job
+    for name in ("samples.png", "config.yaml"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    if output_format == "npz":
+        assert (out / "images.npz").read_bytes() == (tmp_path / "expected.npz").read_bytes()
+    else:
+        assert files_of(out / "images") == files_of(folder / "images")
+    sample_in(tmp_path, "--output_format", output_format)
+    assert "20 images, all there already\n" in capsys.readouterr().out
 
 
 def test_job_json_says_what_the_images_depend_on(finished):
