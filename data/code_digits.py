@@ -4,6 +4,7 @@ The first digit counts ones: idx = Σ d_i · Π_{j<i} b_j, so of bits the first 
 of digit i, V = Π b_i codes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -77,6 +78,25 @@ class CodeDigits:
             raise ValueError(f"sizes is {sizes!r:.80}; expected counts of digits that add up to {self.num_digits}")
         ends = list(accumulate(sizes))
         return CodeDigits(tuple(prod(self.bases[end - size : end]) for size, end in zip(sizes, ends, strict=True)))
+
+    def sizes_of(self, bases: Sequence[int]) -> tuple[int, ...]:
+        """Return the sizes by which `grouped` makes digits of given bases.
+
+        Args:
+            bases: of the larger digits; each is the product of one or more neighbouring bases, in their order.
+
+        Raises:
+            ValueError: if the bases are not made so.
+        """
+        ends = {place: end for end, place in enumerate(accumulate(self.bases, mul), start=1)}
+        places = list(accumulate(CodeDigits(bases).bases, mul))
+        if any(place not in ends for place in places) or places[-1] != self.num_codes:
+            raise ValueError(
+                f"bases is {list(bases)!r:.80}; expected products of neighbours among {list(self.bases)!r:.80}, "
+                f"{self.num_codes} codes in all"
+            )
+        stops = [ends[place] for place in places]
+        return tuple(end - start for start, end in zip([0, *stops[:-1]], stops, strict=True))
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,9 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .codebook_fsq import FSQCodebook
 from .codebook_learned import LearnedCodebook
+from .codebook_lfq import SignCodebook
 from .codec_scales import ScaleCodec
 from .codec_tiles import TileCodec
 from .configuration_vqvae import VQVAEConfig
@@ -14,9 +16,11 @@ AutoModel.register(VQVAEConfig, VQVAE)
 
 __all__ = [
     "VQVAE",
+    "FSQCodebook",
     "LearnedCodebook",
     "Quantizer",
     "ScaleCodec",
+    "SignCodebook",
     "TileCodec",
     "VQVAEConfig",
     "VQVAEOutput",

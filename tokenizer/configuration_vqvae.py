@@ -5,6 +5,7 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout, as_shape
+from nextblock.data.code_digits import MAX_CODES
 from nextblock.files.config_fields import (
     check_counts,
     check_flags,
@@ -14,9 +15,10 @@ from nextblock.files.config_fields import (
 )
 
 from .autoencoder import MIN_GROUP_CHANNELS
+from .codebook_options import check_codebook
 
 # More of these than any tokenizer has.
-MAX_SIDE, MAX_WIDTH, MAX_LEVELS, MAX_LAYERS, MAX_CODES = 1 << 16, 1 << 16, 16, 1024, 1 << 30
+MAX_SIDE, MAX_WIDTH, MAX_LEVELS, MAX_LAYERS = 1 << 16, 1 << 16, 16, 1024
 
 
 class VQVAEConfig(PreTrainedConfig):
@@ -43,6 +45,11 @@ class VQVAEConfig(PreTrainedConfig):
         phi_ratio: scales: r in φ(h) = (1 − r)·h + r·conv(h).
         beta: weight of the commitment loss.
         epsilon: smoothing of the moving-average counts and smallest norm in a normalisation.
+        codebook: "learned" (a table), "lfq" (signs of the channels, V = 2^C), "bsq" (the same on the unit sphere) or
+            "fsq" (channels rounded to levels).
+        fsq_levels: fsq: how many levels each of the C channels has; V is their product.
+        codebook_digits: bases of an index's digits, lowest first, neighbouring channels of lfq, bsq and fsq joined;
+            null makes each channel a digit of its own.
         codebook_update: "gradient" or "ema" (moving average of the assigned features).
         codebook_ema_decay: decay of that moving average, in (0, 1).
         codebook_init: "uniform", or "data" (codes become features of training images before the first step).
@@ -78,6 +85,9 @@ class VQVAEConfig(PreTrainedConfig):
         phi_ratio: float = 0.5,
         beta: float = 0.25,
         epsilon: float = 1e-5,
+        codebook: Literal["learned", "fsq", "lfq", "bsq"] = "learned",
+        fsq_levels: list[int] | None = None,
+        codebook_digits: list[int] | None = None,
         codebook_update: Literal["gradient", "ema"] = "gradient",
         codebook_ema_decay: float = 0.99,
         codebook_init: Literal["uniform", "data"] = "uniform",
@@ -93,7 +103,7 @@ class VQVAEConfig(PreTrainedConfig):
         self.autoencoder = autoencoder
         self.hidden_dim, self.num_res_blocks = hidden_dim, num_res_blocks
         multipliers = [1, 1, 2, 2, 4] if width_multipliers is None else width_multipliers
-        self.width_multipliers = list(multipliers) if isinstance(multipliers, tuple) else multipliers
+        self.width_multipliers = _as_list(multipliers)
         self.dropout = dropout
         self.min_group_channels = min_group_channels
         self.vocab_size = vocab_size
@@ -105,6 +115,8 @@ class VQVAEConfig(PreTrainedConfig):
         self.tile = list(as_shape(tile, "tile"))
         self.num_phi, self.phi_ratio = num_phi, phi_ratio
         self.beta, self.epsilon = beta, epsilon
+        self.codebook = codebook
+        self.fsq_levels, self.codebook_digits = _as_list(fsq_levels), _as_list(codebook_digits)
         self.codebook_update = codebook_update
         self.codebook_ema_decay = codebook_ema_decay
         self.codebook_init, self.codebook_init_scale = codebook_init, codebook_init_scale
@@ -174,6 +186,7 @@ class VQVAEConfig(PreTrainedConfig):
         self._check_choices()
         self._check_counts()
         self._check_numbers()
+        check_codebook(self)
         self.block_layout()
 
     def _check_choices(self) -> None:
@@ -181,6 +194,7 @@ class VQVAEConfig(PreTrainedConfig):
         for field, choices in {
             "autoencoder": ("simple", "vqgan"),
             "layout": ("scales", "tiles"),
+            "codebook": ("learned", "fsq", "lfq", "bsq"),
             "codebook_update": ("gradient", "ema"),
             "codebook_init": ("uniform", "data"),
             "codebook_metric": ("euclidean", "cosine"),
@@ -217,7 +231,7 @@ class VQVAEConfig(PreTrainedConfig):
         widest = self.hidden_dim * (1 if self.autoencoder == "simple" else max(multipliers))
         num_convolutions = 4 * max(self.num_res_blocks, 1) * (1 if self.autoencoder == "simple" else len(multipliers))
         check_num_parameters(
-            9 * num_convolutions * widest**2 + self.vocab_size * self.embedding_dim,
+            9 * num_convolutions * widest**2 + self.vocab_size * self.embedding_dim * (self.codebook == "learned"),
             f"hidden_dim {self.hidden_dim}, width_multipliers {multipliers}, num_res_blocks {self.num_res_blocks}, "
             f"vocab_size {self.vocab_size} and embedding_dim {self.embedding_dim}",
         )
@@ -243,3 +257,8 @@ def _as_lists(scales):
     if not isinstance(scales, (list, tuple)):
         return scales
     return [list(as_shape(scale, f"scales[{k}]")) for k, scale in enumerate(scales)]
+
+
+def _as_list(values):
+    """Return a tuple as the list that it is saved as, and anything else as it is."""
+    return list(values) if isinstance(values, tuple) else values

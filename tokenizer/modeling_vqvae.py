@@ -22,7 +22,9 @@ from nextblock.training.offload import run_offload_hook
 from nextblock.training.precision import without_tf32
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
+from .codebook_fsq import FSQCodebook
 from .codebook_learned import LearnedCodebook
+from .codebook_lfq import SignCodebook
 from .codec_scales import ScaleCodec
 from .codec_tiles import TileCodec
 from .configuration_vqvae import VQVAEConfig
@@ -115,6 +117,12 @@ class VQVAE(StoredModel):
         Args:
             config: the architecture.
         """
+        digit_bases = config.codebook_digits
+        if config.codebook == "fsq":
+            return FSQCodebook(config.fsq_levels, digit_bases=digit_bases)
+        if config.codebook in ("lfq", "bsq"):
+            signs = {"is_spherical": config.codebook == "bsq", "beta": config.beta, "epsilon": config.epsilon}
+            return SignCodebook(config.embedding_dim, **signs, digit_bases=digit_bases)
         return LearnedCodebook(
             config.vocab_size,
             config.embedding_dim,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.code_digits import CodeDigits
 from nextblock.data.finite import check_finite
 from nextblock.data.given import FLOAT_DTYPES, check_tensor
 from nextblock.evaluation.codebook import check_codes
@@ -65,6 +66,16 @@ class Codebook(Protocol):
 
     def start_from(self, vectors: Tensor, seed: int) -> None:
         """Place the codes by vectors (N, C) of training images, chosen by a seed, before the first step."""
+
+
+class ProductCodebook(Protocol):
+    """What a codebook offers besides whose codes are all combinations of smaller ones.
+
+    Attributes:
+        digits: how an index is written as the numbers of the smaller codes.
+    """
+
+    digits: CodeDigits
 
 
 @runtime_checkable
@@ -153,6 +164,11 @@ class Quantizer(nn.Module):
     def dim(self) -> int:
         """C."""
         return self.codebook.dim
+
+    @property
+    def digits(self) -> CodeDigits | None:
+        """How an index is written as digits, where the codebook is a product of smaller ones; else None."""
+        return getattr(self.codebook, "digits", None)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize a feature map, and record it for the codebook in training mode.

@@ -217,7 +217,7 @@ def _choose_phi_names(config: VQVAEConfig, phi_names: str | None) -> str | None:
 
 def _check_expressible(config: VQVAEConfig) -> None:
     """Refuse what VAR's tokenizer has no form for."""
-    for field, expected in {"autoencoder": "vqgan", "layout": "scales"}.items():
+    for field, expected in {"autoencoder": "vqgan", "layout": "scales", "codebook": "learned"}.items():
         if getattr(config, field) != expected:
             raise ValueError(f"{field} is {getattr(config, field)!r}; expected {expected!r} in VAR's format")
     if config.quant_conv_kernel_size == 0 or config.latent_channels != config.embedding_dim:

@@ -69,3 +69,20 @@ def test_lists_are_taken_and_digits_of_an_inference_are_no_trap():
     table = torch.ones(3, requires_grad=True)
     (table * code_digits.join(code_digits.split(torch.arange(3)))).sum().backward()
     assert table.grad.tolist() == [0, 1, 2]
+
+
+def test_bases_of_joined_digits_tell_how_many_each_is_made_of():
+    bits = CodeDigits((2,) * 18)
+    assert bits.sizes_of([64, 4096]) == (6, 12) and bits.grouped(bits.sizes_of([64, 4096])) == CodeDigits((64, 4096))
+    assert CodeDigits((8, 5, 5, 5)).sizes_of((8, 25, 5)) == (1, 2, 1)
+    idx = torch.randint(1 << 18, (100,), generator=torch.Generator().manual_seed(0))
+    low, high = CodeDigits((64, 4096)).split(idx).unbind(-1)
+    digits = bits.split(idx)
+    assert torch.equal(low, CodeDigits((2,) * 6).join(digits[:, :6]))
+    assert torch.equal(high, CodeDigits((2,) * 12).join(digits[:, 6:]))
+
+
+@pytest.mark.parametrize("bases", [(5, 8, 25), (40,), (8, 5, 5, 5, 2), (1000, 2), (200, 4)])
+def test_digits_are_joined_with_their_neighbours_alone(bases):
+    with pytest.raises(ValueError, match=r"expected products of neighbours among \[8, 5, 5, 5\], 1000 codes in all"):
+        CodeDigits((8, 5, 5, 5)).sizes_of(bases)

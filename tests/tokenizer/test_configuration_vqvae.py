@@ -5,10 +5,13 @@ import pytest
 from nextblock.data.blocks import BlockLayout
 from nextblock.tokenizer import VQVAEConfig
 
+LFQ = {"codebook": "lfq", "embedding_dim": 4}
+
 
 @pytest.mark.parametrize(
     "options",
     [
+        {"image_size": 16, "codebook": "fsq", "fsq_levels": (4, 4), "embedding_dim": 2, "codebook_digits": (16,)},
         {"image_size": (16, 24), "tile": (2, 3)},
         {"image_size": (16, 24), "layout": "scales", "scales": (1, (2, 3), [4, 6])},
         {"image_size": 32, "autoencoder": "vqgan", "width_multipliers": (1, 2, 2), "num_res_blocks": 1, "tile": 4},
@@ -18,7 +21,7 @@ def test_tuples_survive_the_round_trip(options, tmp_path):
     config = VQVAEConfig(**options)
     config.save_pretrained(tmp_path)
     loaded = VQVAEConfig.from_pretrained(tmp_path)
-    for field in ("image_size", "tile", "scales", "width_multipliers"):
+    for field in ("image_size", "tile", "scales", "width_multipliers", "fsq_levels", "codebook_digits"):
         assert getattr(loaded, field) == getattr(config, field), field
     assert loaded.block_layout() == config.block_layout()
     ignored = {"transformers_version", "_name_or_path"}
@@ -98,7 +101,7 @@ def test_the_layout_follows_from_image_size_and_downsampling():
         ({"image_size": 10**6}, r"image_size is \[1000000, 1000000\]; expected sides of at most 65536 pixels"),
         ({"image_size": 1 << 16}, "the latent grid is .*, 268435456 tokens; expected at most 1048576"),
         ({"layout": "scales", "scales": [1, 10**6]}, r"scales ends with .*, 1000000000001 tokens; expected at most"),
-        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; expected an integer from 2 to 1073741824"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; expected an integer from 2 to 4294967296"),
         ({"vocab_size": "16"}, "vocab_size is '16'"),
         ({"vocab_size": 1 << 30, "embedding_dim": 4096}, "vocab_size 1073741824 and embedding_dim 4096 make a model"),
         ({"num_res_blocks": 10**6}, "num_res_blocks is 1000000; expected an integer from 0 to 1024"),
@@ -109,6 +112,20 @@ def test_the_layout_follows_from_image_size_and_downsampling():
         ({"z_channels": 1.5}, "z_channels is 1.5"),
         ({"quant_conv_kernel_size": True}, "quant_conv_kernel_size is True"),
         ({"has_unit_codes": 1}, "has_unit_codes is 1; expected true or false"),
+        ({"codebook": "vq"}, "codebook is 'vq'; expected one of"),
+        ({"codebook": "lfq"}, "embedding_dim is 64; expected at most 32 with codebook 'lfq', a bit each"),
+        ({"codebook": "lfq", "embedding_dim": 5}, "vocab_size is 16; expected 32 with codebook 'lfq' and"),
+        ({"codebook": "fsq"}, "fsq_levels: got None; expected a list of whole numbers"),
+        ({"codebook": "fsq", "fsq_levels": [8, 1]}, r"fsq_levels: bases is \[8, 1\]"),
+        ({"codebook": "fsq", "fsq_levels": [4, 4]}, r"embedding_dim is 64; expected 2 with .* fsq_levels \[4, 4\]"),
+        ({"codebook": "bsq", "embedding_dim": 4, "fsq_levels": [2] * 4}, "fsq_levels is .* expected None with"),
+        ({**LFQ, "codebook_digits": [3, 5]}, r"codebook_digits: bases is \[3, 5\]; expected products of neighbours"),
+        ({**LFQ, "codebook_update": "ema"}, "codebook_update is 'ema'; expected 'gradient' with codebook 'lfq'"),
+        ({**LFQ, "codebook_init": "data"}, "codebook_init is 'data'; expected 'uniform' with codebook 'lfq'"),
+        ({**LFQ, "codebook_metric": "cosine"}, "codebook_metric is 'cosine'; expected 'euclidean' with codebook"),
+        ({**LFQ, "revival_threshold": 0.1}, "revival_threshold is 0.1; expected 0 with codebook 'lfq'"),
+        ({**LFQ, "has_unit_codes": True}, "has_unit_codes is True; expected False with codebook 'lfq'"),
+        ({**LFQ, "codebook": "fsq", "fsq_levels": [4, 2, 2], "beta": 1.0}, "beta is 1.0; expected 0.25 with codebook"),
         ({"z_channels": 32}, "z_channels is 32 and embedding_dim 64; expected them equal"),
     ],
 )

@@ -1,0 +1,79 @@
+"""Which options of a tokenizer's configuration go with which codebook."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedConfig
+
+from nextblock.data.code_digits import MAX_CODES, CodeDigits
+
+_MAX_BITS = MAX_CODES.bit_length() - 1
+# What each option must be where it means nothing, and the codebooks that it means something for.
+_NEUTRAL = {
+    "fsq_levels": (None, ("fsq",)),
+    "codebook_digits": (None, ("fsq", "lfq", "bsq")),
+    "beta": (0.25, ("learned", "lfq", "bsq")),
+    "codebook_update": ("gradient", ("learned",)),
+    "codebook_ema_decay": (0.99, ("learned",)),
+    "codebook_init": ("uniform", ("learned",)),
+    "codebook_init_scale": (None, ("learned",)),
+    "codebook_metric": ("euclidean", ("learned",)),
+    "has_unit_codes": (False, ("learned",)),
+    "revival_threshold": (0, ("learned",)),
+}
+
+
+def check_codebook(config: PreTrainedConfig) -> None:
+    """Refuse options that the codebook has no use for, and sizes that are not its own.
+
+    Args:
+        config: a `VQVAEConfig` whose fields are each of their kind and within their range.
+
+    Raises:
+        ValueError: naming field, value and what was expected.
+    """
+    for field, (neutral, kinds) in _NEUTRAL.items():
+        value = getattr(config, field)
+        if value != neutral and config.codebook not in kinds:
+            raise ValueError(f"{field} is {value!r}; expected {neutral!r} with codebook {config.codebook!r}")
+    if config.codebook == "learned":
+        return
+    field, channels = _channels(config)
+    for name, expected in {"embedding_dim": channels.num_digits, "vocab_size": channels.num_codes}.items():
+        if getattr(config, name) != expected:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; expected {expected} with codebook {config.codebook!r} and "
+                f"{field} {getattr(config, field)}"
+            )
+    if config.codebook_digits is not None:
+        with _named("codebook_digits"):
+            channels.sizes_of(_list(config.codebook_digits))
+
+
+def _channels(config: PreTrainedConfig) -> tuple[str, CodeDigits]:
+    """Return the levels of a rule's channels, and the field that they follow from."""
+    if config.codebook == "fsq":
+        with _named("fsq_levels"):
+            return "fsq_levels", CodeDigits(_list(config.fsq_levels))
+    if config.embedding_dim > _MAX_BITS:
+        raise ValueError(
+            f"embedding_dim is {config.embedding_dim}; expected at most {_MAX_BITS} with codebook {config.codebook!r}, "
+            "a bit each"
+        )
+    return "embedding_dim", CodeDigits((2,) * config.embedding_dim)
+
+
+def _list(values) -> list:
+    """Return a list as it is, and refuse anything else."""
+    if not isinstance(values, list):
+        raise ValueError(f"got {values!r:.80}; expected a list of whole numbers of at least 2")
+    return values
+
+
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Let an error about digits' bases name the field that they were given by."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
