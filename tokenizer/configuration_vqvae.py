@@ -1,6 +1,6 @@
 """Configuration of the VQ-VAE tokenizer. Legend: V codes, C code channels, H×W pixels, h×w latent cells."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -19,6 +19,8 @@ from .codebook_options import check_codebook
 
 # More of these than any tokenizer has.
 MAX_SIDE, MAX_WIDTH, MAX_LEVELS, MAX_LAYERS = 1 << 16, 1 << 16, 16, 1024
+# Names within `__init__` that are no fields.
+_NO_FIELDS = ("self", "kwargs", "__class__")
 
 
 class VQVAEConfig(PreTrainedConfig):
@@ -98,36 +100,21 @@ class VQVAEConfig(PreTrainedConfig):
         var_phi_names: Literal["by_number", "shared", "partially_shared", "separate"] | None = "by_number",
         **kwargs,
     ):
-        self.image_size = list(as_shape(image_size, "image_size"))
-        self.num_channels = num_channels
-        self.autoencoder = autoencoder
-        self.hidden_dim, self.num_res_blocks = hidden_dim, num_res_blocks
-        multipliers = [1, 1, 2, 2, 4] if width_multipliers is None else width_multipliers
-        self.width_multipliers = _as_list(multipliers)
-        self.dropout = dropout
-        self.min_group_channels = min_group_channels
-        self.vocab_size = vocab_size
-        self.embedding_dim = embedding_dim
-        self.z_channels = z_channels
-        self.quant_conv_kernel_size = quant_conv_kernel_size
-        self.layout = layout
-        self.scales = _as_lists(scales)
-        self.tile = list(as_shape(tile, "tile"))
-        self.num_phi, self.phi_ratio = num_phi, phi_ratio
-        self.beta, self.epsilon = beta, epsilon
-        self.codebook = codebook
-        self.fsq_levels, self.codebook_digits = _as_list(fsq_levels), _as_list(codebook_digits)
-        self.codebook_update = codebook_update
-        self.codebook_ema_decay = codebook_ema_decay
-        self.codebook_init, self.codebook_init_scale = codebook_init, codebook_init_scale
-        self.codebook_metric = codebook_metric
-        self.has_unit_codes = has_unit_codes
-        self.revival_threshold = revival_threshold
-        self.var_phi_names = var_phi_names
+        self._set_fields({name: value for name, value in locals().items() if name not in _NO_FIELDS})
         self._translate(kwargs)
         refuse_unknown_fields(type(self), kwargs)
         self._check()
         super().__init__(**kwargs)
+
+    def _set_fields(self, fields: dict[str, Any]) -> None:
+        """Take over what was given, sizes and lists in the form that they are saved in."""
+        fields["image_size"] = list(as_shape(fields["image_size"], "image_size"))
+        fields["tile"] = list(as_shape(fields["tile"], "tile"))
+        fields["scales"] = _as_lists(fields["scales"])
+        if fields["width_multipliers"] is None:
+            fields["width_multipliers"] = [1, 1, 2, 2, 4]
+        for name, value in fields.items():
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "VQVAEConfig":
@@ -257,8 +244,3 @@ def _as_lists(scales):
     if not isinstance(scales, (list, tuple)):
         return scales
     return [list(as_shape(scale, f"scales[{k}]")) for k, scale in enumerate(scales)]
-
-
-def _as_list(values):
-    """Return a tuple as the list that it is saved as, and anything else as it is."""
-    return list(values) if isinstance(values, tuple) else values

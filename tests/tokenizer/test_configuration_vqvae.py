@@ -116,7 +116,7 @@ def test_the_layout_follows_from_image_size_and_downsampling():
         ({"codebook": "lfq"}, "embedding_dim is 64; expected at most 32 with codebook 'lfq', a bit each"),
         ({"codebook": "lfq", "embedding_dim": 5}, "vocab_size is 16; expected 32 with codebook 'lfq' and"),
         ({"codebook": "fsq"}, "fsq_levels: got None; expected a list of whole numbers"),
-        ({"codebook": "fsq", "fsq_levels": [8, 1]}, r"fsq_levels: bases is \[8, 1\]"),
+        ({"codebook": "fsq", "fsq_levels": [8, 1]}, r"fsq_levels: bases is \(8, 1\)"),
         ({"codebook": "fsq", "fsq_levels": [4, 4]}, r"embedding_dim is 64; expected 2 with .* fsq_levels \[4, 4\]"),
         ({"codebook": "bsq", "embedding_dim": 4, "fsq_levels": [2] * 4}, "fsq_levels is .* expected None with"),
         ({**LFQ, "codebook_digits": [3, 5]}, r"codebook_digits: bases is \[3, 5\]; expected products of neighbours"),
