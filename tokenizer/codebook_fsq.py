@@ -20,7 +20,7 @@ _MARGIN = 1e-3
 
 
 class FSQCodebook(nn.Module):
-    """A grid of levels; it satisfies `quantizer.Codebook`.
+    """A grid of levels; it satisfies `protocols.Codebook`.
 
     A channel of n levels holds the integers −⌊n/2⌋ … ⌈n/2⌉ − 1, divided by ⌊n/2⌋.
 
@@ -73,7 +73,7 @@ class FSQCodebook(nn.Module):
         Args:
             features: (B, C, h, w), prepared.
             quantized: (B, C, h, w), with gradient.
-            is_composed: see `quantizer.Codebook`.
+            is_composed: see `protocols.Codebook`.
         """
         return [F.mse_loss(quantized, features.detach())] if is_composed else []
 

@@ -21,7 +21,7 @@ MAX_PENDING = 1024
 
 
 class LearnedCodebook(nn.Module):
-    """A table of V code vectors; it satisfies `quantizer.TableCodebook`.
+    """A table of V code vectors; it satisfies `protocols.TableCodebook`.
 
     Args:
         num_codes: V.
@@ -112,7 +112,7 @@ class LearnedCodebook(nn.Module):
         Args:
             features: (B, C, h, w), prepared.
             quantized: (B, C, h, w), with gradient.
-            is_composed: see `quantizer.Codebook`.
+            is_composed: see `protocols.Codebook`.
         """
         terms = [self.beta * F.mse_loss(features, quantized.detach())]
         if is_composed or self.ema_decay is None:

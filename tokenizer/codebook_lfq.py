@@ -15,7 +15,7 @@ from nextblock.data.code_digits import CodeDigits
 
 
 class SignCodebook(nn.Module):
-    """The corners of a cube around zero; it satisfies `quantizer.Codebook`.
+    """The corners of a cube around zero; it satisfies `protocols.Codebook`.
 
     Args:
         dim: C, which makes 2^C codes.
@@ -73,7 +73,7 @@ class SignCodebook(nn.Module):
         Args:
             features: (B, C, h, w), prepared.
             quantized: (B, C, h, w), with gradient.
-            is_composed: see `quantizer.Codebook`.
+            is_composed: see `protocols.Codebook`.
         """
         terms = [self.beta * F.mse_loss(features, quantized.detach())]
         if is_composed:

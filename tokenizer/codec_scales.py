@@ -30,7 +30,7 @@ def phi_of_scale(num_scales: int, num_phi: int) -> list[int]:
 
 
 class ScaleCodec(nn.Module):
-    """Code a map scale by scale, each scale what those before it left over; it satisfies `quantizer.Codec`.
+    """Code a map scale by scale, each scale what those before it left over; it satisfies `protocols.Codec`.
 
     Args:
         layout: the scales; the last is the map's own size.
@@ -50,7 +50,7 @@ class ScaleCodec(nn.Module):
             phi.requires_grad_(i in self.phi_of_scale)
 
     def encode(self, features: Tensor, codebook) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize a map; see `quantizer.Codec`. The loss is the mean of the scales' terms on the maps so far."""
+        """Quantize a map; see `protocols.Codec`. The loss is the mean of the scales' terms on the maps so far."""
         features = codebook.prepare(features)
         target = features.detach()
         rest, f_hat, loss = target, torch.zeros_like(target), target.new_zeros(())

@@ -11,7 +11,7 @@ from nextblock.data.blocks import BlockLayout
 
 
 class TileCodec(nn.Module):
-    """Replace every feature vector of a map by one code; it satisfies `quantizer.Codec`.
+    """Replace every feature vector of a map by one code; it satisfies `protocols.Codec`.
 
     Args:
         layout: the tiles; None takes maps of any size, each as a single tile, with no block methods.
@@ -22,7 +22,7 @@ class TileCodec(nn.Module):
         self.layout = layout
 
     def encode(self, features: Tensor, codebook) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize a map; see `quantizer.Codec`."""
+        """Quantize a map; see `protocols.Codec`."""
         features = codebook.prepare(features)
         vectors = _rows(features)
         idx = codebook.assign(vectors)

@@ -30,7 +30,7 @@ def check_parts(codec: nn.Module, codebook: nn.Module) -> None:
     """
     parts = {"codec": (codec, CODEC_PARTS), "codebook": (codebook, CODEBOOK_PARTS)}
     for name, (part, offered) in parts.items():
-        check_offers(name, part, offered, f"a module that satisfies quantizer.{name.capitalize()}")
+        check_offers(name, part, offered, f"a module that satisfies protocols.{name.capitalize()}")
         if not isinstance(part, nn.Module):
             raise ValueError(f"{name} is a {type(part).__name__}; expected a torch.nn.Module")
     for name in ("num_codes", "dim"):
