@@ -17,6 +17,7 @@ from PIL import Image
 
 from nextblock.files.regular import check_regular, check_size, is_regular
 
+from .captions import check_captions
 from .class_numbers import check_names, numbered_classes
 from .reading import MAX_PICTURE_BYTES, is_picture_file, is_picture_name, read_picture
 from .tar_members import check_plain
@@ -39,10 +40,20 @@ class DatasetsSource:
         labels: (N,) positions in `class_names`, or zeros.
         class_names: empty for unconditional data.
         name: what identifiers start with.
+        captions: N tuples of texts; None without.
     """
 
-    def __init__(self, rows, image_column: str, labels: np.ndarray, class_names: list[str], name: str):
+    def __init__(
+        self,
+        rows,
+        image_column: str,
+        labels: np.ndarray,
+        class_names: list[str],
+        name: str,
+        captions: list[tuple[str, ...]] | None,
+    ):
         self.class_names = class_names
+        self.captions = captions
         self._rows = rows
         self._image_column = image_column
         self._labels = labels
@@ -124,17 +135,22 @@ def open_dataset(config: ImageDataConfig, split: str) -> DatasetsSource:
         raise ValueError(f"split={split!r} of path={config.path!r} has no rows")
     column = config.image_column
     images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    captions = None
+    if config.caption_column is not None:
+        texts = rows.select_columns([config.caption_column]).with_format("arrow")[:].column(0).to_pylist()
+        names = [f"{split}/{row}" for row in range(len(texts))]
+        captions = check_captions(texts, names, f"caption_column={config.caption_column!r}")
     if config.label_column is None:
-        return DatasetsSource(images, column, np.zeros(len(images), np.int64), [], split)
+        return DatasetsSource(images, column, np.zeros(len(images), np.int64), [], split, captions)
     if "string" in str(rows.features[config.label_column].dtype):
-        return DatasetsSource(images, column, *_text_labels(rows, splits, config.label_column), split)
+        return DatasetsSource(images, column, *_text_labels(rows, splits, config.label_column), split, captions)
     labels = _read_labels(rows, config.label_column)
     names = getattr(rows.features[config.label_column], "names", None)
     if names is None:
         labelled = [part for part in splits.values() if config.label_column in part.features and len(part)]
         names = classes_of([_read_labels(part, config.label_column) for part in labelled], config.label_column)
     check_labels(labels, names, config.label_column)
-    return DatasetsSource(images, column, labels, list(names), split)
+    return DatasetsSource(images, column, labels, list(names), split, captions)
 
 
 def parts_of_split(split: str, sizes: Mapping[str, int], path: str) -> list[tuple[str, int, int]]:
@@ -161,20 +177,26 @@ def parts_of_split(split: str, sizes: Mapping[str, int], path: str) -> list[tupl
 
 
 def check_columns(config: ImageDataConfig, split: str, features) -> None:
-    """Refuses columns that are missing or hold something else than images and integer labels.
+    """Refuses columns that are missing or hold something else than images, integer labels and texts.
 
     Raises:
         ValueError: naming the column.
     """
     from datasets import ClassLabel
 
-    for name in ("image_column", "label_column"):
+    for name in ("image_column", "label_column", "caption_column"):
         column = getattr(config, name)
         if column is not None and column not in features:
             raise ValueError(f"{name}={column!r}: split {split!r} has the columns {list(features)}")
     feature = features[config.image_column]
     if getattr(feature, "dtype", None) not in IMAGE_DTYPES:
         raise ValueError(f"image_column={config.image_column!r} holds {feature}; expected images, their bytes or paths")
+    if config.caption_column is not None:
+        feature = features[config.caption_column]
+        text = getattr(feature, "feature", feature)
+        if getattr(text, "dtype", None) not in ("string", "large_string"):
+            expected = "texts, or lists of texts"
+            raise ValueError(f"caption_column={config.caption_column!r} holds {feature}; expected {expected}")
     if config.label_column is not None:
         feature = features[config.label_column]
         # The names of a stream's texts would be known only at its end.

@@ -64,6 +64,7 @@ class DigitsSource:
 
     def __init__(self, intensities: np.ndarray, labels: np.ndarray, rows: np.ndarray):
         self.class_names = list(CLASS_NAMES)
+        self.captions = None
         # Pictures and not arrays: making a picture of an array takes a tenth of an augmented image's time.
         self._images = [upsample_digit(digit) for digit in intensities]
         self._labels = labels.tolist()

@@ -12,6 +12,7 @@ from PIL import Image
 from nextblock.files.names import escaped_name
 from nextblock.files.regular import is_regular
 
+from .captions import folder_captions
 from .reading import is_picture_file, is_picture_name, read_picture
 from .unreadable import UnreadableImageError
 
@@ -26,10 +27,19 @@ class ImageFolderSource:
         files: N paths relative to it, with forward slashes.
         labels: N positions in `class_names`, or N zeros.
         class_names: empty for unconditional data.
+        captions: N tuples of texts; None without.
     """
 
-    def __init__(self, root: Path, files: list[str], labels: list[int], class_names: list[str]):
+    def __init__(
+        self,
+        root: Path,
+        files: list[str],
+        labels: list[int],
+        class_names: list[str],
+        captions: list[tuple[str, ...]] | None = None,
+    ):
         self.class_names = class_names
+        self.captions = captions
         self.root = root
         self._files = files
         self._labels = labels
@@ -71,7 +81,12 @@ class ImageFolderSource:
         if class_names:
             positions = [class_names.index(name) for name in self.class_names]
             labels = [positions[label] for label in self._labels]
-        return ImageFolderSource(self.root, self._files, labels, class_names)
+        return ImageFolderSource(self.root, self._files, labels, class_names, self.captions)
+
+    def captioned(self, column: str) -> "ImageFolderSource":
+        """The same files with the captions of the metadata beside them."""
+        captions = folder_captions(self.root, self._files, column)
+        return ImageFolderSource(self.root, self._files, self._labels, self.class_names, captions)
 
 
 def scan_image_folder(root: Path, split: str) -> ImageFolderSource:

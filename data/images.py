@@ -55,6 +55,9 @@ class ImageDataConfig:
     """The column of images ("datasets" only)."""
     label_column: str | None = "label"
     """The column of labels, numbers or texts ("datasets" only); null for unconditional data."""
+    caption_column: str | None = None
+    """Where captions are, a text or a list of texts an image: a column ("datasets"); a field of the metadata.jsonl or
+    metadata.csv beside the images ("folder"); the ending of members such as 0001.txt ("webdataset"). null for none."""
     is_streamed: bool = False
     """Read a dataset as a stream, without a copy of it on the disk ("datasets" only). Streams can be tokenized, not
     trained on; each process first counts the rows in a pass over them, over the labels alone if files have columns."""
@@ -70,6 +73,9 @@ class ImageDataConfig:
             if given:
                 raise ValueError(f"data.source is missing; expected one of {list(SOURCES)} with data.{given[0]}")
             return
+        if self.caption_column is not None and (self.source == "digits" or not self.caption_column):
+            expected = "null: digits have no captions" if self.source == "digits" else "the name of a column, or null"
+            raise ValueError(f"caption_column={self.caption_column!r}: expected {expected}")
         if self.source == "digits" and self.path is not None:
             raise ValueError(f"path={self.path!r}: source='digits' comes with scikit-learn and takes no path")
         if self.source != "digits" and not self.path:
@@ -117,9 +123,11 @@ class ImageDataConfig:
 
 
 class ImageSource(Protocol):
-    """N labelled images; unconditional where `class_names` is empty."""
+    """N labelled images; without classes where `class_names` is empty."""
 
     class_names: list[str]
+    captions: list[tuple[str, ...]] | None
+    """Of each image at least one text; None for images without captions."""
 
     def __len__(self) -> int: ...
 
@@ -190,12 +198,12 @@ def _open(config: ImageDataConfig, split: str) -> ImageSource:
     if split != config.split:
         # A class that has no image held out must not renumber the others.
         source = source.relabelled(scan_image_folder(root, config.split).class_names)
-    return source
+    return source if config.caption_column is None else source.captioned(config.caption_column)
 
 
 def _open_tars(root: Path, config: ImageDataConfig, split: str) -> TarSource:
     """One split of tar files, with as many classes as the split that is trained on."""
-    source = scan_tars(root, split)
+    source = scan_tars(root, split, config.caption_column)
     if split != config.split:
         class_names = scan_tars(root, config.split).class_names
         if len(source.class_names) > len(class_names) or bool(class_names) != bool(source.class_names):

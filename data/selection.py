@@ -31,6 +31,7 @@ class SelectedSource:
 
     def __init__(self, source: ImageSource, indices: Sequence[int], labels: Sequence[int], class_names: list[str]):
         self.class_names = class_names
+        self.captions = None if source.captions is None else [source.captions[n] for n in indices]
         self._source = source
         self._indices = indices
         self._labels = labels

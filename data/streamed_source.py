@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from .captions import check_captions
 from .datasets_source import (
     check_columns,
     check_image_files,
@@ -65,10 +66,20 @@ class StreamedSource:
         labels: (N,) positions in `class_names`, or zeros.
         class_names: empty for unconditional data.
         name: what identifiers start with.
+        captions: N tuples of texts; None without.
     """
 
-    def __init__(self, pieces: list[Piece], image_column: str, labels: np.ndarray, class_names: list[str], name: str):
+    def __init__(
+        self,
+        pieces: list[Piece],
+        image_column: str,
+        labels: np.ndarray,
+        class_names: list[str],
+        name: str,
+        captions: list[tuple[str, ...]] | None,
+    ):
         self.class_names = class_names
+        self.captions = captions
         self._pieces = pieces
         self._starts = np.cumsum([0] + [piece.num_rows for piece in pieces])
         self._image_column = image_column
@@ -148,13 +159,24 @@ def open_stream(config: ImageDataConfig, split: str) -> StreamedSource:
             for piece in _pieces_of(streams[name])
         ]
         pieces += _cut(undecoded, counts.of_pieces(name), first, end)
+    captions = None if config.caption_column is None else _read_captions(config, split, parts)
     if config.label_column is None:
-        return StreamedSource(pieces, column, np.zeros(len(labels), np.int64), [], split)
+        return StreamedSource(pieces, column, np.zeros(len(labels), np.int64), [], split, captions)
     names = getattr(features[config.label_column], "names", None)
     if names is None:
         names = classes_of([counts.labels(name) for name in streams if counts[name]], config.label_column)
     check_labels(labels, names, config.label_column)
-    return StreamedSource(pieces, column, labels, list(names), split)
+    return StreamedSource(pieces, column, labels, list(names), split, captions)
+
+
+def _read_captions(config: ImageDataConfig, split: str, parts: list[tuple[str, int, int]]) -> list[tuple[str, ...]]:
+    """Captions of the rows of a split, read in a pass of their own."""
+    column, texts = config.caption_column, []
+    streams = _load_streams(config.path, [column])
+    for name, first, end in parts:
+        for batch in streams[name].select_columns([column]).skip(first).take(end - first).iter(_LABELS_AT_A_TIME):
+            texts += batch[column]
+    return check_captions(texts, [f"{split}/{row}" for row in range(len(texts))], f"caption_column={column!r}")
 
 
 def _load_streams(path: str, columns: list[str] | None = None) -> dict[str, IterableDataset]:

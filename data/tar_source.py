@@ -1,4 +1,4 @@
-"""WebDataset tar files: members with one stem are one sample, such as `0001.jpg` with `0001.cls`.
+"""WebDataset tar files: members with one stem are one sample, such as `0001.jpg` with `0001.cls` and `0001.txt`.
 
 The headers are scanned once; an image is then one seek and one read.
 """
@@ -7,7 +7,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from PIL import Image
 from nextblock.files.names import escaped_name
 from nextblock.files.regular import check_size, open_regular
 
+from .captions import MAX_CAPTION_LENGTH, check_captions
 from .class_numbers import numbered_classes
 from .reading import MAX_PICTURE_BYTES, NUM_FIRST_BYTES, is_picture_name, read_picture, starts_as_picture
 from .tar_members import Member, scan_members
@@ -32,12 +33,19 @@ class TarSource:
         members: N places (file, member, offset, size), the file relative to `root`.
         labels: (N,) positions in `class_names`, or zeros.
         class_names: empty for unconditional data.
+        captions: N tuples of texts; None without.
     """
 
     def __init__(
-        self, root: Path, members: list[tuple[str, str, int, int]], labels: np.ndarray, class_names: list[str]
+        self,
+        root: Path,
+        members: list[tuple[str, str, int, int]],
+        labels: np.ndarray,
+        class_names: list[str],
+        captions: list[tuple[str, ...]] | None = None,
     ):
         self.class_names = class_names
+        self.captions = captions
         self.root = root
         self._members = members
         self._labels = labels
@@ -72,26 +80,28 @@ class TarSource:
         return escaped_name(f"{file}/{member}")
 
 
-def scan_tars(root: Path, split: str) -> TarSource:
+def scan_tars(root: Path, split: str, caption_ending: str | None = None) -> TarSource:
     """Finds the samples of one split: the tar files `root/split/*.tar`, or `root/split*.tar`.
 
     Args:
         root: the folder.
         split: which split.
+        caption_ending: ending of the members that hold an image's caption, such as "txt"; None for no captions.
 
     Returns:
         The source, whose classes are named by number up to the largest; it has none where no sample has a `.cls`.
 
     Raises:
-        ValueError: if there are no tar files, they are damaged, there are no images in them, or labels for a part of
-            the images only.
+        ValueError: if there are no tar files, they are damaged, there are no images in them, or labels or captions for
+            a part of the images only.
     """
-    members, labels = [], []
+    members, labels, texts = [], [], []
     files = tar_files(root, split)
     for file in files:
-        found, found_labels = _scan_tar(file, file.relative_to(root).as_posix())
+        found, found_labels, found_texts = _scan_tar(file, file.relative_to(root).as_posix(), caption_ending)
         members += found
         labels += found_labels
+        texts += found_texts
     if not members:
         raise ValueError(f"split={split!r}: the {len(files)} tar files of {root} hold no images")
     names = [f"{file}/{member}" for file, member, _, _ in members]
@@ -101,9 +111,11 @@ def scan_tars(root: Path, split: str) -> TarSource:
             f"split={split!r}: {len(unlabelled)} of {len(members)} images have no .cls, such as "
             f"{', '.join(unlabelled[:3])}; expected one for every image, or for none"
         )
+    captions = None if caption_ending is None else check_captions(texts, names, f"caption_column={caption_ending!r}")
     if unlabelled:
-        return TarSource(root, members, np.zeros(len(members), np.int64), [])
-    return TarSource(root, members, np.array(labels), numbered_classes(max(labels) + 1, len(labels), ".cls"))
+        return TarSource(root, members, np.zeros(len(members), np.int64), [], captions)
+    class_names = numbered_classes(max(labels) + 1, len(labels), ".cls")
+    return TarSource(root, members, np.array(labels), class_names, captions)
 
 
 def tar_files(root: Path, split: str) -> list[Path]:
@@ -137,9 +149,11 @@ def _names_in(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not name.startswith(".")) if folder.is_dir() else []
 
 
-def _scan_tar(file: Path, name: str) -> tuple[list[tuple[str, str, int, int]], list[int | None]]:
-    """The images of one tar file in its order, and their labels; names with a leading dot are passed over."""
-    images, labels = {}, {}
+def _scan_tar(
+    file: Path, name: str, caption_ending: str | None
+) -> tuple[list[tuple[str, str, int, int]], list[int | None], list[str | None]]:
+    """The images of one tar file in its order, their labels and captions; names with a leading dot are passed over."""
+    images, labels, texts = {}, {}, {}
     members = scan_members(file)
     with open_regular(file) as archive:
         for member in members:
@@ -148,21 +162,27 @@ def _scan_tar(file: Path, name: str) -> tuple[list[tuple[str, str, int, int]], l
             key = (folder, base.partition(".")[0])
             if base.startswith("."):
                 continue
-            if _is_picture(archive, member, base):
-                if key in images:
-                    raise ValueError(f"{file}: {member.name} is a second image of its sample; expected one each")
-                images[key] = (name, member.name, member.offset, member.size)
+            if caption_ending is not None and base.lower().endswith(f".{caption_ending.lower()}"):
+                _put(texts, key, _read_caption(archive, member, f"{member.name} of {file}"), file, member, "caption")
+            elif _is_picture(archive, member, base):
+                _put(images, key, (name, member.name, member.offset, member.size), file, member, "image")
             elif base.lower().endswith(".cls"):
-                if key in labels:
-                    raise ValueError(f"{file}: {member.name} is a second label of its sample; expected one each")
-                labels[key] = _read_label(archive, member, f"{member.name} of {file}")
-    lost = ["/".join(filter(None, key)) for key in labels if key not in images]
-    if lost:
-        raise ValueError(
-            f"{file}: {len(lost)} of {len(labels)} .cls are of no image, such as {lost[0]}.cls; expected one of the "
-            "same name, up to its first dot, for each"
-        )
-    return list(images.values()), [labels.get(key) for key in images]
+                _put(labels, key, _read_label(archive, member, f"{member.name} of {file}"), file, member, "label")
+    for found, ending in ((labels, "cls"), (texts, caption_ending)):
+        lost = ["/".join(filter(None, key)) for key in found if key not in images]
+        if lost:
+            raise ValueError(
+                f"{file}: {len(lost)} of {len(found)} .{ending} are of no image, such as {lost[0]}.{ending}; expected "
+                "one of the same name, up to its first dot, for each"
+            )
+    return list(images.values()), [labels.get(key) for key in images], [texts.get(key) for key in images]
+
+
+def _put(found: dict, key: tuple[str, str], value: Any, file: Path, member: Member, what: str) -> None:
+    """Note what a sample has, once."""
+    if key in found:
+        raise ValueError(f"{file}: {member.name} is a second {what} of its sample; expected one each")
+    found[key] = value
 
 
 def _is_picture(archive: BinaryIO, member: Member, base: str) -> bool:
@@ -187,3 +207,12 @@ def _read_label(archive: BinaryIO, member: Member, where: str) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise ValueError(f"{where} holds {text[:40]!r}; expected a class number, 0 or more")
     return int(text)
+
+
+def _read_caption(archive: BinaryIO, member: Member, where: str) -> str:
+    """A text in UTF-8."""
+    check_size(member.size, 4 * MAX_CAPTION_LENGTH, where)
+    try:
+        return _content(archive, member, member.size).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is no text in UTF-8: {error}") from error

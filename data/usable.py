@@ -4,6 +4,7 @@ Legend: N images.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ class UsableImages:
         self._positions = np.setdiff1d(np.arange(len(source)), np.array(unreadable, np.int64))
         if not len(self._positions):
             raise ValueError(f"none of the {len(source)} images can be read; expected some usable ones")
+        self.captions = None if source.captions is None else [source.captions[n] for n in self._positions.tolist()]
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -114,8 +116,10 @@ def describe_unreadable(unreadable: Sequence[dict], num_images: int, split: str)
 
 
 def source_fingerprint(source: ImageSource) -> str:
-    """Hash the names and labels of all images."""
+    """Hash the names and labels of all images, and their captions where they have some."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(f"{source.identifier(index)}\t{source.label(index)}\n".encode())
+        if source.captions is not None:
+            digest.update((json.dumps(source.captions[index]) + "\n").encode())
     return digest.hexdigest()
