@@ -22,6 +22,8 @@ from .keyed_random import keyed_uniform
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 # Longer than any caption; a text of megabytes is none.
 MAX_CAPTION_LENGTH = 20_000
+# Keeps the draw of a caption apart from other draws with the same keys.
+_CAPTION_KEY = 0x63617074
 # Of a line in a metadata file that is shown in a message.
 _NUM_SHOWN = 60
 
@@ -76,24 +78,22 @@ def folder_captions(root: Path, files: Sequence[str], column: str) -> list[tuple
         ValueError: naming the metadata file and line that is damaged, lacks a field or names a file that is not there;
             or pictures without captions.
     """
-    folders = {parent for file in files for parent in _parents(file)}
     by_file: dict[str, Any] = {}
-    num_files = 0
-    pictures = set(files)
-    for folder in sorted(folders):
-        for path, rows in _metadata_in(root, folder):
-            num_files += 1
-            for line, row in rows:
-                file = posixpath.normpath(posixpath.join(folder, _field(row, "file_name", path, line)))
-                caption = _field(row, column, path, line)
-                if file not in pictures:
-                    if not os.path.exists(root / file):
-                        raise ValueError(f"{path}, line {line}: there is no file {file!r:.200} in {root}; expected one")
-                    continue
-                if file in by_file:
-                    raise ValueError(f"{path}, line {line}: {file!r:.200} is named twice; expected one line for a file")
-                by_file[file] = caption
-    if not num_files:
+    pictures, paths = set(files), metadata_files(root, files)
+    for path in paths:
+        _check_metadata(root / path)
+        for line, row in (_json_rows if path.endswith(".jsonl") else _csv_rows)(root / path):
+            where = f"{root / path}, line {line}"
+            file = posixpath.normpath(posixpath.join(posixpath.dirname(path), _field(row, "file_name", where)))
+            caption = _field(row, column, where)
+            if file not in pictures:
+                if not os.path.exists(root / file):
+                    raise ValueError(f"{where}: there is no file {file!r:.200} in {root}; expected one")
+                continue
+            if file in by_file:
+                raise ValueError(f"{where}: {file!r:.200} is named twice; expected one line for a file")
+            by_file[file] = caption
+    if not paths:
         raise ValueError(
             f"caption_column={column!r}: {root} has no {' or '.join(METADATA_NAMES)} beside its images or above them; "
             "expected one with the fields file_name and " + column
@@ -101,23 +101,41 @@ def folder_captions(root: Path, files: Sequence[str], column: str) -> list[tuple
     return check_captions([by_file.get(file) for file in files], [escaped_name(file) for file in files], str(root))
 
 
-def draw_captions(captions: Sequence[Sequence[str]], seed: int, epochs: torch.Tensor, index: torch.Tensor) -> list[str]:
+def draw_captions(
+    num_captions: Sequence[int], seed: int, epochs: Sequence[int], index: Sequence[int]
+) -> list[int]:
     """Draw one of each image's captions, as a pure function of (seed, epoch, image).
 
     Args:
-        captions: N, at least one each.
+        num_captions: of each of N images, at least 1.
         seed: key.
-        epochs: (N,) int64.
-        index: (N,) int64, the images' numbers.
+        epochs: N, 0 or more.
+        index: N numbers of images.
 
     Returns:
-        N captions.
+        N numbers of captions, from 0.
     """
+    epochs, index = (torch.as_tensor(values, dtype=torch.int64) for values in (epochs, index))
     draws = torch.empty(len(index), dtype=torch.float64)
     for epoch in epochs.unique().tolist():
         is_here = epochs == epoch
-        draws[is_here] = keyed_uniform(seed, epoch, samples=index[is_here])
-    return [texts[int(draw * len(texts))] for texts, draw in zip(captions, draws.tolist(), strict=True)]
+        draws[is_here] = keyed_uniform(seed, epoch, _CAPTION_KEY, samples=index[is_here])
+    return [int(draw * count) for draw, count in zip(draws.tolist(), num_captions, strict=True)]
+
+
+def metadata_files(root: Path, files: Sequence[str]) -> list[str]:
+    """List the metadata files beside an image folder's pictures and above them.
+
+    Args:
+        root: the folder.
+        files: paths of pictures relative to it, with forward slashes.
+
+    Returns:
+        Paths relative to it, sorted.
+    """
+    folders = {parent for file in files for parent in _parents(file)}
+    paths = (posixpath.join(folder, name) for folder in folders for name in METADATA_NAMES)
+    return sorted(path for path in paths if os.path.lexists(root / path))
 
 
 def _parents(file: str) -> Iterator[str]:
@@ -127,16 +145,13 @@ def _parents(file: str) -> Iterator[str]:
         yield file
 
 
-def _metadata_in(root: Path, folder: str) -> Iterator[tuple[Path, Iterator[tuple[int, Mapping]]]]:
-    """Yield the metadata file of a folder, if there is one, with its numbered rows."""
-    paths = [root / folder / name for name in METADATA_NAMES]
-    found = [path for path in paths if os.path.lexists(path)]
-    if len(found) > 1:
-        raise ValueError(f"{found[0]} lies beside {found[1].name}; expected one of them")
-    for path in found:
-        if not is_regular(path):
-            raise ValueError(f"{path} is no file that can be read; expected a file of captions")
-        yield path, (_json_rows if path.suffix == ".jsonl" else _csv_rows)(path)
+def _check_metadata(path: Path) -> None:
+    """Refuse a metadata file that is none, or that lies beside another."""
+    if not is_regular(path):
+        raise ValueError(f"{path} is no file that can be read; expected a file of captions")
+    others = [path.with_name(name) for name in METADATA_NAMES if name != path.name]
+    for other in filter(os.path.lexists, others):
+        raise ValueError(f"{path} lies beside {other.name}; expected one of them")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping]]:
@@ -166,11 +181,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping]]:
         raise ValueError(f"{path}, line {reader.line_num} cannot be read: {error}") from error
 
 
-def _field(row: Mapping, name: str, path: Path, line: int) -> Any:
+def _field(row: Mapping, name: str, where: str) -> Any:
     """Return a field of a row."""
     if name not in row:
-        raise ValueError(f"{path}, line {line}: it has the fields {list(row)}; expected {name} among them")
+        raise ValueError(f"{where}: it has the fields {list(row)}; expected {name} among them")
     value = row[name]
     if name == "file_name" and not isinstance(value, str):
-        raise ValueError(f"{path}, line {line}: file_name is {value!r:.80}; expected the name of a file")
+        raise ValueError(f"{where}: file_name is {value!r:.80}; expected the name of a file")
     return value

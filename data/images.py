@@ -18,6 +18,7 @@ from nextblock.files.names import restored_name
 
 from .augment import TransformConfig, apply_transform
 from .blocks import as_shape
+from .captions import draw_captions, metadata_files
 from .datasets_source import local_files, open_dataset
 from .digits import DigitsSource, load_digits_split
 from .image_folder import scan_image_folder
@@ -227,7 +228,8 @@ def source_files(config: ImageDataConfig, source: ImageSource, split: str) -> tu
         A folder and paths below it, in an order that stays; None and no paths for images that lie in no folder here.
     """
     if config.source == "folder":
-        return Path(config.path), [restored_name(source.identifier(index)) for index in range(len(source))]
+        root, files = Path(config.path), [restored_name(source.identifier(index)) for index in range(len(source))]
+        return root, files if config.caption_column is None else files + metadata_files(root, files)
     if config.source == "webdataset":
         root = Path(config.path)
         files = tar_files(root, split if config.eval_fraction is None else config.split)
@@ -245,20 +247,30 @@ class ImageDataset(Dataset):
         image_size: (H, W) in pixels, or one integer for a square.
         transform: how images are brought to that size and varied.
         seed: 0 or more.
+        gives_captions: whether an item has one of its image's captions.
 
     Raises:
-        ValueError: if `image_size` or `seed` is out of range.
+        ValueError: if `image_size` or `seed` is out of range, or captions are asked for and there are none.
     """
 
     def __init__(
-        self, source: ImageSource, image_size: int | tuple[int, int], transform: TransformConfig, seed: int
+        self,
+        source: ImageSource,
+        image_size: int | tuple[int, int],
+        transform: TransformConfig,
+        seed: int,
+        *,
+        gives_captions: bool = False,
     ):
+        if gives_captions and source.captions is None:
+            raise ValueError(f"gives_captions=True: the {len(source)} images have no captions")
         if seed < 0:
             raise ValueError(f"seed={seed}: expected 0 or more")
         self.source = source
         self.image_size = as_shape(image_size, "image_size")
         self.transform = transform
         self.seed = seed
+        self.gives_captions = gives_captions
 
     def __len__(self) -> int:
         return len(self.source)
@@ -270,7 +282,8 @@ class ImageDataset(Dataset):
             key: (epoch, index), or an index alone for epoch 0.
 
         Returns:
-            "pixel_values" float32 (3, H, W) in [-1, 1], "class_labels" int, "index" int.
+            "pixel_values" float32 (3, H, W) in [-1, 1], "class_labels" int, "index" int, and where captions are given
+            "caption", drawn anew in every epoch.
 
         Raises:
             IndexError: if the index is not in 0..N-1.
@@ -289,10 +302,16 @@ class ImageDataset(Dataset):
         """
         keys = [self._checked(key) for key in keys]
         pixels = np.stack([self._transformed(epoch, index) for epoch, index in keys])
-        return [
+        items = [
             {"pixel_values": pixel_values, "class_labels": self.source.label(index), "index": index}
             for pixel_values, (_, index) in zip(to_pixel_values(pixels), keys, strict=True)
         ]
+        if self.gives_captions:
+            texts = [self.source.captions[index] for _, index in keys]
+            numbers = draw_captions([len(each) for each in texts], self.seed, *zip(*keys, strict=True))
+            for item, each, number in zip(items, texts, numbers, strict=True):
+                item["caption"] = each[number]
+        return items
 
     def _checked(self, key: int | tuple[int, int]) -> tuple[int, int]:
         """The key as (epoch, index), the index in range."""

@@ -20,6 +20,7 @@ from nextblock.files.atomic import file_sha256, write_whole
 from nextblock.files.regular import check_regular
 
 from .blocks import BlockLayout
+from .text_columns import check_texts, text_arrays, text_features
 
 if TYPE_CHECKING:
     import datasets
@@ -43,6 +44,8 @@ class ShardRows(NamedTuple):
     """(N,) int64."""
     views: np.ndarray
     """(N,) int32."""
+    texts: dict
+    """Columns of captions by name, see `text_columns`; none where they were not asked for."""
 
 
 def index_dtype(vocab_size: int) -> str:
@@ -66,6 +69,8 @@ def write_shard(
     class_names: Sequence[str],
     vocab_size: int,
     rejected: Sequence[dict] = (),
+    captions: Sequence[Sequence[str]] | None = None,
+    embeds: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> None:
     """Write one Parquet shard under a temporary name, flush it, and rename it into place.
 
@@ -78,6 +83,8 @@ def write_shard(
         class_names: names by label; empty for unconditional data.
         vocab_size: V.
         rejected: what keeps the shard's other images out, kept in its footer.
+        captions: of each row one text or more; None for images without.
+        embeds: for each caption its features (T, E) float16; None stores none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -90,6 +97,7 @@ def write_shard(
             "label": ClassLabel(names=list(class_names)) if class_names else Value("int64"),
             "image_id": Value("string"),
             "view": Value("int32"),
+            **({} if captions is None else text_features(has_embeds=embeds is not None)),
         }
     )
     N, L = idx.shape
@@ -100,6 +108,7 @@ def write_shard(
         pa.array(class_labels.astype(np.int64)),
         pa.array(list(image_ids), pa.string()),
         pa.array(views.astype(np.int32)),
+        *([] if captions is None else text_arrays(captions, embeds)),
     ]
     schema = features.arrow_schema
     schema = schema.with_metadata({**(schema.metadata or {}), _REJECTED_KEY: json.dumps(list(rejected)).encode()})
@@ -154,13 +163,14 @@ def read_footer(path: Path) -> tuple[int, list[dict]]:
     return footer.num_rows, rejected
 
 
-def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
+def read_shard(path: Path, num_rows: int, sha256: str, text_names: Sequence[str] = ()) -> ShardRows:
     """Read one shard.
 
     Args:
         path: the file.
         num_rows: N, as its manifest says.
         sha256: its checksum there.
+        text_names: columns of captions to read too.
 
     Raises:
         ValueError: if the file is missing, has changed, or holds something else.
@@ -174,8 +184,8 @@ def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
         raise ValueError(f"shard {path} has changed since it was written; expected the checksum of its manifest")
     _check_claims(path, num_rows)
     try:
-        _check_columns(path, pq.read_schema(path))
-        table = pq.read_table(path, columns=["idx", "label", "view"]).combine_chunks()
+        _check_columns(path, pq.read_schema(path), text_names)
+        table = pq.read_table(path, columns=["idx", "label", "view", *text_names]).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"shard {path} cannot be read: {error}") from error
     column = table["idx"].combine_chunks()
@@ -186,7 +196,8 @@ def read_shard(path: Path, num_rows: int, sha256: str) -> ShardRows:
     if len(lengths) > 1:
         raise ValueError(f"shard {path} has rows of {lengths.min()} to {lengths.max()} tokens; expected equal lengths")
     idx = column.flatten().to_numpy().reshape(num_rows, lengths[0] if len(lengths) else 0)
-    return ShardRows(idx, table["label"].to_numpy().astype(np.int64), table["view"].to_numpy())
+    texts = {name: table[name].combine_chunks() for name in text_names}
+    return ShardRows(idx, table["label"].to_numpy().astype(np.int64), table["view"].to_numpy(), texts)
 
 
 def _check_claims(path: Path, num_rows: int) -> None:
@@ -207,10 +218,13 @@ def _check_claims(path: Path, num_rows: int) -> None:
         raise ValueError(f"shard {path} claims {num_values} values; expected {most} at most in a file of its size")
 
 
-def _check_columns(path: Path, schema) -> None:
+def _check_columns(path: Path, schema, text_names: Sequence[str]) -> None:
     """Refuse columns that are missing or hold no integers."""
     import pyarrow.types as kinds
 
+    missing = [name for name in text_names if name not in schema.names]
+    if missing:
+        raise ValueError(f"shard {path} has the columns {schema.names}; expected {missing} too, as its manifest says")
     for name in ("idx", "label", "view"):
         if name not in schema.names:
             raise ValueError(f"shard {path} has the columns {schema.names}; expected idx, label and view")
@@ -221,9 +235,7 @@ def _check_columns(path: Path, schema) -> None:
             raise ValueError(f"shard {path}: column {name} holds {kind}; expected {expected}")
 
 
-def open_rows(
-    folder: Path, manifest: "TokenManifest", split: str, max_memory: int
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def open_rows(folder: Path, manifest: "TokenManifest", split: str, max_memory: int) -> list[ShardRows]:
     """Open all rows of a split.
 
     Args:
@@ -233,7 +245,7 @@ def open_rows(
         max_memory: largest size in bytes that is read into memory rather than mapped.
 
     Returns:
-        The indices in parts (N_part, L), the labels (N,) int64 and the views (N,) int32.
+        The rows in parts.
 
     Raises:
         ValueError: if a shard is missing, has changed or does not fit the manifest.
@@ -241,18 +253,21 @@ def open_rows(
     shards = [shard for shard in manifest.splits[split]["shards"] if shard["num_rows"]]
     num_tokens = BlockLayout.from_dict(manifest.layout).num_tokens
     size = sum(shard["num_rows"] for shard in shards) * num_tokens * np.dtype(index_dtype(manifest.vocab_size)).itemsize
+    if manifest.text_encoder:
+        # Features do not pack: their share of a file is about their size.
+        size += sum((folder / shard["file"]).stat().st_size for shard in shards if (folder / shard["file"]).is_file())
     if size <= max_memory:
         parts = list(_checked_shards(folder, manifest, split, shards, num_tokens))
     else:
         parts = _mapped_shards(folder, manifest, split, shards, num_tokens)
-    labels, views = (np.concatenate([part[column] for part in parts]) for column in (1, 2))
+    labels = np.concatenate([part.class_labels for part in parts])
     num_classes = len(manifest.class_names)
     if len(labels) and not 0 <= labels.min() <= labels.max() < max(num_classes, 1):
         raise ValueError(
             f"split {split!r} of {folder} has labels from {labels.min()} to {labels.max()}; expected "
             f"0 to {max(num_classes - 1, 0)}, as its manifest has {num_classes} class_names"
         )
-    return [part.idx for part in parts], labels, views
+    return parts
 
 
 def _checked_shards(
@@ -260,7 +275,10 @@ def _checked_shards(
 ) -> Iterator[ShardRows]:
     """Read shards one after the other and refuse indices that are no codes."""
     for shard in shards:
-        rows = read_shard(folder / shard["file"], shard["num_rows"], shard["sha256"])
+        path = folder / shard["file"]
+        rows = read_shard(path, shard["num_rows"], shard["sha256"], manifest.text_names)
+        if rows.texts:
+            check_texts(path, rows.texts, manifest.text_width)
         lowest, highest = (rows.idx.min(), rows.idx.max()) if rows.idx.size else (0, 0)
         if rows.idx.shape[1] != num_tokens or lowest < 0 or highest >= manifest.vocab_size:
             raise ValueError(
@@ -283,6 +301,8 @@ def _mapped_shards(
             "view": datasets.Value("int32"),
         }
     )
+    if manifest.text_names:
+        features.update(text_features(has_embeds=bool(manifest.text_encoder)))
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "nextblock-tokens" / f"{_state_of(folder, shards)}.arrow"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -298,6 +318,7 @@ def _mapped_shards(
             batch.column(0).flatten().to_numpy(zero_copy_only=True).reshape(batch.num_rows, num_tokens),
             batch.column(1).to_numpy(zero_copy_only=True),
             batch.column(2).to_numpy(zero_copy_only=True),
+            {name: batch.column(name) for name in manifest.text_names},
         )
         for batch in table.to_batches()
     ]
@@ -311,7 +332,7 @@ def _unpack(shards: Iterator[ShardRows], features: "datasets.Features", file: Bi
     with pa.ipc.new_stream(file, schema) as writer:
         for rows in shards:
             idx = pa.FixedSizeListArray.from_arrays(pa.array(rows.idx.reshape(-1)), rows.idx.shape[1])
-            columns = [idx, pa.array(rows.class_labels), pa.array(rows.views)]
+            columns = [idx, pa.array(rows.class_labels), pa.array(rows.views), *rows.texts.values()]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 

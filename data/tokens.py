@@ -21,7 +21,9 @@ from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.regular import read_json
 
 from .blocks import BlockLayout
+from .captions import draw_captions
 from .keyed_random import keyed_uniform
+from .text_columns import CAPTION, EMBEDS, caption_embeds, padded_embeds
 from .token_shards import open_rows
 
 MANIFEST_NAME = "manifest.json"
@@ -65,8 +67,30 @@ class TokenManifest:
     splits: dict[str, dict] = field(default_factory=dict)
     """Split → {"num_images", "num_rejected", "num_views", "source_sha256", "shards"}, the last a list of
     {"file", "num_rows", "sha256"}."""
+    condition: str = ""
+    """What the images are conditioned on: "text" where they have captions, else "class" or "none"."""
+    text_encoder: dict = field(default_factory=dict)
+    """What made the stored features of captions: {"name", "sha256", "width", "max_length"}; empty where none are."""
     format_version: int = FORMAT_VERSION
     """Version of this format."""
+
+    def __post_init__(self):
+        # Manifests of versions without captions do not say.
+        self.condition = self.condition or ("class" if self.class_names else "none")
+
+    @property
+    def text_names(self) -> list[str]:
+        """Return the names of the columns of captions."""
+        return [CAPTION, *([EMBEDS] if self.text_encoder else [])] if self.condition == "text" else []
+
+    @property
+    def text_width(self) -> int | None:
+        """Return the channels of stored features; None where none are."""
+        return self.text_encoder.get("width")
+
+    def as_job(self) -> dict:
+        """Return what tells a job from others; what came with captions leaves no trace in jobs without."""
+        return {name: value for name, value in asdict(self).items() if self.text_names or name not in _TEXT_FIELDS}
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder of tokens; it comes last, so a folder without one is unfinished."""
@@ -88,6 +112,7 @@ class TokenManifest:
         if found.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path} has format_version {found.get('format_version')}; expected {FORMAT_VERSION}")
         try:
+            _check_condition(found)
             _check_fields(found, {each.name: each.type for each in fields(cls)}, _required(cls))
             for split, entry in found.get("splits", {}).items():
                 _check_split(entry, f"splits[{split!r}]")
@@ -121,11 +146,25 @@ class TokenManifest:
                 )
 
 
+# Fields that came with captions.
+_TEXT_FIELDS = ("condition", "text_encoder")
+_ENCODER_KINDS = {"name": str, "sha256": str, "width": int, "max_length": int}
 # What a split and a shard of a manifest must say; the first version wrote no more.
 _SPLIT_KINDS = {"num_images": int, "num_views": int, "shards": list[dict]}
 _SHARD_KINDS = {"file": str, "num_rows": int, "sha256": str}
 # The only whole number that may be negative.
 _SIGNED = "seed"
+
+
+def _check_condition(found: dict) -> None:
+    """Refuse a condition that there is not, or a text encoder that is not described."""
+    if found.get("condition", "none") not in ("class", "text", "none"):
+        raise ValueError(f"condition is {found['condition']!r:.80}; expected 'class', 'text' or 'none'")
+    encoder = found.get("text_encoder")
+    if isinstance(encoder, dict) and encoder:
+        _check_fields(encoder, _ENCODER_KINDS, set(_ENCODER_KINDS), "text_encoder")
+        if not encoder["width"] or found.get("condition") != "text":
+            raise ValueError(f"text_encoder is {encoder!r:.80}; expected a width of at least 1, and condition 'text'")
 
 
 def _required(manifest_class: type) -> set[str]:
@@ -203,7 +242,9 @@ class TokenDataset(Dataset):
         self.layout = BlockLayout.from_dict(self.manifest.layout)
         self.samples_views = samples_views
         self.view_seed = view_seed
-        self._idx, self.class_labels, views = open_rows(folder, self.manifest, split, max_memory)
+        parts = open_rows(folder, self.manifest, split, max_memory)
+        self._idx, self._texts = [part.idx for part in parts], [part.texts for part in parts]
+        self.class_labels, views = (np.concatenate([part[column] for part in parts]) for column in (1, 2))
         self._starts = np.cumsum([0, *(len(part) for part in self._idx)])
         self.num_views = self.manifest.splits[split]["num_views"]
         if self.num_views > max(len(views), 1):
@@ -232,26 +273,45 @@ class TokenDataset(Dataset):
             keys: numbers of rows, or of images where views are sampled; or (epoch, number) pairs.
 
         Returns:
-            `labels` (B, L), `class_labels` (B,) and `index` (B,), all int64; `index` is what the keys say.
+            `labels` (B, L), `class_labels` (B,) and `index` (B,), all int64; `index` is what the keys say. Of captions,
+            one an image drawn anew in every epoch: `text_embeds` (B, T, E) float16 and `text_mask` (B, T) bool, or
+            where no features are stored `caption`, B texts.
         """
         index = np.array([key[1] if isinstance(key, tuple) else key for key in keys], np.int64)
         if not len(index) or not -self._length <= index.min() <= index.max() < self._length:
             raise IndexError(f"rows {index} are not all in 0..{self._length - 1}")
         index %= self._length
         rows = index
+        epochs = np.array([key[0] if isinstance(key, tuple) else 0 for key in keys])
         if self.samples_views:
-            epochs = np.array([key[0] if isinstance(key, tuple) else 0 for key in keys])
             rows = index + self._length * self._draw_views(epochs, index)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         places = rows - self._starts[parts]
         labels = np.empty((len(rows), self.layout.num_tokens), np.int64)
         for n, (part, place) in enumerate(zip(parts.tolist(), places.tolist(), strict=True)):
             labels[n] = self._idx[part][place]
-        return {
+        batch = {
             "labels": torch.from_numpy(labels),
             "class_labels": torch.from_numpy(self.class_labels[rows]),
             "index": torch.from_numpy(index),
         }
+        if self.manifest.condition == "text":
+            batch |= self._draw_texts(parts.tolist(), places.tolist(), epochs, index)
+        return batch
+
+    def _draw_texts(self, parts: list[int], places: list[int], epochs: np.ndarray, index: np.ndarray) -> dict:
+        """Return one caption a row, or its features."""
+        captions = [self._texts[part][CAPTION][place].as_py() for part, place in zip(parts, places, strict=True)]
+        numbers = draw_captions([len(texts) for texts in captions], self.view_seed, epochs, index)
+        if not self.manifest.text_encoder:
+            return {"caption": [texts[number] for texts, number in zip(captions, numbers, strict=True)]}
+        width = self.manifest.text_width
+        drawn = [
+            caption_embeds(self._texts[part], place, number, width)
+            for part, place, number in zip(parts, places, numbers, strict=True)
+        ]
+        embeds, mask = padded_embeds(drawn)
+        return {"text_embeds": torch.from_numpy(embeds), "text_mask": torch.from_numpy(mask)}
 
     def _draw_views(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return a view for each image, (B,) int64."""

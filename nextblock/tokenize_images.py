@@ -34,6 +34,9 @@ from .progress import Progress
 from .run_data import data_of_run
 from .stoppable import Job, stoppable_job
 
+# Options of images that came after the first jobs; where they are not used they leave no trace.
+_LATER_OPTIONS = ("eval_fraction", "class_names", "first_label", "caption_column")
+
 
 @dataclass(kw_only=True)
 class TokenizeConfig:
@@ -147,7 +150,7 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
         )
     plans = _plan(config, model)
     job = _describe(config, model, plans, state)
-    begin_job(folder, asdict(job), state)
+    begin_job(folder, job.as_job(), state)
     (folder / "data").mkdir(exist_ok=True)
     num_rows = {folder / "data" / shard.name: len(shard.rows) for _, shards in plans.values() for shard in shards}
     paths = list(num_rows)
@@ -242,7 +245,7 @@ def _describe(
     """All that the bytes of the result depend on, without what differs from place to place."""
     # However a dataset is read, its rows are the same. Newer options leave no trace where they are not used, so that
     # older jobs can go on.
-    later = {name for name in ("eval_fraction", "class_names", "first_label") if getattr(config.data, name) is None}
+    later = {name for name in _LATER_OPTIONS if getattr(config.data, name) is None}
     left_out = {"is_streamed", "on_error", *later}
     data = {name: value for name, value in asdict(config.data).items() if name not in left_out}
     if config.data.path is not None and (config.data.source != "datasets" or Path(config.data.path).exists()):
