@@ -6,6 +6,7 @@ import re
 from nextblock.files.quoting import markdown_text
 
 from .blocks import BlockLayout
+from .text_columns import CAPTION, EMBEDS
 from .token_shards import index_dtype, split_identifier
 from .tokens import TokenManifest
 
@@ -44,6 +45,7 @@ def token_card(manifest: TokenManifest) -> str:
             "- `label`: the class" if manifest.class_names else "- `label`: always 0, the images have no classes",
             "- `image_id`: the image's name in its source",
             "- `view`: which view of the image, as listed below",
+            *_texts(manifest),
             "",
             *table,
             "",
@@ -56,3 +58,15 @@ def token_card(manifest: TokenManifest) -> str:
             "",
         ]
     )
+
+
+def _texts(manifest: TokenManifest) -> list[str]:
+    """Describe the columns of captions."""
+    lines = []
+    if CAPTION in manifest.text_names:
+        lines.append(f"- `{CAPTION}`: the image's captions, one or more")
+    if EMBEDS in manifest.text_names:
+        encoder = manifest.text_encoder
+        name, width = markdown_text(encoder["name"]), encoder["width"]
+        lines.append(f"- `{EMBEDS}`: for each caption the features that {name} gives, tokens × {width} (float16)")
+    return lines

@@ -13,6 +13,7 @@ from nextblock.data.tokens import MANIFEST_NAME
 from nextblock.evaluation.training_log import RECORD_NAME
 from nextblock.files.part_jobs import JOB_NAME
 from nextblock.files.regular import read_json
+from nextblock.prior.text_encoder import TextEncoder, load_text_encoder
 
 from .mistakes import reading
 
@@ -49,6 +50,24 @@ def load_given(option: str, source: str, model_class: type, **options) -> Any:
         else:
             options |= _hub_options(source, marker)
         return model_class.from_pretrained(source, **options)
+
+
+def load_given_encoder(option: str, source: str, max_length: int) -> TextEncoder:
+    """Load the text encoder that an option names.
+
+    Args:
+        option: as on the command line, without its dashes.
+        source: its value, a folder or a repository of the hub.
+        max_length: tokens of a text that are read.
+
+    Raises:
+        ValueError: naming the option, its value, what was expected, and what is there instead or wrong with it.
+    """
+    with reading(option, source, "the folder of a text model and its tokenizer, or their repository on the hub"):
+        if os.path.exists(source) and not Path(source, _MODEL).is_file():
+            raise ValueError(f"it has no {_MODEL}" if os.path.isdir(source) else "it is a file")
+        options = {"local_files_only": True} if os.path.exists(source) else _hub_options(source, _MODEL)
+        return load_text_encoder(source, max_length, **options)
 
 
 def _check_folder(folder: Path, marker: str, model_type: str | None) -> None:

@@ -23,13 +23,14 @@ from nextblock.data.workers import MAX_WORKERS
 from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint, model_options
 from nextblock.files.part_jobs import begin_job
+from nextblock.prior.text_encoder import TextEncoder
 from nextblock.tokenizer.encoder import Encoder, write_shards
 from nextblock.tokenizer.modeling_vqvae import VQVAE
 from nextblock.training.processes import connect_processes
 
 from .command_line import parse_run_config
 from .cpu import MAX_THREADS, fixed_threads, keep_freed_memory
-from .inputs import load_given
+from .inputs import load_given, load_given_encoder
 from .progress import Progress
 from .run_data import data_of_run
 from .stoppable import Job, stoppable_job
@@ -51,6 +52,11 @@ class TokenizeConfig:
     transform: TransformConfig = field(default_factory=TransformConfig)
     """How the augmented views of training images are made; the original is always a plain center crop. Where neither
     data nor transform are given: as in the tokenizer's training."""
+    text_encoder: str | None = None
+    """Folder or hub repository of a text model of transformers; features of all captions are then stored with the
+    tokens (float16). null stores captions alone; with data.caption_column only."""
+    text_max_length: int = 120
+    """Tokens of a caption that the text encoder reads; the rest is cut off."""
     num_augmented_views: int = 0
     """Augmented copies of each training image, besides the original."""
     has_flipped_view: bool = False
@@ -105,6 +111,8 @@ class TokenizeConfig:
         ):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
+        if self.text_encoder is not None and self.data.source is not None and self.data.caption_column is None:
+            raise ValueError(f"text_encoder is {self.text_encoder!r}; expected null without data.caption_column")
         if self.data.on_error != "stop":
             raise ValueError(f"data.on_error is {self.data.on_error!r}; expected on_error, which is what a job has")
         # Where data is not given, the transform may be the tokenizer's training's too.
@@ -148,8 +156,12 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
             f"rows_per_shard is {config.rows_per_shard}; expected under {(1 << 31) // model.layout.num_tokens}, as a "
             f"shard of rows of {model.layout.num_tokens} tokens holds fewer than 2³¹ of them"
         )
+    encoder = None
+    if config.text_encoder is not None:
+        encoder = load_given_encoder("text_encoder", config.text_encoder, config.text_max_length)
+        encoder.model.to(state.device)
     plans = _plan(config, model)
-    job = _describe(config, model, plans, state)
+    job = _describe(config, model, plans, state, encoder)
     begin_job(folder, job.as_job(), state)
     (folder / "data").mkdir(exist_ok=True)
     num_rows = {folder / "data" / shard.name: len(shard.rows) for _, shards in plans.values() for shard in shards}
@@ -175,7 +187,7 @@ def _tokenize(config: TokenizeConfig, state: PartialState, stoppable: Job) -> No
     state.wait_for_everyone()
     if not is_finished:
         with fixed_threads(config.num_threads):
-            _write_missing(config, state, model, plans, missing)
+            _write_missing(config, state, model, plans, missing, encoder)
     if state.is_main_process:
         if not is_finished:
             # Nor may images have been replaced while the job was at work.
@@ -240,7 +252,11 @@ def _views(config: TokenizeConfig) -> ViewSet:
 
 
 def _describe(
-    config: TokenizeConfig, model: VQVAE, plans: dict[str, tuple[RowDataset, list[Shard]]], state: PartialState
+    config: TokenizeConfig,
+    model: VQVAE,
+    plans: dict[str, tuple[RowDataset, list[Shard]]],
+    state: PartialState,
+    encoder: TextEncoder | None,
 ) -> TokenManifest:
     """All that the bytes of the result depend on, without what differs from place to place."""
     # However a dataset is read, its rows are the same. Newer options leave no trace where they are not used, so that
@@ -258,6 +274,8 @@ def _describe(
         image_size=list(model.config.image_size),
         class_names=list(plans[config.data.split][0].source.class_names),
         data=data,
+        condition="" if plans[config.data.split][0].source.captions is None else "text",
+        text_encoder={} if encoder is None else _described(encoder, config),
         transform=asdict(config.transform),
         num_augmented_views=config.num_augmented_views,
         seed=config.seed,
@@ -284,12 +302,24 @@ def _describe(
     )
 
 
+def _described(encoder: TextEncoder, config: TokenizeConfig) -> dict:
+    """What a manifest says of the encoder of captions."""
+    name = config.text_encoder if not Path(config.text_encoder).exists() else Path(config.text_encoder).name
+    return {
+        "name": name,
+        "sha256": encoder.fingerprint(),
+        "width": encoder.width,
+        "max_length": config.text_max_length,
+    }
+
+
 def _write_missing(
     config: TokenizeConfig,
     state: PartialState,
     model: VQVAE,
     plans: dict[str, tuple[RowDataset, list[Shard]]],
     missing: dict[str, list[Shard]],
+    text_encoder: TextEncoder | None,
 ) -> None:
     """Write this process's share of the missing shards; the main process then waits for the others'."""
     folder = Path(config.output_dir) / "data"
@@ -302,6 +332,7 @@ def _write_missing(
     for split, shards in missing.items():
         mine = shards[state.process_index :: state.num_processes]
         options = {"num_workers": config.num_workers, "skips_errors": config.on_error == "skip"}
+        options["embed"] = None if text_encoder is None else text_encoder.encode_each
         if mine:
             write_shards(folder, mine, plans[split][0], encoder, progress.add, **options)
     progress.finish_share()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.text_columns import check_texts
 from nextblock.data.token_account import REJECTED_NAME
 from nextblock.data.token_shards import read_footer, read_shard
 from nextblock.data.tokens import TokenManifest
@@ -75,7 +76,9 @@ def damage_of(folder: Path) -> list[str]:
 
 def _check_shard(path: Path, shard: dict, manifest: TokenManifest, num_views: int) -> np.ndarray:
     """Return a shard's column of views, or raise a ValueError."""
-    rows = read_shard(path, shard["num_rows"], shard["sha256"])
+    rows = read_shard(path, shard["num_rows"], shard["sha256"], manifest.text_names)
+    if rows.texts:
+        check_texts(path, rows.texts, manifest.text_width)
     num_tokens = BlockLayout.from_dict(manifest.layout).num_tokens
     num_classes = max(1, len(manifest.class_names))
     if not len(rows.idx):

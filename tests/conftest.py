@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 CLASS_NAMES = ("blue tit", "great tit", "wren")
+CAPTION_WORDS = "a the red blue green small large bird cat dog of in and".split()
 TINY_TOKENIZER = """
     --model.image_size 16 --model.hidden_dim 8 --model.embedding_dim 4 --model.vocab_size 24
     --model.layout scales --model.scales [1,2,4] --model.num_phi 2
@@ -189,6 +190,43 @@ def plain_image_folder(tmp_path_factory) -> Path:
     for split, count in (("train", 12), ("test", 4)):
         _write_images(root / split, count, rng)
     return root
+
+
+@pytest.fixture(scope="session")
+def captioned_folder(tmp_path_factory) -> Path:
+    """12 training and 4 held-out images with one caption or two each, of two to five words."""
+    root, rng = tmp_path_factory.mktemp("captioned"), np.random.default_rng(2)
+    for split, count in (("train", 12), ("test", 4)):
+        _write_images(root / split, count, rng)
+        rows = []
+        for number in range(count):
+            words = rng.choice(CAPTION_WORDS, 2 + number % 4)
+            texts = [" ".join(words), "a " + words[0]][: 1 + number % 2]
+            rows.append({"file_name": f"{number:02d}.png", "text": texts})
+        (root / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="session")
+def text_encoder_dir(tmp_path_factory) -> Path:
+    """An untrained BERT of width 8 with a tokenizer of whole words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *CAPTION_WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    folder = tmp_path_factory.mktemp("text_encoder")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.5, **sizes)
+    BertModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

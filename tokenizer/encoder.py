@@ -5,9 +5,10 @@ Legend: B batch, N rows, L all tokens, HxW pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,7 @@ def write_shards(
     *,
     num_workers: int,
     skips_errors: bool,
+    embed: Callable[[list[str]], list[np.ndarray]] | None = None,
 ) -> None:
     """Decode, encode and write some shards of a split; one is written while the next is encoded.
 
@@ -79,6 +81,7 @@ def write_shards(
         on_rows: told how many rows every batch has.
         num_workers: processes that decode; 0 decodes here.
         skips_errors: leave unusable images out; otherwise stop at the first.
+        embed: gives for each of some texts its features (T, E) float16, to be stored; None stores none.
 
     Raises:
         ValueError: at an unusable image that is not left out.
@@ -96,9 +99,11 @@ def write_shards(
     with ThreadPoolExecutor(1) as executor, batches_of(loader) as decoded:
         for shard in shards:
             rows, idx, rejected = _encode_shard(decoded, shard, dataset, encoder, on_rows, skips_errors)
+            texts = _texts_of(rows, dataset, embed)
             if writing is not None:
                 writing.result()
-            writing = executor.submit(write_rows, folder / shard.name, rows, idx, rejected, dataset, encoder.model)
+            model = encoder.model
+            writing = executor.submit(write_rows, folder / shard.name, rows, idx, rejected, dataset, model, *texts)
         if writing is not None:
             writing.result()
 
@@ -129,8 +134,28 @@ def _encode_shard(
     return np.array(rows, np.int64), np.concatenate(parts), rejected
 
 
+def _texts_of(
+    rows: np.ndarray, dataset: RowDataset, embed: Callable[[list[str]], list[np.ndarray]] | None
+) -> tuple[list[Sequence[str]] | None, list[list[np.ndarray]] | None]:
+    """Return the captions of rows, and the features of each; None where there are none."""
+    if dataset.source.captions is None:
+        return None, None
+    captions = [dataset.source.captions[index] for index in (rows % len(dataset.source)).tolist()]
+    if embed is None:
+        return captions, None
+    features = iter(embed([text for texts in captions for text in texts]))
+    return captions, [list(islice(features, len(texts))) for texts in captions]
+
+
 def write_rows(
-    path: Path, rows: np.ndarray, idx: np.ndarray, rejected: list[dict], dataset: RowDataset, model: VQVAE
+    path: Path,
+    rows: np.ndarray,
+    idx: np.ndarray,
+    rejected: list[dict],
+    dataset: RowDataset,
+    model: VQVAE,
+    captions: list[Sequence[str]] | None = None,
+    embeds: list[list[np.ndarray]] | None = None,
 ) -> None:
     """Write a shard with labels, names and views of its rows.
 
@@ -141,10 +166,13 @@ def write_rows(
         rejected: what keeps other rows out.
         dataset: the split.
         model: the tokenizer.
+        captions: of each row, one text or more.
+        embeds: of each caption, its features (T, E) float16.
     """
     source = dataset.source
     views, images = np.divmod(rows, len(source))
     images = images.tolist()
     labels = np.array([source.label(index) for index in images], np.int64)
     image_ids = [source.identifier(index) for index in images]
-    write_shard(path, idx, labels, image_ids, views, source.class_names, model.config.vocab_size, rejected)
+    names, vocab_size = source.class_names, model.config.vocab_size
+    write_shard(path, idx, labels, image_ids, views, names, vocab_size, rejected, captions, embeds)
