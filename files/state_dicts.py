@@ -8,9 +8,10 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,8 @@ from .atomic import write_whole
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
+# More names than this of what is wrong say nothing new.
+MAX_LISTED = 20
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -35,28 +38,80 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         ValueError: if the file is missing, cannot be read, or holds anything but tensors by name.
     """
     path = Path(path)
+    with reading_tensors(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            state = load_pickled(path)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"checkpoint {str(path)!r} is not a pickle of tensors alone; others may run code and are refused"
+            ) from error
+    return check_tensors(state, path)
+
+
+@contextmanager
+def reading_tensors(path: Path) -> Iterator[None]:
+    """Name a file of tensors in whatever goes wrong while it is read.
+
+    Args:
+        path: of it.
+
+    Raises:
+        ValueError: naming it, if it is missing or the reading stumbles.
+    """
     if not path.is_file():
         raise ValueError(f"checkpoint is {str(path)!r}; expected a .pth, .pt or .safetensors file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Mapping the file keeps one copy of the weights in memory; the older format cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"checkpoint {str(path)!r} is not a pickle of tensors alone; others may run code and are refused"
-        ) from error
+        yield
+    except ValueError as error:
+        if str(error).startswith("checkpoint"):
+            raise
+        raise _unreadable(path, error) from error
     except Exception as error:  # A file that is none makes unpickling stumble in ways of its own.
-        reason = " ".join(str(error).splitlines()[:2])[:300]
-        raise ValueError(
-            f"checkpoint {str(path)!r} cannot be read; expected a .pth, .pt or .safetensors file of tensors: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def load_pickled(path: Path, **options) -> Any:
+    """Call `torch.load` on the CPU, by default for tensors and plain values alone.
+
+    Args:
+        path: of a file.
+        options: of `torch.load`.
+
+    Raises:
+        ValueError: if the file claims to hold more bytes than it has.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        # torch packs nothing, so that only a bomb unpacks to more than its file.
+        with zipfile.ZipFile(path) as archive:
+            claimed, held = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        if claimed > held:
+            raise ValueError(f"its parts claim {claimed} bytes, of which {held} are there")
+    # Mapping the file keeps one copy of the weights in memory; the older format cannot be mapped.
+    return torch.load(path, **{"map_location": "cpu", "weights_only": True, "mmap": is_zip} | options)
+
+
+def check_tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    """Refuse what is no dictionary of tensors by name, and tensors that claim more than is there.
+
+    Args:
+        state: what a file holds.
+        path: of the file, for the message.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(state).__name__}; expected tensors by name")
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    others = [name for name, value in state.items() if not isinstance(value, Tensor) or not isinstance(name, str)]
     if others:
-        raise ValueError(f"checkpoint {str(path)!r} holds {others}, no tensors; expected tensors by name")
+        listed = others if len(others) <= MAX_LISTED else [*others[:MAX_LISTED], "…"]
+        raise ValueError(f"checkpoint {str(path)!r} holds {listed}, no tensors; expected tensors by name")
     for name, tensor in state.items():
         # A view of a few bytes may claim to be of any size, which copying would make true.
         held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
@@ -179,3 +234,12 @@ def take_over(model: nn.Module, state: dict[str, Tensor]) -> None:
 def float32_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's tensors by name, on the CPU in float32; where they are so already, without a copy."""
     return {name: tensor.to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """Say that a file cannot be read, and why."""
+    reason = " ".join(str(error).splitlines()[:2])[:300]
+    return ValueError(
+        f"checkpoint {str(path)!r} cannot be read; expected a .pth, .pt or .safetensors file of tensors: "
+        f"{type(error).__name__}: {reason}"
+    )

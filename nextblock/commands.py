@@ -90,13 +90,13 @@ COMMANDS = {
     ),
     "convert tokenizer": Command(
         "convert_tokenizer",
-        "take over a published VAR tokenizer, or export one",
+        "take over a published tokenizer, or export one",
         "--format var --checkpoint vae_ch160v4096z32.pth --output_dir out/var-tokenizer "
         "--scales 1,2,3,4,5,6,8,10,13,16",
     ),
     "convert prior": Command(
         "convert_prior",
-        "take over a published VAR transformer, or export one",
+        "take over a published prior, or export one",
         "--format var --checkpoint var_d16.pth --output_dir out/var-d16 --scales 1,2,3,4,5,6,8,10,13,16 "
         "--to_pipeline --tokenizer out/var-tokenizer",
     ),

@@ -1,27 +1,29 @@
 """Take over a published prior, or write one of ours in the published format.
 
-    nextblock convert prior --format var --checkpoint var_d16.pth --output_dir out/var-d16 \\
+    nextblock convert prior --checkpoint var_d16.pth --output_dir out/var-d16 \\
         --scales 1,2,3,4,5,6,8,10,13,16 --to_pipeline --tokenizer out/var-tokenizer
     nextblock convert prior --format var --export --checkpoint out/prior --output_dir out
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.regular import read_text
-from nextblock.files.state_dicts import infer_size, read_state_dict, write_state_dict
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.prior import BlockPrior
+from nextblock.prior import BlockPrior, SamplingOptions
 from nextblock.prior.class_names import imagenet_class_names
 from nextblock.prior.var_checkpoint import (
-    VAR_ATTENTION_SCALE,
+    count_var_classes,
+    is_var_prior,
     prior_from_var,
     prior_to_var,
     var_arguments,
@@ -29,22 +31,59 @@ from nextblock.prior.var_checkpoint import (
 )
 from nextblock.tokenizer import VQVAE
 
-from .conversion import ConversionConfig, parse_conversion
+from .conversion import ConversionConfig, Format, export, parse_conversion, read_checkpoint, take_over
 from .inputs import load_given
 from .mistakes import reading
 
 
+@dataclass(frozen=True, kw_only=True)
+class PriorFormat(Format):
+    """How another project writes a prior; its adapter takes `class_names` beside the options.
+
+    Args:
+        model_class: that the adapter makes, and that `--export` loads.
+        num_classes: tells it of the tensors and the command's options, before there is a model.
+        sampling: the published sampling of a configuration, written into a pipeline.
+    """
+
+    model_class: type
+    num_classes: Callable[[dict[str, Tensor], ConvertPriorConfig], int]
+    sampling: Callable[[Any], SamplingOptions]
+
+
+FORMATS = {
+    "var": PriorFormat(
+        title="a VAR transformer",
+        fits=is_var_prior,
+        take_over=prior_from_var,
+        options={"scales": "scales", "num_heads": "num_heads", "attention_scale": "attention_scale"},
+        required={"scales": "sizes such as 1,2,3,4,5,6,8,10,13,16"},
+        write=prior_to_var,
+        file_name=lambda model: f"var_d{model.config.num_layers}.pth",
+        arguments=lambda model, state: var_arguments(model.config),
+        model_class=BlockPrior,
+        num_classes=lambda state, config: count_var_classes(state),
+        sampling=var_sampling,
+    ),
+}
+
+
 @dataclass(kw_only=True)
 class ConvertPriorConfig(ConversionConfig):
-    """Turns a VAR transformer into a prior or a pipeline, or with `--export` a prior into a VAR transformer.
+    """Turns a published prior into a prior or a pipeline, or with `--export` a prior into the published format.
 
     Sizes come from the checkpoint's shapes; what shapes leave open has the published value as its default.
     """
 
+    formats: ClassVar = FORMATS
+    shared_options: ClassVar = frozenset({"class_names", "to_pipeline", "tokenizer"})
+
+    format: Literal["auto", "var"] = "auto"
+    """Whose names and arithmetic the checkpoint follows; "auto" goes by the names of its tensors."""
     num_heads: int | None = None
-    """Attention heads; null: as many as there are learned attention temperatures, else the width over 64."""
-    attention_scale: float = VAR_ATTENTION_SCALE
-    """Factor on 1/sqrt(head width) in the softmax, without normalised attention."""
+    """Attention heads; null, for var: as many as there are learned attention temperatures, else the width over 64."""
+    attention_scale: float | None = None
+    """var: factor on 1/sqrt(head width) in the softmax, without normalised attention; null: 0.25."""
     class_names: str | None = None
     """File with a class name a line, "imagenet" or "none"; null: ImageNet's for 1000 classes, else none."""
     to_pipeline: bool = False
@@ -72,15 +111,6 @@ def _read_class_names(source: str | None, num_classes: int) -> list[str] | None:
         return read_text(source).splitlines()
 
 
-def _export(config: ConvertPriorConfig) -> None:
-    """Write a VAR transformer."""
-    model = load_given("checkpoint", config.checkpoint, BlockPrior, dtype=torch.float32)
-    state = prior_to_var(model)
-    path = Path(config.output_dir) / f"var_d{model.config.num_layers}.pth"
-    write_state_dict(state, path)
-    print(f"{path}: {len(state)} tensors for VAR with {var_arguments(model.config)}")
-
-
 def main(argv: Sequence[str]) -> None:
     """Convert the prior that the command line names."""
     config = parse_conversion(
@@ -91,37 +121,31 @@ def main(argv: Sequence[str]) -> None:
     )
     with claimed(Path(config.output_dir)):
         if config.export:
-            _export(config)
+            export(config, FORMATS[config.format].model_class)
         else:
             _convert(config)
 
 
 def _convert(config: ConvertPriorConfig) -> None:
     """Write a prior or a pipeline."""
-    with reading("checkpoint", config.checkpoint, "a VAR transformer that the other options fit"):
-        state = read_state_dict(config.checkpoint)
-        num_classes = infer_size(state, ("class_emb.weight", 0), default=1) - 1
+    name, state = read_checkpoint(config)
+    chosen = FORMATS[name]
+    with reading("checkpoint", config.checkpoint, f"{chosen.title} that the other options fit"):
+        num_classes = chosen.num_classes(state, config)
     class_names = _read_class_names(config.class_names, num_classes)
-    with reading("checkpoint", config.checkpoint, "a VAR transformer that the other options fit"):
-        prior = prior_from_var(
-            state,
-            scales=config.scales,
-            num_heads=config.num_heads,
-            attention_scale=config.attention_scale,
-            class_names=class_names,
-        )
+    prior = take_over(config, name, state, class_names=class_names)
     kind = "prior"
     if config.to_pipeline:
         tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32)
         # The published pair; a checkpoint itself does not say which tokenizer is its own.
         prior.config.tokenizer_fingerprint = model_fingerprint(tokenizer)
-        pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=var_sampling(prior.config))
+        pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=chosen.sampling(prior.config))
         pipe.save_pretrained(config.output_dir)
         kind = "pipeline with a prior"
     else:
         prior.save_pretrained(config.output_dir)
+    made = prior.config
     print(
-        f"{config.output_dir}: {kind} of {prior.config.num_layers} layers, width {prior.config.hidden_size}, "
-        f"{prior.config.num_heads} heads, {prior.config.num_classes} classes, "
-        f"{prior.num_parameters() / 1e6:.1f} M parameters"
+        f"{config.output_dir}: {kind} (format {name}) of {made.num_layers} layers, width {made.hidden_size}, "
+        f"{made.num_heads} heads, {made.num_classes} classes, {prior.num_parameters() / 1e6:.1f} M parameters"
     )

@@ -1,6 +1,6 @@
 """Take over a published tokenizer, or write one of ours in the published format.
 
-    nextblock convert tokenizer --format var --checkpoint vae_ch160v4096z32.pth --output_dir out/var-tokenizer \\
+    nextblock convert tokenizer --checkpoint vae_ch160v4096z32.pth --output_dir out/var-tokenizer \\
         --scales 1,2,3,4,5,6,8,10,13,16
     nextblock convert tokenizer --format var --export --checkpoint out/tokenizer --output_dir out
 """
@@ -12,42 +12,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
-
 from nextblock.files.claim import claimed
-from nextblock.files.state_dicts import read_state_dict, write_state_dict
 from nextblock.tokenizer import VQVAE
-from nextblock.tokenizer.var_checkpoint import var_arguments, vqvae_from_var, vqvae_to_var
+from nextblock.tokenizer.var_checkpoint import is_var_tokenizer, var_arguments, vqvae_from_var, vqvae_to_var
 
-from .conversion import ConversionConfig, parse_conversion
-from .inputs import load_given
-from .mistakes import reading
+from .conversion import ConversionConfig, Format, export, parse_conversion, read_checkpoint, take_over
+
+FORMATS = {
+    "var": Format(
+        title="a VAR tokenizer",
+        fits=is_var_tokenizer,
+        take_over=vqvae_from_var,
+        options={
+            "scales": "scales",
+            "image_size": "image_size",
+            "normalized_codes": "has_normalized_codes",
+            "phi_ratio": "phi_ratio",
+            "beta": "beta",
+        },
+        required={"scales": "sizes such as 1,2,3,4,5,6,8,10,13,16"},
+        write=vqvae_to_var,
+        export_options={"phi_names": "phi_names"},
+        file_name=lambda model: "vae.pth",
+        arguments=var_arguments,
+    ),
+}
 
 
 @dataclass(kw_only=True)
 class ConvertTokenizerConfig(ConversionConfig):
-    """Turns a VAR tokenizer into a tokenizer folder, or with `--export` a folder into a VAR tokenizer.
+    """Turns a published tokenizer into a tokenizer folder, or with `--export` a folder into the published format.
 
     Sizes come from the checkpoint's shapes; what shapes leave open has the published value as its default.
     """
 
-    export_options: ClassVar[frozenset[str]] = ConversionConfig.export_options | {"phi_names"}
+    formats: ClassVar = FORMATS
 
+    format: Literal["auto", "var"] = "auto"
+    """Whose names and arithmetic the checkpoint follows; "auto" goes by the names of its tensors."""
     image_size: int | list[int] | None = None
     """H and W in pixels, or one number for both; null: the last scale times the downsampling."""
-    normalized_codes: bool = False
-    """Compare codes by cosine."""
-    phi_ratio: float = 0.5
-    """Weight of a φ convolution against the identity; 0: the checkpoint has no φ convolutions."""
-    beta: float = 0.25
-    """Weight of the commitment loss."""
+    normalized_codes: bool | None = None
+    """Compare codes by cosine; null: as the published ones are, which for var is false."""
+    phi_ratio: float | None = None
+    """var: weight of a φ convolution against the identity; 0: the checkpoint has none; null: 0.5."""
+    beta: float | None = None
+    """var: weight of the commitment loss; null: 0.25."""
     phi_names: Literal["shared", "partially_shared", "separate"] | None = None
-    """With `--export`: names of φ convolutions; null: as in the checkpoint they came from, else by number."""
+    """var, with `--export`: names of φ convolutions; null: as in the checkpoint they came from, else by number."""
 
     def __post_init__(self):
-        super().__post_init__()
         if self.phi_names is not None and not self.export:
             raise ValueError(f"phi_names is {self.phi_names!r} without export; expected null")
+        super().__post_init__()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,31 +76,21 @@ def main(argv: Sequence[str]) -> None:
         flags=("export", "normalized_codes"),
     )
     with claimed(Path(config.output_dir)):
-        _convert(config)
+        if config.export:
+            export(config, VQVAE)
+        else:
+            _convert(config)
 
 
 def _convert(config: ConvertTokenizerConfig) -> None:
-    """Do the work."""
-    output_dir = Path(config.output_dir)
-    if config.export:
-        model = load_given("checkpoint", config.checkpoint, VQVAE, dtype=torch.float32)
-        state = vqvae_to_var(model, config.phi_names)
-        write_state_dict(state, output_dir / "vae.pth")
-        print(f"{output_dir / 'vae.pth'}: {len(state)} tensors for VAR with {var_arguments(model, state)}")
-        return
-    with reading("checkpoint", config.checkpoint, "a VAR tokenizer that the other options fit"):
-        model = vqvae_from_var(
-            read_state_dict(config.checkpoint),
-            scales=config.scales,
-            image_size=config.image_size,
-            has_normalized_codes=config.normalized_codes,
-            phi_ratio=config.phi_ratio,
-            beta=config.beta,
-        )
-    model.save_pretrained(output_dir)
-    H, W = model.config.image_size
+    """Write a tokenizer folder."""
+    name, state = read_checkpoint(config)
+    model = take_over(config, name, state)
+    model.save_pretrained(config.output_dir)
+    made, layout = model.config, model.layout
+    H, W = made.image_size
     print(
-        f"{output_dir}: tokenizer of {H}×{W} images, {model.config.vocab_size} codes of "
-        f"{model.config.embedding_dim} channels, {model.layout.num_tokens} tokens in "
-        f"{model.layout.num_blocks} scales, {model.num_parameters() / 1e6:.1f} M parameters"
+        f"{config.output_dir}: {FORMATS[name].title} (format {name}) of {H}×{W} images, {made.vocab_size} codes of "
+        f"{made.embedding_dim} channels, {layout.num_tokens} tokens in {layout.num_blocks} blocks, "
+        f"{model.num_parameters() / 1e6:.1f} M parameters"
     )

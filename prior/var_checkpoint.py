@@ -5,6 +5,8 @@ VAR: Tian et al. 2024, arXiv:2404.02905. Legend: K scales, L tokens, V codes, C 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,16 @@ _VAR_SAMPLING = {"guidance_schedule": "linear", "top_k": 900, "top_p": 0.96}
 _VAR_GUIDANCE_SCALE = 2.5
 VAR_ATTENTION_SCALE = 0.25
 _VAR_DROP_PATH_PER_LAYER = 0.1 / 24
+
+
+def is_var_prior(names: Collection[str]) -> bool:
+    """Tell by the names of its tensors whether a checkpoint is a VAR transformer."""
+    return "word_embed.weight" in names or any(name.endswith(".attn.mat_qkv.weight") for name in names)
+
+
+def count_var_classes(state: dict[str, Tensor]) -> int:
+    """Return the number of classes of a VAR transformer's tensors; 0 where no tensor tells it."""
+    return infer_size(state, ("class_emb.weight", 0), default=1) - 1
 
 
 def prior_from_var(
@@ -126,7 +138,7 @@ def _infer_sizes(state: dict[str, Tensor]) -> dict:
     return {
         "vocab_size": infer_size(state, ("head.weight", 0), ("head.bias", 0)),
         "embedding_dim": infer_size(state, ("word_embed.weight", 1), default=1),
-        "num_classes": infer_size(state, ("class_emb.weight", 0), default=1) - 1,
+        "num_classes": count_var_classes(state),
         "hidden_size": D,
         "num_layers": num_layers,
         "mlp_ratio": inner / D,

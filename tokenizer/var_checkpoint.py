@@ -5,6 +5,7 @@ VAR: Tian et al. 2024, arXiv:2404.02905. Legend: K scales, V codes, C code chann
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -31,6 +32,11 @@ _PHI_PREFIXES = {
 _USE_COUNTER = "quantize.ema_vocab_hit_SV"
 _VAR_GROUPS = 32
 _VAR_EPSILON = 1e-12
+
+
+def is_var_tokenizer(names: Collection[str]) -> bool:
+    """Tell by the names of its tensors whether a checkpoint is a VAR tokenizer: its attention has a joint `qkv`."""
+    return any(".qkv." in name and name.startswith(("encoder.", "decoder.")) for name in names)
 
 
 def vqvae_from_var(

@@ -123,14 +123,14 @@ MORE_SAMPLES = [
 CHECKPOINTS = [
     ("{missing}", "expected a .pth, .pt or .safetensors file"),
     ("{text_pth}", "cannot be read; expected a .pth, .pt or .safetensors file of tensors"),
-    ("{pickle_pth}", "not a pickle of tensors alone"),
+    ("{pickle_pth}", "cannot be read; expected a .pth, .pt or .safetensors file of tensors"),
     ("{cut_safetensors}", "cannot be read; expected"),
     ("{other_pth}", "the checkpoint lacks the tensors"),
 ]
 MORE_CHECKPOINTS = [
     ("{tokenizer}", "expected a .pth, .pt or .safetensors file"),
     ("{blank_pth}", "EOFError"),
-    ("{object_pth}", "not a pickle of tensors alone"),
+    ("{object_pth}", "expected tensors by name"),
     ("{list_pth}", "holds a list; expected tensors by name"),
     ("{cut_pth}", "cannot be read; expected"),
     ("{text_safetensors}", "cannot be read; expected"),

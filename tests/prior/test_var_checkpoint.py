@@ -15,7 +15,7 @@ from nextblock.prior.class_names import imagenet_class_names
 from nextblock.prior.var_checkpoint import prior_from_var, prior_to_var, var_arguments
 from nextblock.tokenizer.var_checkpoint import vqvae_from_var
 
-from ..parity import VAR_CASES, WHOLE, load_case
+from ..parity import VAR_CASES, load_case, needs_whole
 
 TOLERANCE = 1e-4
 MIN_BF16_AGREEMENT = 0.95
@@ -91,7 +91,7 @@ def test_guided_greedy_sampling_matches_the_reference(converted):
     assert_sampling_holds(BlockPrior.from_pretrained(folder), tokenizer_of(case), case)
 
 
-@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"{WHOLE} is not there: no whole parity cases")
+@needs_whole
 @pytest.mark.parametrize("name", VAR_CASES)
 def test_sampling_matches_every_pixel_of_the_reference(name):
     case = load_case(name, is_whole=True)
