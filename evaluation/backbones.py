@@ -53,8 +53,8 @@ def load_backbone(source: str) -> Backbone:
         The model on the CPU in float32.
 
     Raises:
-        ValueError: naming the model that is out of reach, is none of vision, lacks weights, does not say what it expects
-            of pictures, or answers the same picture differently.
+        ValueError: naming the model that is out of reach, is none of vision, lacks weights, does not say what it
+            expects of pictures, or answers the same picture differently.
     """
     from transformers import AutoConfig, AutoModel
 

