@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nextblock.command_line import parse_run_config
-from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.families import FAMILIES, family_config
 from nextblock.prior.task import PriorTrainConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.task import TokenizerTrainConfig
@@ -67,9 +67,9 @@ def build(name: str) -> tuple[nn.Module, int]:
     model, _ = build(f"tokenizer/{tokenizer}")
     sizes = {name: getattr(model.config, name) for name in ("vocab_size", "embedding_dim")}
     sizes["num_classes"] = 10 if kind.startswith("digits") else 1000
-    config = BlockPriorConfig(layout=model.layout.to_dict(), **sizes, **asdict(run.model))
+    config = family_config(run.model, layout=model.layout.to_dict(), **sizes)
     with torch.device("meta"):
-        return BlockPrior(config).train(), run.loop.batch_size
+        return FAMILIES[run.model.family](config).train(), run.loop.batch_size
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -93,10 +93,12 @@ def kept_bytes(model: nn.Module) -> int:
         else:
             layout, label = model.layout, torch.zeros(1, dtype=torch.int64, device="meta")
             length = layout.num_tokens - layout.block_lengths[0]
-            codes = torch.empty(1, length, model.config.embedding_dim, device="meta")
-            indices = torch.zeros(1, layout.bounds[-1][0], dtype=torch.int64, device="meta")
+            if model.takes_indices:
+                given = torch.zeros(1, length, dtype=torch.int64, device="meta")
+            else:
+                given = torch.empty(1, length, model.embedding_dim, device="meta")
             labels = torch.zeros(1, layout.num_tokens, dtype=torch.int64, device="meta")
-            model(indices if model.takes_indices else codes, label, labels=labels)
+            model(given, label, labels=labels)
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.data.tokens import collate_tokens
-from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.families import BlockPriorOptions
+from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.training.accelerator import build_accelerator

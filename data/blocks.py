@@ -6,7 +6,7 @@ rectangles in raster order. Legend: B batch, K blocks, L_k tokens of block k, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -158,31 +158,37 @@ class BlockLayout:
 
     def block_ids(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the block number of each token, (L,) int64, made once for a device."""
-        return self._made_once("block_ids", device, self._block_ids)
+        return self.made_once("block_ids", device, self._block_ids)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the position of each token in the sequence, (L,) int64 from 0, made once for a device."""
-        return self._made_once("positions", device, lambda: torch.arange(self.num_tokens, device="cpu"))
+        return self.made_once("positions", device, lambda: torch.arange(self.num_tokens, device="cpu"))
 
     def block_causal_bias(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Return what attention adds to its scores, (L, L): 0 in a token's own block and all before it, else −inf.
 
         Made once for a device and dtype.
         """
-        return self._made_once(dtype, device, lambda: self._block_causal_bias(dtype))
+        return self.made_once(dtype, device, lambda: self._block_causal_bias(dtype))
 
     def tile_cells(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the raster cell number of each token of a tile layout, (L,) int64, made once for a device."""
         assert not self.is_scales, "scales overlap: a token has no single cell"
-        return self._made_once("tile_cells", device, self._tile_cells)
+        return self.made_once("tile_cells", device, self._tile_cells)
 
     @cached_property
     def _tensors(self) -> dict:
-        """What `_made_once` keeps."""
+        """What `made_once` keeps."""
         return {}
 
-    def _made_once(self, name, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
-        """Keep a tensor on every device it was asked for on: a copy at every step would wait for the device."""
+    def made_once(self, name: Hashable, device: torch.device | str, make: Callable[[], Tensor]) -> Tensor:
+        """Keep a tensor on every device it was asked for on: a copy at every step would wait for the device.
+
+        Args:
+            name: of the tensor, with all that it depends on besides the layout.
+            device: where it is wanted.
+            make: makes it on the CPU.
+        """
         key = name, torch.device(device)
         if key not in self._tensors:
             # A first call may come in inference mode, whose tensors no later training step could use.

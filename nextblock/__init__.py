@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from nextblock.pipelines import save_animation as save_animation
     from nextblock.prior import BlockPrior as BlockPrior
     from nextblock.prior import BlockPriorConfig as BlockPriorConfig
+    from nextblock.prior import LlamaPrior as LlamaPrior
+    from nextblock.prior import LlamaPriorConfig as LlamaPriorConfig
     from nextblock.prior import SamplingOptions as SamplingOptions
     from nextblock.tokenizer import VQVAE as VQVAE
     from nextblock.tokenizer import VectorQuantizer as VectorQuantizer
@@ -24,6 +26,8 @@ _HOMES = {
     "BlockPrior": "nextblock.prior",
     "BlockPriorConfig": "nextblock.prior",
     "ClassToImagePipeline": "nextblock.pipelines",
+    "LlamaPrior": "nextblock.prior",
+    "LlamaPriorConfig": "nextblock.prior",
     "SamplingOptions": "nextblock.prior",
     "VQVAE": "nextblock.tokenizer",
     "VQVAEConfig": "nextblock.tokenizer",

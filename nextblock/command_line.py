@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib import resources
 from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -18,6 +19,7 @@ from yaml import YAMLError
 
 from nextblock.files.regular import MAX_YAML_BYTES, check_size, is_regular, read_text
 
+from .chosen_options import with_chosen_options
 from .commands import example_text
 from .config_files import check_options_text
 from .mistakes import let_first_process_speak
@@ -49,7 +51,9 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
     Returns:
         An instance of config_class.
     """
-    parser = _run_config_parser(config_class, command)
+    piped: dict[str, str] = {}
+    chosen_class = with_chosen_options(config_class, argv, partial(_given_text, piped))
+    parser = _run_config_parser(chosen_class, command, piped)
     _check_group_files(parser, argv)
     try:
         namespace = parser.parse_args(list(argv))
@@ -58,7 +62,7 @@ def parse_run_config(config_class: type[ConfigT], *, command: str, argv: Sequenc
     except (ValueError, TypeError, OSError, RecursionError, YAMLError) as error:
         parser.error(f"the options cannot be read: {type(error).__name__}: {error}", error)
     namespace.pop("config")
-    for name, value in _misplaced_values(config_class, namespace):
+    for name, value in _misplaced_values(chosen_class, namespace):
         parser.error(f'Parser key "{name}":\n  Expected {"a value, got null" if value is None else "options"}')
     try:
         config = config_class(**vars(parser.instantiate(namespace)))
@@ -106,15 +110,6 @@ class _ExampleParser(ArgumentParser):
     source: str | None = None
     """The file that is being read, whose name belongs into messages."""
 
-    def read_pipe(self, path: str) -> str:
-        """Read what a command wrote, once however often arguments are parsed; it ends with the command."""
-        if path not in self.piped:
-            with open(path, "rb") as pipe:
-                content = pipe.read(MAX_YAML_BYTES + 1)
-            check_size(len(content), MAX_YAML_BYTES, path)
-            self.piped[path] = content.decode("utf-8")
-        return self.piped[path]
-
     def format_help(self) -> str:
         return super().format_help() + (f"\n{self.example}" if self.example else "")
 
@@ -147,6 +142,26 @@ def _nearest(name: str, options: Sequence[str]) -> list[str]:
 _SUBSTITUTION = re.compile(r"/(dev|proc/self)/fd/\d+")
 
 
+def _read_pipe(piped: dict[str, str], path: str) -> str:
+    """Read what a command wrote, once however often arguments are parsed; it ends with the command."""
+    if path not in piped:
+        with open(path, "rb") as pipe:
+            content = pipe.read(MAX_YAML_BYTES + 1)
+        check_size(len(content), MAX_YAML_BYTES, path)
+        piped[path] = content.decode("utf-8")
+    return piped[path]
+
+
+def _given_text(piped: dict[str, str], value: str) -> str:
+    """Return the text of a file, pipe or shipped config that an option names, or of options given in their place."""
+    if is_regular(value):
+        return read_text(value, MAX_YAML_BYTES)
+    if _SUBSTITUTION.fullmatch(value):
+        return _read_pipe(piped, value)
+    shipped = shipped_configs()
+    return shipped[value].read_text(encoding="utf-8") if value in shipped else value
+
+
 class _NamedConfigFile(ActionConfigFile):
     """Config file option that also takes the name of a shipped config, or `<(COMMAND)` of a shell."""
 
@@ -154,7 +169,7 @@ class _NamedConfigFile(ActionConfigFile):
         is_file = is_regular(values)
         if is_file or _SUBSTITUTION.fullmatch(values):
             try:
-                text = read_text(values, MAX_YAML_BYTES) if is_file else parser.read_pipe(values)
+                text = read_text(values, MAX_YAML_BYTES) if is_file else _read_pipe(parser.piped, values)
                 check_options_text(text, values, parser.group_names)
             except (ValueError, OSError) as error:
                 parser.error(f"--config: {error}", error)
@@ -187,7 +202,7 @@ def shipped_configs() -> dict[str, Any]:
     return found
 
 
-def _run_config_parser(config_class: type, command: str) -> ArgumentParser:
+def _run_config_parser(config_class: type, command: str, piped: dict[str, str]) -> ArgumentParser:
     prog = f"nextblock {command}"
     parser = _ExampleParser(
         prog=prog,
@@ -197,7 +212,7 @@ def _run_config_parser(config_class: type, command: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     help_text = "YAML file, or the name of a shipped config. May be repeated; the last value counts."
-    parser.example, parser.piped, parser.group_names = example_text(command), {}, set(_groups(config_class))
+    parser.example, parser.piped, parser.group_names = example_text(command), piped, set(_groups(config_class))
     parser.add_argument("--config", action=_NamedConfigFile, help=help_text)
     parser.add_class_arguments(config_class, as_group=False)
     return parser

@@ -1,13 +1,24 @@
-"""Stage two: the block-autoregressive prior."""
+"""Stage two: the priors, autoregressive models of the tokens."""
 
 from transformers import AutoConfig, AutoModel
 
 from .configuration_block_prior import BlockPriorConfig
+from .configuration_llama_prior import LlamaPriorConfig
 from .losses import PriorOutput, prior_output
 from .modeling_block_prior import BlockPrior
+from .modeling_llama_prior import LlamaPrior
 from .sampling import SamplingOptions
 
-AutoConfig.register(BlockPriorConfig.model_type, BlockPriorConfig)
-AutoModel.register(BlockPriorConfig, BlockPrior)
+for _model in (BlockPrior, LlamaPrior):
+    AutoConfig.register(_model.config_class.model_type, _model.config_class)
+    AutoModel.register(_model.config_class, _model)
 
-__all__ = ["BlockPrior", "BlockPriorConfig", "PriorOutput", "SamplingOptions", "prior_output"]
+__all__ = [
+    "BlockPrior",
+    "BlockPriorConfig",
+    "LlamaPrior",
+    "LlamaPriorConfig",
+    "PriorOutput",
+    "SamplingOptions",
+    "prior_output",
+]

@@ -24,17 +24,59 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
         k: (B, heads, L_k, head width) keys.
         v: (B, heads, L_k, head width) values.
         scale: factor on the scores before the softmax.
-        bias: (L_q, L_k) added to the scores, −inf where a query does not see a key; None adds nothing.
+        bias: (L_q, L_k), or (B, 1, L_q, L_k), added to the scores, −inf where a query does not see a key; None adds
+            nothing.
 
     Returns:
         (B, heads, L_q, head width).
     """
+    if bias is not None:
+        bias = bias.to(q.dtype)
     if not _is_half_on_cpu(q):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scores = (q * scale) @ k.mT
     if bias is not None:
         scores = scores + bias
     return torch.softmax(scores, -1) @ v
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attend from every position to itself and all before it.
+
+    Args:
+        q: (B, heads, L, head width) queries; `k` and `v` likewise.
+        k: keys.
+        v: values.
+        scale: factor on the scores before the softmax.
+        bias: (B, 1, L, L) in place of the causal one, see `causal_bias`.
+
+    Returns:
+        (B, heads, L, head width).
+    """
+    if bias is None and not _is_half_on_cpu(q):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if bias is None:
+        bias = causal_bias(torch.arange(q.shape[2], device=q.device), q.shape[2], None, q.dtype)
+    return attention(q, k, v, scale, bias)
+
+
+def causal_bias(positions: Tensor, num_keys: int, key_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return what causal attention adds to its scores: 0 for a query's own position and those seen before it.
+
+    Args:
+        positions: (L_q,) int64, the queries' places among the keys.
+        num_keys: L_k.
+        key_mask: (B, L_k) whether a key is seen by other positions than its own; None hides none.
+        dtype: of the scores.
+
+    Returns:
+        (L_q, L_k), or with a mask (B, 1, L_q, L_k): 0, or −inf where a query does not see a key.
+    """
+    keys = torch.arange(num_keys, device=positions.device)
+    is_seen = keys <= positions[:, None]
+    if key_mask is not None:
+        is_seen = (is_seen & key_mask[:, None, None]) | (keys == positions[:, None])
+    return torch.zeros_like(is_seen, dtype=dtype).masked_fill(~is_seen, -torch.inf)
 
 
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:

@@ -38,7 +38,8 @@ def chunked_head_loss(
     """
     options = {"label_smoothing": label_smoothing, "chunk_size": chunk_size}
     if _is_bare_linear(head):
-        factors = [in_run_precision(factor) for factor in (hidden_states, head.weight, head.bias)]
+        given = (hidden_states, head.weight, head.bias)
+        factors = [None if factor is None else in_run_precision(factor) for factor in given]
         with outside_autocast(hidden_states.device):
             return chunked_cross_entropy(*factors, labels, **options)
     _check_chunk_size(chunk_size)
@@ -55,7 +56,7 @@ def chunked_head_loss(
 def _is_bare_linear(head: nn.Module) -> bool:
     """Tell whether a head is its weight and bias, and nothing happens when it is called."""
     hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    is_linear = type(head) in (nn.Linear, Linear) and head.bias is not None
+    is_linear = type(head) in (nn.Linear, Linear)
     return is_linear and "forward" not in vars(head) and not any(hooks)
 
 
@@ -78,7 +79,7 @@ def _check_chunk_size(chunk_size: int) -> None:
 def chunked_cross_entropy(
     hidden_states: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     *,
     label_smoothing: float,
@@ -89,7 +90,7 @@ def chunked_cross_entropy(
     Args:
         hidden_states: (B, L, D).
         weight: (V, D) of the output projection, in the same dtype.
-        bias: (V,) likewise.
+        bias: (V,) likewise, or None.
         labels: (B, L) int64 in [0, V), or −100 for tokens to ignore.
         label_smoothing: in [0, 1); of the loss alone.
         chunk_size: n, tokens at a time, at least 1.
@@ -104,7 +105,8 @@ def chunked_cross_entropy(
     """
     _check_chunk_size(chunk_size)
     # Without this question a validation would form gradients that nobody wants.
-    is_training = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, weight, bias))
+    factors = [hidden_states, weight] + ([] if bias is None else [bias])
+    is_training = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
     loss, token_loss, token_correct = _HeadLoss.apply(
         hidden_states.flatten(0, 1), weight, bias, labels.flatten(), label_smoothing, chunk_size, is_training
     )
@@ -123,7 +125,7 @@ class _HeadLoss(torch.autograd.Function):
         token_correct = torch.empty(N, dtype=torch.bool, device=weight.device)
         if is_training:
             d_hidden_states = torch.empty_like(hidden_states)
-            d_weight, d_bias = (torch.zeros_like(tensor, dtype=dtype) for tensor in (weight, bias))
+            d_weight, d_bias = torch.zeros_like(weight, dtype=dtype), weight.new_zeros(len(weight), dtype=dtype)
         for start in range(0, N, chunk_size):
             chunk = slice(start, min(start + chunk_size, N))
             x, is_labelled = hidden_states[chunk], labels[chunk] != IGNORED_LABEL
@@ -144,12 +146,13 @@ class _HeadLoss(torch.autograd.Function):
                     d_weight.addmm_(d_logits.T, x)
                 else:
                     d_weight += d_logits.T @ x
-                d_bias += d_logits.sum(0)
+                if bias is not None:
+                    d_bias += d_logits.sum(0)
         # Exactly 1 where all are labelled, without waiting for a GPU to know.
         share = N / (labels != IGNORED_LABEL).sum().to(dtype)
         if is_training:
             ctx.save_for_backward(d_hidden_states, d_weight, d_bias, share)
-            ctx.dtype = weight.dtype
+            ctx.dtype, ctx.has_bias = weight.dtype, bias is not None
         ctx.mark_non_differentiable(token_loss, token_correct)
         return smooth_loss.mean() * share, token_loss, token_correct
 
@@ -159,7 +162,8 @@ class _HeadLoss(torch.autograd.Function):
         # The mean's 1/N comes last, after the loss scale: before it, half-precision gradients would vanish.
         *gradients, share = ctx.saved_tensors
         scale = d_loss / len(gradients[0]) * share
-        return *((gradient * scale).to(ctx.dtype) for gradient in gradients), None, None, None, None
+        d_hidden_states, d_weight, d_bias = ((gradient * scale).to(ctx.dtype) for gradient in gradients)
+        return d_hidden_states, d_weight, d_bias if ctx.has_bias else None, None, None, None, None
 
 
 def _logits_gradient(

@@ -57,6 +57,9 @@ class Conditions(Protocol):
     def from_batch(self, batch: Mapping[str, Tensor]) -> Condition:
         """Take the condition from a batch of training samples."""
 
+    def example(self) -> Condition:
+        """Return a condition of one sample, to try a prior by."""
+
 
 @dataclass(frozen=True)
 class ClassCondition:
@@ -124,15 +127,17 @@ class ClassConditions:
     Args:
         num_classes: classes; 0 for an unconditional prior, which takes label 0 alone.
         class_names: one name a class, or None.
+        has_null_class: whether the prior knows a null class beside its classes, where it has any.
     """
 
     num_classes: int
     class_names: list[str] | None = None
+    has_null_class: bool = True
 
     @property
     def has_null(self) -> bool:
         """Whether there is a null class: an unconditional prior has nothing that could be left out."""
-        return self.num_classes > 0
+        return self.num_classes > 0 and self.has_null_class
 
     def of(self, class_labels: Tensor | ClassCondition, *, reads_range: bool = True) -> ClassCondition:
         """Read class labels.
@@ -155,13 +160,19 @@ class ClassConditions:
                 f"class_labels is {class_labels.dtype} {tuple(class_labels.shape)}; expected torch.int64 (batch,)"
             )
         null, is_read = self.num_classes, reads_range and class_labels.numel() > 0
-        if is_read and not 0 <= class_labels.min().item() <= class_labels.max().item() <= null:
-            raise ValueError(f"class_labels is {class_labels.tolist()}; expected 0 to {null} ({null}: no class)")
+        last = null if self.has_null or null == 0 else null - 1
+        if is_read and not 0 <= class_labels.min().item() <= class_labels.max().item() <= last:
+            expected = f"0 to {last}" + (f" ({null}: no class)" if last == null else "")
+            raise ValueError(f"class_labels is {class_labels.tolist()}; expected {expected}")
         return ClassCondition(class_labels, null if self.has_null else None)
 
     def from_batch(self, batch: Mapping[str, Tensor]) -> ClassCondition:
         """Take the condition from a batch's `class_labels`."""
         return ClassCondition(batch["class_labels"], self.num_classes if self.has_null else None)
+
+    def example(self) -> ClassCondition:
+        """Return a condition of the first class."""
+        return self.from_batch({"class_labels": torch.zeros(1, dtype=torch.int64)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ from nextblock.files.config_fields import (
     refuse_unknown_fields,
 )
 
-# More of these than any prior has.
-MAX_WIDTH, MAX_LAYERS, MAX_CODES, MAX_CLASSES = 1 << 17, 1024, 1 << 30, 1 << 24
+from .prior_fields import MAX_CLASSES, MAX_CODES, MAX_LAYERS, MAX_WIDTH, check_names
 
 
 class BlockPriorConfig(PreTrainedConfig):
@@ -136,10 +135,4 @@ class BlockPriorConfig(PreTrainedConfig):
             raise ValueError(f"input_embedding is {self.input_embedding!r}; expected 'codes' or 'tokens'")
         if self.input_embedding == "tokens" and self.block_layout().is_scales:
             raise ValueError("input_embedding is 'tokens'; expected 'codes' for a scale layout")
-        if not isinstance(self.tokenizer_fingerprint, str | None):
-            raise ValueError(f"tokenizer_fingerprint is {self.tokenizer_fingerprint!r}; expected a text, or None")
-        names = self.class_names
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"class_names is {names!r}; expected texts, or None")
-        if names is not None and len(names) != self.num_classes:
-            raise ValueError(f"class_names has {len(self.class_names)} names; expected {self.num_classes}, one a class")
+        check_names(self)

@@ -118,8 +118,7 @@ def try_out(prior: Prior) -> None:
     check_prior(prior)
     lengths, device, was_training = prior.layout.block_lengths, prior.device, prior.training
     prior.eval()
-    condition = prior.conditions.from_batch({"class_labels": torch.zeros(1, dtype=torch.int64, device=device)})
-    context, content = prior.context(condition), None
+    context, content = prior.context(prior.conditions.example().to(device)), None
     check_context(context, 1)
     cache = prior.new_cache(1)
     for k in range(min(2, len(lengths))):

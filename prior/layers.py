@@ -203,16 +203,18 @@ class PriorLayer(GradientCheckpointingLayer):
             modulation = self.modulation(modulation)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         attended = attend(*self.attn.queries_keys_values(torch.addcmul(shift1, self.norm(x), 1 + scale1)))
-        x = x + self._dropped_path(self.attn.merge_heads(attended) * gamma1)
-        return x + self._dropped_path(self.ffn(torch.addcmul(shift2, self.norm(x), 1 + scale2)) * gamma2)
+        rate = self.drop_path if self.training else 0.0
+        x = x + dropped_path(self.attn.merge_heads(attended) * gamma1, rate)
+        return x + dropped_path(self.ffn(torch.addcmul(shift2, self.norm(x), 1 + scale2)) * gamma2, rate)
 
-    def _dropped_path(self, branch: Tensor) -> Tensor:
-        """Zero the branch of a random share of the samples and scale up the others."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = 1 - self.drop_path
-        mask = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
-        return branch * mask / keep
+
+def dropped_path(branch: Tensor, rate: float) -> Tensor:
+    """Zero the branch (B, l, D) of a random share of the samples and scale up the others; a rate of 0 keeps all."""
+    if rate == 0:
+        return branch
+    keep = 1 - rate
+    mask = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
+    return branch * mask / keep
 
 
 class LayerStack(nn.ModuleList):

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel  # noqa: F401  diffusers asks a compone
 from transformers import initialization as init
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.data.given import FLOAT_DTYPES, check_tensor
 from nextblock.files.stored_model import StoredModel
 from nextblock.training.precision import full_precision, outside_autocast
 
@@ -22,12 +21,11 @@ from .attention import block_causal_attention
 from .chunked_loss import chunked_head_loss
 from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_block_prior import BlockPriorConfig
-from .family import check_given, check_quantizer
-from .generation import BlockStep, generate
+from .generation import BlockStep
 from .layers import BlockAttention, KeyValueCache, LayerStack, ModulatedHead, PriorLayer
 from .linear import Linear
-from .losses import IGNORED_LABEL, PriorOutput, prior_output
-from .sampling import SamplingOptions, image_generators
+from .losses import PriorOutput, prior_output
+from .model_calls import as_labels, check_loss_options, check_teacher_input, sample_blocks
 
 
 class BlockPrior(StoredModel):
@@ -164,11 +162,10 @@ class BlockPrior(StoredModel):
         Raises:
             ValueError: if a shape, dtype or label does not fit the configuration, or there are chunks but no labels.
         """
-        if loss_chunk_size is not None and labels is None:
-            raise ValueError(f"loss_chunk_size is {loss_chunk_size} but labels is None; expected None, or labels")
+        check_loss_options(labels, loss_chunk_size)
         # Reading the range would make every GPU training step wait for the device.
         condition = self.conditions.of(class_labels, reads_range=not self.training or var_input.device.type == "cpu")
-        self._check_inputs(var_input, len(condition), labels)
+        check_teacher_input(self, var_input, len(condition), labels)
         vector, shared = self._embed_class(condition)
         attend = partial(block_causal_attention, layout=self.layout, scale=self.blocks[0].attn.scale)
         hidden_states = torch.cat([self._first_input(vector), self._embed_input(var_input)], dim=1)
@@ -282,61 +279,14 @@ class BlockPrior(StoredModel):
         Raises:
             ValueError: if an argument is outside its range or the quantizer does not fit.
         """
-        options = SamplingOptions(**options)
-        options.check_for(self)
-        check_quantizer(self, quantizer)
-        condition = self.conditions.of(_as_labels(class_labels))
-        if on_block_end is not None and not callable(on_block_end):
-            raise ValueError(f"on_block_end is {on_block_end!r}; expected a function, or None")
-        if given_idx_Bl is not None:
-            check_given(self, given_idx_Bl, len(condition))
-        return generate(
+        condition = self.conditions.of(as_labels(class_labels))
+        return sample_blocks(
             self,
             condition,
             quantizer,
             options,
-            image_generators(generator, len(condition)),
-            given_idx_BL=None if given_idx_Bl is None else self.layout.join(given_idx_Bl),
+            generator=generator,
+            given_idx_Bl=given_idx_Bl,
             on_block_end=on_block_end,
             is_guidance_fixed=is_guidance_fixed,
         )
-
-    def _check_inputs(self, var_input: Tensor, B: int, labels: Tensor | None) -> None:
-        """Refuse tensors that do not fit the layout or the vocabulary."""
-        L = self.layout.num_tokens
-        rest = L - self.layout.block_lengths[0]
-        expected = (B, rest) if self.takes_indices else (B, rest, self.config.embedding_dim)
-        kind = "torch.int64 indices" if self.takes_indices else "floating-point vectors"
-        check_tensor("var_input", var_input, f"a tensor {expected} of {kind}")
-        if tuple(var_input.shape) != expected:
-            raise ValueError(f"var_input has shape {tuple(var_input.shape)}; expected {expected}")
-        if var_input.dtype not in ((torch.int64,) if self.takes_indices else FLOAT_DTYPES):
-            raise ValueError(f"var_input has dtype {var_input.dtype}; expected {kind}")
-        if self.takes_indices:
-            _check_codes("var_input", var_input, self.vocab_size)
-        if labels is None:
-            return
-        check_tensor("labels", labels, f"a torch.int64 tensor {(B, L)}, or None")
-        if tuple(labels.shape) != (B, L) or labels.dtype != torch.int64:
-            raise ValueError(f"labels is {labels.dtype} {tuple(labels.shape)}; expected torch.int64 {(B, L)}")
-        _check_codes("labels", labels, self.vocab_size, ignored=IGNORED_LABEL)
-
-
-def _as_labels(class_labels) -> Tensor:
-    """Make a tensor of labels that may be a list or an array, one at least."""
-    try:
-        labels = torch.as_tensor(class_labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"class_labels is {class_labels!r:.80}; expected a torch.int64 tensor (batch,)") from error
-    if not labels.numel():
-        raise ValueError("class_labels holds no label; expected one an image")
-    return labels
-
-
-def _check_codes(name: str, idx: Tensor, vocab_size: int, ignored: int = 0) -> None:
-    """Refuse indices on the CPU that are neither codes nor a number that is ignored; a GPU is not waited for."""
-    if idx.device.type == "cpu":
-        is_wrong = ((idx < 0) & (idx != ignored)) | (idx >= vocab_size)
-        if is_wrong.any():
-            also = f", or {ignored}" if ignored else ""
-            raise ValueError(f"{name} holds {idx[is_wrong][0].item()}; expected 0 to {vocab_size - 1}{also}")

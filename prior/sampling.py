@@ -114,7 +114,9 @@ class SamplingOptions:
                 f"top_k is {self.top_k}; expected an integer from 0 (off) to {prior.vocab_size}, the number of codes"
             )
         if self.guidance_scale != 1 and not prior.conditions.has_null:
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; expected 1 for a model without classes")
+            has_classes = getattr(prior.conditions, "num_classes", 0)
+            what = "that has no null class: none was trained" if has_classes else "without classes"
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; expected 1 for a model {what}")
         if self.is_smooth and not prior.layout.is_scales:
             raise ValueError("is_smooth is True; expected False for a tile layout, whose tokens are single codes")
 

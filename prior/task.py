@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,29 +27,22 @@ from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
 from nextblock.files.fingerprints import model_fingerprint
-from nextblock.files.stored_model import check_memory
-from nextblock.training.initial_weights import find_initial_model, with_initial_architecture
+from nextblock.files.stored_model import StoredModel, check_memory
+from nextblock.training.initial_weights import find_initial_model, stored_model_types, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 from nextblock.training.precision import in_float32, outside_autocast
-from nextblock.training.run_config import options_dataclass
 
 from .conditioning import Condition
-from .configuration_block_prior import BlockPriorConfig
+from .families import FAMILIES, BlockPriorOptions, PriorOptions, check_family, family_config, of_stored_family
 from .family import Prior, check_output, try_out
 from .generation import generate
 from .losses import PriorOutput
-from .modeling_block_prior import BlockPrior
 from .sampling import SamplingOptions, image_generators
 from .training_data import PriorData
 
-# What the tokens decide is no option of the run.
-BlockPriorOptions = options_dataclass(
-    BlockPriorConfig,
-    exclude=["layout", "vocab_size", "embedding_dim", "num_classes", "class_names", "tokenizer_fingerprint"],
-)
 # What a fine-tuning may change of a prior: how it is trained.
-TUNED_OPTIONS = ("dropout", "drop_path", "label_smoothing", "adaln_gamma_init")
+TUNED_OPTIONS = ("dropout", "embedding_dropout", "drop_path", "label_smoothing", "adaln_gamma_init")
 # Past this many blocks, a curve a block is no picture of anything.
 MAX_LOGGED_BLOCKS = 16
 # Training rows decoded to tokens_check.png, in columns of ten.
@@ -78,8 +71,8 @@ class PriorTrainConfig:
     """Folder that the trained pipeline is saved in."""
     license: str | None = None
     """Licence of the trained weights for the model card, such as apache-2.0; null states none."""
-    model: BlockPriorOptions = field(default_factory=BlockPriorOptions)
-    """The prior's architecture."""
+    model: PriorOptions = field(default_factory=BlockPriorOptions)
+    """The prior's family and architecture."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning rate."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -100,6 +93,7 @@ class PriorTrainConfig:
     """How those samples are drawn, and the pipeline's where a call does not say; without classes unguided."""
 
     def __post_init__(self):
+        check_family(self.model)
         if (self.tokens is None) == (self.data is None):
             raise ValueError(f"tokens is {self.tokens!r} and data is {self.data}; expected exactly one of them")
         if self.samples_views and self.tokens is None:
@@ -310,9 +304,11 @@ def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> 
     init_from = config.loop.init_from
     if init_from is None:
         return config
-    stored = BlockPriorConfig.from_pretrained(find_initial_model(init_from, BlockPriorConfig.model_type))
+    options = of_stored_family(config.model, stored_model_types(init_from).values())
+    config_class = FAMILIES[options.family].config_class
+    stored = config_class.from_pretrained(find_initial_model(init_from, config_class.model_type))
     tokens = {"layout": tokenizer.layout.to_dict(), "vocab_size": tokenizer.config.vocab_size}
-    if stored.input_embedding == "codes":
+    if getattr(stored, "input_embedding", None) == "codes":
         tokens["embedding_dim"] = tokenizer.config.embedding_dim
     for name, value in tokens.items():
         if getattr(stored, name) != value:
@@ -320,10 +316,10 @@ def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> 
                 f"init_from is {init_from!r}, a prior of {name} {getattr(stored, name)}; expected {value}, as the "
                 f"tokenizer in {config.tokenizer!r} has it"
             )
-    return replace(config, model=with_initial_architecture(config.model, BlockPriorConfig, init_from, TUNED_OPTIONS))
+    return replace(config, model=with_initial_architecture(options, config_class, init_from, TUNED_OPTIONS))
 
 
-def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_names: list[str]) -> BlockPrior:
+def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_names: list[str]) -> StoredModel:
     """Make the untrained prior of a run.
 
     Args:
@@ -337,17 +333,18 @@ def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_name
     Raises:
         ValueError: if the options do not go together, or ask for more than this machine's memory.
     """
-    model_config = BlockPriorConfig(
+    model_config = family_config(
+        config.model,
         layout=tokenizer.layout.to_dict(),
         vocab_size=tokenizer.config.vocab_size,
         embedding_dim=tokenizer.config.embedding_dim,
         num_classes=len(class_names),
         class_names=class_names or None,
         tokenizer_fingerprint=model_fingerprint(tokenizer),
-        **asdict(config.model),
     )
-    check_memory(BlockPrior, model_config)
-    model = BlockPrior(model_config)
+    model_class = FAMILIES[config.model.family]
+    check_memory(model_class, model_config)
+    model = model_class(model_config)
     if config.gradient_checkpointing:
         with warnings.catch_warnings():
             # Newer versions of transformers have another name for it, which the older ones supported here lack.

@@ -29,9 +29,7 @@ def find_initial_model(folder: str | Path, model_type: str) -> Path:
     Raises:
         ValueError: if the folder holds no such model.
     """
-    folder = Path(folder)
-    configs = [folder / "config.json"] if (folder / "config.json").is_file() else sorted(folder.glob("*/config.json"))
-    kinds = {path.parent: _model_type(path) for path in configs}
+    kinds = stored_model_types(folder)
     fitting = [place for place, kind in kinds.items() if kind == model_type]
     if len(fitting) != 1:
         found = ", ".join(f"{kind} in {place}" for place, kind in kinds.items()) or "none"
@@ -40,6 +38,13 @@ def find_initial_model(folder: str | Path, model_type: str) -> Path:
             f"one; models found: {found}"
         )
     return fitting[0]
+
+
+def stored_model_types(folder: str | Path) -> dict[Path, str | None]:
+    """Return what the configurations in the folder of a model or pipeline say they are of, by their folders."""
+    folder = Path(folder)
+    configs = [folder / "config.json"] if (folder / "config.json").is_file() else sorted(folder.glob("*/config.json"))
+    return {path.parent: _model_type(path) for path in configs}
 
 
 def with_initial_architecture(
@@ -60,8 +65,9 @@ def with_initial_architecture(
         ValueError: if the folder holds no such model, or options were given that differ from its own.
     """
     stored = config_class.from_pretrained(find_initial_model(init_from, config_class.model_type))
-    values = {field.name: getattr(stored, field.name) for field in dataclasses.fields(options)}
-    given = given_options(options)
+    kind = getattr(options, "kind", None)
+    values = {field.name: getattr(stored, field.name) for field in dataclasses.fields(options) if field.name != kind}
+    given = {name: value for name, value in given_options(options).items() if name != kind}
     different = [
         f"model.{name} is {value!r}, there {values[name]!r}"
         for name, value in given.items()

@@ -32,7 +32,9 @@ def run_config_text(config: Any) -> str:
     return yaml.dump(dataclasses.asdict(config), Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
-def options_dataclass(config_class: type, *, exclude: Sequence[str] = ()) -> type:
+def options_dataclass(
+    config_class: type, *, exclude: Sequence[str] = (), kind: tuple[str, Any, Any, str] | None = None
+) -> type:
     """Makes a dataclass of the options that a model config declares, for use as a field of a run config.
 
     `dataclasses.asdict` of an instance gives the keyword arguments for config_class. Options of the base
@@ -42,6 +44,8 @@ def options_dataclass(config_class: type, *, exclude: Sequence[str] = ()) -> typ
         config_class: Class with an explicit, typed `__init__` whose parameters all have defaults;
             descriptions come from the Args section of the docstring of the class or of `__init__`.
         exclude: Parameters that the run determines by itself (from the data, say) and no user may set.
+        kind: Name, type, default and description of a first option that tells these options from those of
+            other classes: where a run config's field may be any of several, a command line chooses by it.
 
     Returns:
         Keyword-only dataclass named after config_class: VQVAEConfig gives VQVAEOptions.
@@ -59,15 +63,17 @@ def options_dataclass(config_class: type, *, exclude: Sequence[str] = ()) -> typ
     for parameter in kept:
         if parameter.annotation is parameter.empty or parameter.default is parameter.empty:
             raise ValueError(f"{config_class.__name__}: option {parameter.name!r} needs a type and a default")
+    first = [] if kind is None else [(kind[0], kind[1], _default_field(kind[2]))]
     options = dataclasses.make_dataclass(
         config_class.__name__.removesuffix("Config") + "Options",
-        [(p.name, p.annotation, _default_field(p.default)) for p in kept],
+        [*first, *((p.name, p.annotation, _default_field(p.default)) for p in kept)],
         kw_only=True,
         # Names of the options that were given, where a command line knows.
-        namespace={"given": None},
+        namespace={"given": None, "kind": None if kind is None else kind[0]},
     )
     options.__module__ = config_class.__module__
-    options.__doc__ = _options_docstring(config_class, [p.name for p in kept])
+    described = {} if kind is None else {kind[0]: kind[3]}
+    options.__doc__ = _options_docstring(config_class, [*described, *(p.name for p in kept)], described)
     return options
 
 
@@ -104,8 +110,7 @@ def _default_field(default: Any) -> Any:
     return dataclasses.field(default=default)
 
 
-def _options_docstring(config_class: type, names: list[str]) -> str:
-    described = {}
+def _options_docstring(config_class: type, names: list[str], described: dict[str, str]) -> str:
     for source in (config_class.__doc__, config_class.__init__.__doc__):
         described |= {p.arg_name: p.description for p in docstring_parser.parse(source or "").params}
     lines = [f"    {name}: {' '.join(described[name].split())}" for name in names if described.get(name)]
