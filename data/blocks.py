@@ -136,6 +136,11 @@ class BlockLayout:
         return self.kind == "scales"
 
     @property
+    def is_single_tokens(self) -> bool:
+        """Whether every block is one cell of the grid."""
+        return not self.is_scales and self.shapes[0] == (1, 1)
+
+    @property
     def num_blocks(self) -> int:
         """K."""
         return len(self.shapes)

@@ -30,6 +30,7 @@ from nextblock.files.regular import read_json
 from nextblock.pipelines.pipeline_class_to_image import ClassToImagePipeline
 from nextblock.pipelines.sample_files import LOSSY_FORMATS, NpzFile, PictureFolder
 from nextblock.pipelines.sampling_loop import make_request, run
+from nextblock.prior.orders import RASTER
 from nextblock.prior.sampling import GivenSamplingOptions, SamplingOptions
 from nextblock.training.processes import connect_processes
 from nextblock.training.run_config import save_run_config
@@ -210,7 +211,8 @@ def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int
         "tokenizer_sha256": model_fingerprint(pipe.tokenizer),
         "prior_sha256": model_fingerprint(pipe.prior),
         **{name: getattr(config, name) for name in fields},
-        **asdict(config.sampling),
+        # Jobs begun before there were orders do not name theirs.
+        **{name: value for name, value in asdict(config.sampling).items() if (name, value) != ("order", RASTER)},
         "image_quality": config.image_quality if config.output_format in LOSSY_FORMATS else None,
         "device": state.device.type,
         "class_labels": labels,

@@ -14,7 +14,8 @@ from . import demo_handlers as handlers
 from .demo_guards import guard, reported
 from .demo_limits import BodyLimit, DemoLimits
 
-OPTION_NAMES = [field.name for field in fields(SamplingOptions)]
+# The order of single tokens stays the pipeline's.
+OPTION_NAMES = [field.name for field in fields(SamplingOptions) if field.name != "order"]
 # Images below this many pixels a side are shown pixel by pixel, and many in a row.
 SMALL_SIDE = 128
 # Gradio's thumbnails are 100 pixels wide at least, which cuts off the last of many; captions would hide small ones.
@@ -199,9 +200,9 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
         sampling.guidance_power,
         step=0.1,
         label="Power of power-cosine",
-        visible=is_conditional and sampling.guidance_schedule == "power-cosine",
+        visible=is_conditional and sampling.guidance_schedule.startswith("power-cosine"),
     )
-    schedule.change(lambda name: gr.Slider(visible=name == "power-cosine"), schedule, power)
+    schedule.change(lambda name: gr.Slider(visible=name.startswith("power-cosine")), schedule, power)
     with gr.Accordion("Truncation", open=False):
         heat = sampling.temperature
         temperature = gr.Slider(min(0.05, heat), max(2, heat), heat, step=0.05, label="Temperature")

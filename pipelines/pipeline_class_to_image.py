@@ -151,13 +151,14 @@ class ClassToImagePipeline(DiffusionPipeline):
         batch_size: int | None = None,
         guidance_power: float | None = None,
         is_smooth: bool | None = None,
+        order: str | Sequence[int] | Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
         Args:
             class_labels: classes by number or name; None, or a number of images, for an unconditional model.
             num_images_per_label: images of each label, or of an unconditional model.
-            guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p, guidance_power, is_smooth: see
+            guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p, guidance_power, is_smooth, order: see
                 `prior.sampling.SamplingOptions`; None takes what the pipeline was saved with, `pipe.sampling`.
             generator: one that seeds one for each image, or a list of those; an image depends on its own alone.
             idx_Bl: known tokens, K tensors (B, L_k) int64, −1 for those to sample.
@@ -178,7 +179,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         """
         check_counts(output_type, decode_batch_size=decode_batch_size)
         given = {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule}
-        given |= {"guidance_power": guidance_power, "is_smooth": is_smooth}
+        given |= {"guidance_power": guidance_power, "is_smooth": is_smooth, "order": order}
         given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         asked = {"generator": generator, "idx_Bl": idx_Bl, "batch_size": batch_size}
         asked |= {"callback": callback_on_step_end, "callback_tensor_inputs": callback_on_step_end_tensor_inputs}
@@ -229,8 +230,8 @@ class ClassToImagePipeline(DiffusionPipeline):
     ) -> Output:
         """Paint part of an image anew: in-painting and class-conditional editing by a token mask.
 
-        In every block, tokens outside the mask come from the encoded image and tokens inside from the prior. A token is
-        inside if at least half of its area is.
+        In every block, tokens outside the mask come from the encoded image and tokens inside from the prior, which sees
+        those before; all those outside, if it takes orders. A token is inside if at least half of its area is.
 
         Args:
             image: one image, or one for each label: PIL, or in [0, 1], [-1, 1] or uint8 an array (H, W, 3) or

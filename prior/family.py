@@ -14,6 +14,7 @@ from nextblock.data.given import check_offers
 
 from .conditioning import Condition, Conditions, Context
 from .losses import PriorOutput
+from .orders import takes_orders
 
 QUANTIZER_PARTS = ("layout", "num_codes", "dim", "start", "advance", "lookup", "check_finite")
 PRIOR_PARTS = (
@@ -40,6 +41,8 @@ class Prior(Protocol):
     """Whether `var_input` and a block's content are indices and not code vectors."""
     can_chunk_loss: ClassVar[bool]
     """Whether `forward` takes `loss_chunk_size`."""
+    takes_orders: ClassVar[bool]
+    """Whether the call and `context` take `orders`: single tokens, predicted in any order. Need not be there."""
     no_decay: ClassVar[tuple[str, ...]]
     """Last name parts of matrices and tables that weight decay leaves alone, or of their modules."""
     _no_split_modules: ClassVar[list[str]]
@@ -54,14 +57,19 @@ class Prior(Protocol):
             var_input: (B, L − L_1, C), or (B, L − L_1) int64 where `takes_indices`.
             condition: what `conditions.of` reads.
             labels: (B, L) int64 indices to predict, in block order; gives the loss.
-            options: `loss_chunk_size`, tokens whose logits exist at a time, where `can_chunk_loss`; a family's own.
+            options: `loss_chunk_size`, tokens whose logits exist at a time, where `can_chunk_loss`; `orders` where
+                `takes_orders`, (B, L) int64, see `orders`: var_input, labels and what is returned stay in block order;
+                a family's own.
 
         Returns:
             A `PriorOutput`; see `losses.prior_output`.
         """
 
     def context(self, condition: Condition) -> Context:
-        """Compute all that depends on the condition alone, R rows, once for all blocks."""
+        """Compute all that depends on the condition alone, R rows, once for all blocks.
+
+        Where `takes_orders`, `orders` (R, L) comes with it unless it is block order; block k is then the k-th token.
+        """
 
     def new_cache(self, num_rows: int) -> Any:
         """Allocate what `decode_block` keeps of a request: P + L positions, written where they lie."""
@@ -103,6 +111,8 @@ def check_prior(prior: Prior) -> None:
             raise ValueError(f"prior.{field} is {getattr(prior, field)!r:.80}; expected a {kind.__name__}")
     if prior.takes_indices and prior.layout.is_scales:
         raise ValueError("prior.takes_indices is True; expected False for a scale layout, whose input is no code")
+    if takes_orders(prior) and not (prior.takes_indices and prior.layout.is_single_tokens):
+        raise ValueError("prior.takes_orders is True; expected False unless it takes indices of tiles of one cell")
 
 
 @torch.no_grad()

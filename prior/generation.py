@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import all_finite, extremes
 from nextblock.training.offload import run_offload_hook
 
 from .conditioning import Condition, Context
 from .family import Prior, check_context, check_hidden, check_logits
+from .orders import in_block_order, in_order, sampling_orders
 from .sampling import SamplingOptions, draw_gumbels, draw_uniforms, mix_codes, sample_tokens, truncate_logits
 
 
@@ -28,6 +30,7 @@ class _TokenSource:
     uniforms: Tensor
     given_idx_BL: Tensor | None
     smooth_generators: list[Generator] | None
+    orders: Tensor | None
 
     def noise(self, k: int, logits: Tensor) -> Tensor:
         """Return the random numbers of block k."""
@@ -53,8 +56,9 @@ class BlockStep:
     """A block being sampled; what its receiver changes holds from then on.
 
     Attributes:
-        block: k, from 0.
+        block: k, from 0; in another order than the layout's, the k-th token predicted.
         idx: (B, L_k) int64.
+        places: (B, 1) int64, which token of the layout it is in each image; None where it is block k itself.
         logits: (B, L_k, V), guided, neither tempered nor truncated.
         vectors: (B, L_k, C) mixtures of codes, the codes themselves where tokens are set; None unless smooth.
         scales: K guidance scales; those of later blocks may be set.
@@ -67,6 +71,7 @@ class BlockStep:
         self.block = block
         self.scales = scales
         self.is_last = False
+        self.places = None if source.orders is None else source.orders[:, block : block + 1]
         self._source, self._noise, self._canvas_before = source, source.noise(block, logits), canvas
         self.redraw(logits)
 
@@ -89,7 +94,9 @@ class BlockStep:
         """Put the block onto the map, once however often it is asked for, and anew after its tokens changed."""
         if not self._is_advanced:
             content = self.idx if self.vectors is None else self.vectors
-            self.canvas, self.next_input = self._source.quantizer.advance(self._canvas_before, content, self.block)
+            places = {} if self.places is None else {"places": self.places}
+            advance = self._source.quantizer.advance
+            self.canvas, self.next_input = advance(self._canvas_before, content, self.block, **places)
             self._is_advanced = True
 
     def _take(self, idx: Tensor, vectors: Tensor | None) -> None:
@@ -137,13 +144,15 @@ def generate(
     """
     run_offload_hook(prior)
     quantizer.check_finite()
+    given = None if given_idx_BL is None else given_idx_BL.to(prior.device)
     return generate_blocks(
         prior,
         condition.to(prior.device),
         quantizer,
         options,
         draw_uniforms(generators, prior.layout.num_tokens).to(prior.device),
-        given_idx_BL=None if given_idx_BL is None else given_idx_BL.to(prior.device),
+        given_idx_BL=given,
+        orders=sampling_orders(prior, options.order, given, len(condition)),
         smooth_generators=generators if options.is_smooth else None,
         on_block_end=on_block_end,
         is_guidance_fixed=is_guidance_fixed,
@@ -158,6 +167,7 @@ def generate_blocks(
     uniforms: Tensor,
     *,
     given_idx_BL: Tensor | None = None,
+    orders: Tensor | None = None,
     smooth_generators: list[Generator] | None = None,
     on_block_end: Callable[[BlockStep], None] | None = None,
     is_guidance_fixed: bool = True,
@@ -175,18 +185,24 @@ def generate_blocks(
         options: how tokens are drawn.
         uniforms: (B, L) float64 in [0, 1), one a token.
         given_idx_BL: (B, L) int64 tokens that are not sampled, −1 where they are; None samples all.
+        orders: (B, L) int64 order in which a prior that `takes_orders` predicts the tokens; None is block order.
         smooth_generators: B generators of Gumbel noise for mixtures of codes; None draws single codes.
         on_block_end: receives each block's `BlockStep`.
         is_guidance_fixed: False keeps the unconditional rows to the end, for a receiver that sets scales.
 
     Returns:
-        The blocks sampled, up to K tensors (B, L_k) int64.
+        The blocks sampled, up to K tensors (B, L_k) int64; in an order of its own all K, −1 where the receiver stopped
+        before.
 
     Raises:
         ValueError: naming the first block whose logits are NaN or infinite: at once on a CPU; a GPU is not waited for
             before the last block.
     """
-    source = _TokenSource(prior, quantizer, options, uniforms, given_idx_BL, smooth_generators)
+    # A token's random number and known value are its own in whatever order it is drawn.
+    given_idx_BL = None if given_idx_BL is None else in_order(given_idx_BL, orders)
+    source = _TokenSource(
+        prior, quantizer, options, in_order(uniforms, orders), given_idx_BL, smooth_generators, orders
+    )
     idx_Bl: list[Tensor] = []
     seen: dict[int, Tensor] = {}
     # A prior that takes indices needs no map; a receiver may look at it.
@@ -202,7 +218,13 @@ def generate_blocks(
         if step.is_last:
             break
     _check_logits(seen)
-    return idx_Bl
+    return idx_Bl if orders is None else _in_blocks(prior.layout, idx_Bl, orders)
+
+
+def _in_blocks(layout: BlockLayout, idx_Bl: list[Tensor], orders: Tensor) -> list[Tensor]:
+    """Sort tokens drawn one by one, each (B, 1), into the K blocks, −1 where none was drawn."""
+    missing = orders.new_full((len(orders), layout.num_tokens - len(idx_Bl)), -1)
+    return layout.split(in_block_order(torch.cat([*idx_Bl, missing], dim=1), orders))
 
 
 def _check_logits(extremes_of_blocks: dict[int, Tensor]) -> None:
@@ -219,7 +241,9 @@ def _block_steps(
     prior, B, K = source.prior, len(condition), source.prior.layout.num_blocks
     scales = source.options.scales(K)
     num_guided = num_guided_blocks(scales) if is_guidance_fixed else K
-    context = prior.context(condition.joined(condition.null()) if num_guided else condition)
+    joined = condition.joined(condition.null()) if num_guided else condition
+    orders = {} if source.orders is None else {"orders": source.orders.repeat(2 if num_guided else 1, 1)}
+    context = prior.context(joined, **orders)
     check_context(context, 2 * B if num_guided else B)
     conditional = context.first(B)
     cache, canvas, content = prior.new_cache(len(context)), source.quantizer.start(B), None

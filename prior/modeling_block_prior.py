@@ -26,6 +26,7 @@ from .layers import BlockAttention, KeyValueCache, LayerStack, ModulatedHead, Pr
 from .linear import Linear
 from .losses import PriorOutput, prior_output
 from .model_calls import as_labels, check_loss_options, check_teacher_input, sample_blocks
+from .orders import refuse_orders
 
 
 class BlockPrior(StoredModel):
@@ -144,6 +145,7 @@ class BlockPrior(StoredModel):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         loss_chunk_size: int | None = None,
+        orders: None = None,
     ) -> PriorOutput | tuple:
         """Predict all blocks under teacher forcing.
 
@@ -155,6 +157,7 @@ class BlockPrior(StoredModel):
             return_dict: False returns a tuple of what is not None.
             loss_chunk_size: compute the loss this many tokens at a time and return no logits: those of all B·L tokens,
                 and their gradient, then never exist together. Needs labels; None computes all at once.
+            orders: None alone: blocks come in the layout's order.
 
         Returns:
             A `PriorOutput`.
@@ -162,6 +165,7 @@ class BlockPrior(StoredModel):
         Raises:
             ValueError: if a shape, dtype or label does not fit the configuration, or there are chunks but no labels.
         """
+        refuse_orders(self, orders)
         check_loss_options(labels, loss_chunk_size)
         # Reading the range would make every GPU training step wait for the device.
         condition = self.conditions.of(class_labels, reads_range=not self.training or var_input.device.type == "cpu")

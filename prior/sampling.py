@@ -14,8 +14,9 @@ import torch
 from torch import Generator, Tensor
 
 from .family import Prior
+from .orders import RASTER, check_order_for, read_order
 
-GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+GuidanceSchedule = Literal["constant", "linear", "power-cosine", "power-cosine-open"]
 GUIDANCE_SCHEDULES = get_args(GuidanceSchedule)
 # Far beyond what is of use, and well inside what float32 and bfloat16 can compute with.
 MAX_GUIDANCE_SCALE = 1e3
@@ -31,9 +32,11 @@ class SamplingOptions:
     """Strength s of classifier-free guidance, logits = uncond + s·(cond − uncond), 0 to 1000; 1 is none."""
     guidance_schedule: GuidanceSchedule = "constant"
     """Whether s holds for all blocks ("constant") or grows from 1 at the first to s at the last: "linear" (VAR), or
-    "power-cosine" (MDT: 1 + (s − 1)·(1 − cos(π·(k/(K−1))^power))/2)."""
+    "power-cosine" (MDT: 1 + (s − 1)·(1 − cos(π·(k/(K−1))^power))/2); "power-cosine-open" (RAR) has k/K in place of
+    k/(K−1), so that s lies beyond the last."""
     guidance_power: float = 1.0
-    """Power of the schedule "power-cosine", 0.001 to 1000; the larger, the later guidance sets in."""
+    """Power of the schedules "power-cosine" and "power-cosine-open", 0.001 to 1000; the larger, the later guidance sets
+    in. With "power-cosine-open" also 0, which is s for all blocks."""
     temperature: float = 1.0
     """Divides the logits, 1e-6 to 1e6; below 1 sharpens the distribution of tokens, at last to the likeliest alone."""
     top_k: int = 0
@@ -45,6 +48,9 @@ class SamplingOptions:
     is_smooth: bool = False
     """Feed on, and decode, a Gumbel-softmax mixture of codes instead of one code a token: smoother pictures, for
     looking at and not for measuring (VAR's demo); scale layouts only."""
+    order: Literal["raster"] | tuple[int, ...] = RASTER
+    """In which order single tokens are drawn, by a prior that takes orders: "raster", or their places in it as a list.
+    Tokens that are known come first, in the order among them."""
 
     def __post_init__(self):
         self._check_number("guidance_scale", 0, MAX_GUIDANCE_SCALE)
@@ -52,7 +58,8 @@ class SamplingOptions:
             raise ValueError(
                 f"guidance_schedule is {self.guidance_schedule!r}; expected one of {list(GUIDANCE_SCHEDULES)}"
             )
-        self._check_number("guidance_power", *GUIDANCE_POWERS)
+        if not (self.guidance_schedule == "power-cosine-open" and self.guidance_power == 0):
+            self._check_number("guidance_power", *GUIDANCE_POWERS)
         self._check_number("temperature", *TEMPERATURES)
         if type(self.top_k) is not int or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k!r}; expected an integer from 0 (off) to the number of codes")
@@ -60,6 +67,7 @@ class SamplingOptions:
         self._check_number("min_p", 0, 1)
         if not isinstance(self.is_smooth, bool):
             raise ValueError(f"is_smooth is {self.is_smooth!r}; expected True or False")
+        object.__setattr__(self, "order", read_order(self.order))
 
     def _check_number(self, name: str, low: float, high: float, *, is_open: bool = False) -> None:
         """Refuse what is no number from `low`, which itself is out where the range is open, to `high`."""
@@ -119,13 +127,15 @@ class SamplingOptions:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; expected 1 for a model {what}")
         if self.is_smooth and not prior.layout.is_scales:
             raise ValueError("is_smooth is True; expected False for a tile layout, whose tokens are single codes")
+        check_order_for(prior, self.order)
 
     def scales(self, num_blocks: int) -> list[float]:
-        """Return the guidance scale of each of K blocks; of one block, `guidance_scale`."""
-        if self.guidance_schedule == "constant" or num_blocks == 1:
+        """Return the guidance scale of each of K blocks; of one block, `guidance_scale` unless the schedule is open."""
+        is_open = self.guidance_schedule == "power-cosine-open"
+        if self.guidance_schedule == "constant" or num_blocks == 1 and not is_open:
             return [float(self.guidance_scale)] * num_blocks
-        shares = [k / (num_blocks - 1) for k in range(num_blocks)]
-        if self.guidance_schedule == "power-cosine":
+        shares = [k / (num_blocks if is_open else num_blocks - 1) for k in range(num_blocks)]
+        if self.guidance_schedule != "linear":
             shares = [(1 - math.cos(math.pi * share**self.guidance_power)) / 2 for share in shares]
         return [1 + (self.guidance_scale - 1) * share for share in shares]
 

@@ -55,9 +55,18 @@ class TileCodec(nn.Module):
         """Return the empty map (B, C, h, w) that `advance` fills tile by tile."""
         return like.new_zeros(num_images, dim, *self.layout.grid)
 
-    def advance(self, canvas: Tensor, content: Tensor, k: int, codebook) -> tuple[Tensor, Tensor | None]:
-        """Put tile k's indices (B, L_k) onto the map, in place, and give its codes as the next tile's input."""
+    def advance(
+        self, canvas: Tensor, content: Tensor, k: int, codebook, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Put tile k's indices (B, L_k) onto the map, in place, and give its codes as the next tile's input.
+
+        Places (B, n) put them where n other tokens of each image are.
+        """
         codes = codebook.lookup(content)
+        if places is not None:
+            cells = self.layout.tile_cells(places.device)[places]
+            canvas.view(*canvas.shape[:2], -1).scatter_(2, cells[:, None].expand(-1, codes.shape[2], -1), codes.mT)
+            return canvas, None
         rows, columns = self.layout.tile_slices(k)
         canvas[:, :, rows, columns] = rearrange(codes, "b (h w) c -> b c h w", h=self.layout.shapes[k][0])
         return canvas, codes if k + 1 < self.layout.num_blocks else None

@@ -126,19 +126,24 @@ class Quantizer(nn.Module):
         """Return the map (B, C, h, w) that `advance` fills block by block."""
         return self.codec.start(num_images, self.dim, self._like)
 
-    def advance(self, canvas: Tensor, content: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    def advance(
+        self, canvas: Tensor, content: Tensor, k: int, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Put block k onto the map and give the prior's input for the block after it.
 
         Args:
             canvas: (B, C, h, w) after the blocks before k; may be written in place.
             content: indices (B, L_k) of block k; scales also take vectors (B, L_k, C) in place of single codes.
             k: block number, from 0.
+            places: (B, L_k) int64, tiles only: which tokens of the sequence the indices are in each image, where they
+                are drawn in another order than the layout's; None are those of block k.
 
         Returns:
-            The map, and the input (B, L_{k+1}, C) of block k+1, or None after the last block.
+            The map, and the input (B, L_{k+1}, C) of block k+1, or None after the last block and with places.
         """
+        options = {} if places is None else {"places": places}
         with in_float32(canvas.device):
-            return self.codec.advance(canvas, content, k, self.codebook)
+            return self.codec.advance(canvas, content, k, self.codebook, **options)
 
     def lookup(self, idx: Tensor) -> Tensor:
         """Return the code vectors of indices as the decoder receives them, (…) → (…, C)."""
