@@ -184,12 +184,14 @@ class Context:
         prefix: (R, P, D) positions before the first token; None without any.
         prefix_mask: (R, P) whether a row attends to a position of the prefix; None attends to all.
         modulations: for each layer, then for the head, a tuple of tensors whose first dimension is R.
+        orders: (R, L) int64 in which tokens are predicted; None is block order.
     """
 
     vector: Tensor | None = None
     prefix: Tensor | None = None
     prefix_mask: Tensor | None = None
     modulations: tuple[tuple[Tensor, ...], ...] = ()
+    orders: Tensor | None = None
 
     def __len__(self) -> int:
         """Return R."""

@@ -44,7 +44,7 @@ class Prior(Protocol):
     takes_orders: ClassVar[bool]
     """Whether the call and `context` take `orders`: single tokens, predicted in any order. Need not be there."""
     no_decay: ClassVar[tuple[str, ...]]
-    """Last name parts of matrices and tables that weight decay leaves alone, or of their modules."""
+    """Names of matrices and tables that weight decay leaves alone, or of modules they lie in."""
     _no_split_modules: ClassVar[list[str]]
     """Classes of the layers: what is sharded as one, and compiled as one unless `step_modules` names others."""
 

@@ -1,18 +1,69 @@
-"""Orders in which single tokens are predicted, other than the layout's own: checks, known tokens first.
+"""Orders in which single tokens are predicted, other than the layout's own: checks, training's, known tokens first.
 
-Any order of an image's tokens has a likelihood of its own (RAR, arXiv:2411.00776). An order lists the L tokens by their
-places in block order: orders[b, j] is the one that is predicted j-th. Legend: B images, L all tokens.
+A prior trained on random orders uses both sides of a token (RAR, arXiv:2411.00776). An order lists the L tokens by
+their places in block order: orders[b, j] is the one that is predicted j-th. Legend: B images, L all tokens.
 """
 
+from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nextblock.data.given import check_tensor
+from nextblock.data.keyed_random import keyed_uniform
 
 RASTER = "raster"
 Order = str | tuple[int, ...]
+# Apart from other numbers that are drawn of seed, step and sample.
+_CHOICE_KEY, _ORDER_KEY = 1, 2
+
+
+@dataclass(kw_only=True)
+class OrderConfig:
+    """In which orders a prior that takes orders learns to predict an image's tokens; others learn block order alone."""
+
+    random_until_step: int = 0
+    """Up to this step every sample is predicted in a random order, drawn anew at every step; after it the share of such
+    samples falls linearly."""
+    raster_from_step: int = 0
+    """From this step on all samples are predicted in raster order; 0 with `random_until_step` 0 from the first."""
+
+    def __post_init__(self):
+        if not 0 <= self.random_until_step <= self.raster_from_step:
+            raise ValueError(
+                f"random_until_step is {self.random_until_step} and raster_from_step {self.raster_from_step}; expected "
+                "numbers of steps from 0, the second not below the first"
+            )
+
+    def random_share(self, step: int) -> float:
+        """Return the probability that a sample of a step, numbered from 0, is predicted in a random order."""
+        if step >= self.raster_from_step:
+            return 0.0
+        return min(1.0, (self.raster_from_step - step) / max(self.raster_from_step - self.random_until_step, 1))
+
+
+def training_orders(config: OrderConfig, num_tokens: int, seed: int, step: int, samples: Tensor) -> Tensor | None:
+    """Draw the orders that a batch is predicted in, a function of seed, step and the samples' numbers alone.
+
+    Args:
+        config: how many are random.
+        num_tokens: L.
+        seed: of the run.
+        step: number of the training step, from 0.
+        samples: (B,) int64 numbers of the samples in the data set.
+
+    Returns:
+        (B, L) int64; None where all are in raster order for certain.
+    """
+    share = config.random_share(step)
+    if share == 0:
+        return None
+    tokens = torch.arange(num_tokens, device=samples.device)
+    keys = keyed_uniform(seed, step, _ORDER_KEY, samples=samples[:, None] * num_tokens + tokens)
+    is_random = keyed_uniform(seed, step, _CHOICE_KEY, samples=samples) < share
+    return torch.where(is_random[:, None], keys.argsort(dim=1, stable=True), tokens)
 
 
 def takes_orders(prior: Any) -> bool:
@@ -68,10 +119,12 @@ def read_order(order: Any) -> Order:
         return RASTER
     # Arrays and tensors alike.
     listed = order.tolist() if hasattr(order, "tolist") else order
-    is_listed = isinstance(listed, (list, tuple)) and all(type(place) is int for place in listed)
+    is_listed = isinstance(listed, (list, tuple)) and all(
+        isinstance(place, Integral) and not isinstance(place, bool) for place in listed
+    )
     if not is_listed or sorted(listed) != list(range(len(listed))) or not listed:
         raise ValueError(f"order is {order!r:.80}; expected {RASTER!r}, or a permutation of the tokens 0 to L - 1")
-    return tuple(listed)
+    return tuple(map(int, listed))
 
 
 def check_order_for(prior: Any, order: Order) -> None:

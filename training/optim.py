@@ -104,7 +104,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, no_decay: Collect
     Args:
         model: whose trainable parameters are optimized.
         config: rates and decay.
-        no_decay: last name parts of further parameters, or of their modules, that are not decayed: what the model's
+        no_decay: names of further parameters, or of modules they lie in, that are not decayed: what the model's
             class states as its `no_decay`, nothing for a discriminator.
 
     Returns:
@@ -113,7 +113,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, no_decay: Collect
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_decayed = parameter.ndim > 1 and not set(name.split(".")[-2:]) & set(no_decay)
+            is_decayed = parameter.ndim > 1 and not set(name.split(".")) & set(no_decay)
             groups[is_decayed].append(parameter)
     return torch.optim.AdamW(
         [
