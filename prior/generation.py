@@ -199,10 +199,8 @@ def generate_blocks(
             before the last block.
     """
     # A token's random number and known value are its own in whatever order it is drawn.
-    given_idx_BL = None if given_idx_BL is None else in_order(given_idx_BL, orders)
-    source = _TokenSource(
-        prior, quantizer, options, in_order(uniforms, orders), given_idx_BL, smooth_generators, orders
-    )
+    own = in_order(uniforms, orders), given_idx_BL if given_idx_BL is None else in_order(given_idx_BL, orders)
+    source = _TokenSource(prior, quantizer, options, *own, smooth_generators, orders)
     idx_Bl: list[Tensor] = []
     seen: dict[int, Tensor] = {}
     # A prior that takes indices needs no map; a receiver may look at it.
