@@ -19,8 +19,16 @@ from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.regular import read_text
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.prior import BlockPrior, SamplingOptions
+from nextblock.prior import BlockPrior, RARPrior, SamplingOptions
 from nextblock.prior.class_names import imagenet_class_names
+from nextblock.prior.rar_checkpoint import (
+    count_rar_classes,
+    is_rar_prior,
+    prior_from_rar,
+    prior_to_rar,
+    rar_arguments,
+    rar_sampling,
+)
 from nextblock.prior.var_checkpoint import (
     count_var_classes,
     is_var_prior,
@@ -65,6 +73,18 @@ FORMATS = {
         num_classes=lambda state, config: count_var_classes(state),
         sampling=var_sampling,
     ),
+    "rar": PriorFormat(
+        title="a RAR transformer",
+        fits=is_rar_prior,
+        take_over=prior_from_rar,
+        options={"num_heads": "num_heads", "grid": "grid"},
+        write=prior_to_rar,
+        file_name=lambda model: "rar.bin",
+        arguments=lambda model, state: rar_arguments(model.config),
+        model_class=RARPrior,
+        num_classes=lambda state, config: count_rar_classes(state),
+        sampling=rar_sampling,
+    ),
 }
 
 
@@ -78,10 +98,13 @@ class ConvertPriorConfig(ConversionConfig):
     formats: ClassVar = FORMATS
     shared_options: ClassVar = frozenset({"class_names", "to_pipeline", "tokenizer"})
 
-    format: Literal["auto", "var"] = "auto"
+    format: Literal["auto", "var", "rar"] = "auto"
     """Whose names and arithmetic the checkpoint follows; "auto" goes by the names of its tensors."""
     num_heads: int | None = None
-    """Attention heads; null, for var: as many as there are learned attention temperatures, else the width over 64."""
+    """Attention heads; null, for var: as many as there are learned attention temperatures, else the width over 64; for
+    rar: as the norm of the queries tells."""
+    grid: int | list[int] | None = None
+    """rar: (height, width) of the latent grid; null: a square of as many tokens as the tables have rows for."""
     attention_scale: float | None = None
     """var: factor on 1/sqrt(head width) in the softmax, without normalised attention; null: 0.25."""
     class_names: str | None = None

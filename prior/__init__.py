@@ -4,12 +4,14 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_block_prior import BlockPriorConfig
 from .configuration_llama_prior import LlamaPriorConfig
+from .configuration_rar_prior import RARPriorConfig
 from .losses import PriorOutput, prior_output
 from .modeling_block_prior import BlockPrior
 from .modeling_llama_prior import LlamaPrior
+from .modeling_rar_prior import RARPrior
 from .sampling import SamplingOptions
 
-for _model in (BlockPrior, LlamaPrior):
+for _model in (BlockPrior, LlamaPrior, RARPrior):
     AutoConfig.register(_model.config_class.model_type, _model.config_class)
     AutoModel.register(_model.config_class, _model)
 
@@ -19,6 +21,8 @@ __all__ = [
     "LlamaPrior",
     "LlamaPriorConfig",
     "PriorOutput",
+    "RARPrior",
+    "RARPriorConfig",
     "SamplingOptions",
     "prior_output",
 ]

@@ -40,7 +40,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     return torch.softmax(scores, -1) @ v
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """Attend from every position to itself and all before it.
 
     Args:
@@ -49,12 +51,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
         v: values.
         scale: factor on the scores before the softmax.
         bias: (B, 1, L, L) in place of the causal one, see `causal_bias`.
+        dropout: share of the attention's weights that are left out; with no bias of its own.
 
     Returns:
         (B, heads, L, head width).
     """
-    if bias is None and not _is_half_on_cpu(q):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    assert bias is None or not dropout, "dropout goes with the causal mask alone"
+    if bias is None and (dropout or not _is_half_on_cpu(q)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
     if bias is None:
         bias = causal_bias(torch.arange(q.shape[2], device=q.device), q.shape[2], None, q.dtype)
     return attention(q, k, v, scale, bias)

@@ -14,14 +14,15 @@ from nextblock.training.run_config import given_options, options_dataclass
 
 from .modeling_block_prior import BlockPrior
 from .modeling_llama_prior import LlamaPrior
+from .modeling_rar_prior import RARPrior
 
-FAMILIES: dict[str, type[StoredModel]] = {"block": BlockPrior, "llama": LlamaPrior}
+FAMILIES: dict[str, type[StoredModel]] = {"block": BlockPrior, "llama": LlamaPrior, "rar": RARPrior}
 # What the tokens decide is no option of a run; nor are texts, of which token shards have none.
 _OF_THE_DATA = ("layout", "vocab_size", "embedding_dim", "num_classes", "class_names", "tokenizer_fingerprint")
 _OF_THE_DATA += ("text_dim", "max_text_positions")
 _ABOUT = (
     'kind of prior, which has the other options: "block" predicts blocks of tokens at once (VAR); one token at a time '
-    'do "llama" (LlamaGen)'
+    'do "llama" (LlamaGen) and "rar" (RAR, in any order)'
 )
 
 
@@ -34,7 +35,7 @@ def _options(family: str) -> type:
 
 
 OPTIONS = {family: _options(family) for family in FAMILIES}
-BlockPriorOptions, LlamaPriorOptions = (OPTIONS[family] for family in FAMILIES)
+BlockPriorOptions, LlamaPriorOptions, RARPriorOptions = (OPTIONS[family] for family in FAMILIES)
 PriorOptions = reduce(or_, OPTIONS.values())
 """Of any family: a command line chooses by `family`."""
 

@@ -31,6 +31,7 @@ from .model_calls import (
     returned,
     sample_blocks,
 )
+from .orders import refuse_orders
 from .rotary import grid_rotation
 from .text_condition import TextCondition, TextConditions
 
@@ -114,6 +115,7 @@ class LlamaPrior(StoredModel):
         loss_chunk_size: int | None = None,
         text_embeds: Tensor | None = None,
         text_mask: Tensor | None = None,
+        orders: None = None,
     ) -> PriorOutput | tuple:
         """Predict all tokens under teacher forcing.
 
@@ -126,6 +128,7 @@ class LlamaPrior(StoredModel):
                 computes all at once.
             text_embeds: (B, T, E) text features in place of labels, of a prior that is conditioned on text.
             text_mask: (B, T) which of them are valid; None says all.
+            orders: None alone: tokens come in raster order.
 
         Returns:
             A `PriorOutput`.
@@ -133,6 +136,7 @@ class LlamaPrior(StoredModel):
         Raises:
             ValueError: if a shape, dtype or label does not fit the configuration, or there are chunks but no labels.
         """
+        refuse_orders(self, orders)
         check_loss_options(labels, loss_chunk_size)
         # Reading the range would make every GPU training step wait for the device.
         reads_range = not self.training or var_input.device.type == "cpu"

@@ -38,11 +38,13 @@ from .families import FAMILIES, BlockPriorOptions, PriorOptions, check_family, f
 from .family import Prior, check_output, try_out
 from .generation import generate
 from .losses import PriorOutput
+from .orders import OrderConfig, takes_orders, training_orders
 from .sampling import SamplingOptions, image_generators
 from .training_data import PriorData
 
 # What a fine-tuning may change of a prior: how it is trained.
-TUNED_OPTIONS = ("dropout", "embedding_dropout", "drop_path", "label_smoothing", "adaln_gamma_init")
+TUNED_OPTIONS = ("dropout", "attention_dropout", "embedding_dropout", "drop_path", "label_smoothing")
+TUNED_OPTIONS += ("adaln_gamma_init",)
 # Past this many blocks, a curve a block is no picture of anything.
 MAX_LOGGED_BLOCKS = 16
 # Training rows decoded to tokens_check.png, in columns of ten.
@@ -83,6 +85,8 @@ class PriorTrainConfig:
     """Keep the input of every layer alone and compute the rest again in the backward pass."""
     torch_compile: bool = False
     """Compile the model's forward and backward pass at the first step."""
+    orders: OrderConfig = field(default_factory=OrderConfig)
+    """Random orders of prediction, of a family that takes them."""
     class_dropout: float = 0.1
     """Share of labels replaced by the null class, which guidance needs."""
     eval_batch_size: int = 128
@@ -139,6 +143,8 @@ class PriorTask:
         try_out(model)
         if config.loss_chunk_size is not None and not model.can_chunk_loss:
             raise ValueError(f"loss_chunk_size is {config.loss_chunk_size}; expected null for {type(model).__name__}")
+        if config.orders != OrderConfig() and not takes_orders(model):
+            raise ValueError(f"orders is {config.orders}; expected the defaults for {type(model).__name__}")
         self.accelerator = accelerator
         self.config = config
         self.tokenizer = self.encoder = tokenizer.to(accelerator.device)
@@ -178,10 +184,11 @@ class PriorTask:
             condition = self.conditions.from_batch(batch)
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
             idx_BL, poison = self._training_indices(batch)
+            orders = training_orders(config.orders, idx_BL.shape[1], loop.seed, step, batch["index"])
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 # A model sharded by FSDP2 does not enter autocast by itself.
                 with accelerator.autocast():
-                    output = self._predict(self.model, idx_BL, condition)
+                    output = self._predict(self.model, idx_BL, condition, orders)
                 output.loss = output.loss * poison
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
@@ -214,10 +221,13 @@ class PriorTask:
         poison = torch.where(extremes(features).isfinite().all(), 1.0, torch.nan)
         return idx_BL, poison
 
-    def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition) -> PriorOutput:
-        """Run the prior under teacher forcing."""
+    def _predict(
+        self, model: Prior, idx_BL: Tensor, condition: Condition, orders: Tensor | None = None
+    ) -> PriorOutput:
+        """Run the prior under teacher forcing, in block order where there are no others."""
         var_input = self.tokenizer.idx_to_var_input(idx_BL, as_indices=self.takes_indices)
-        output = model(var_input, condition, idx_BL, **self.loss_options)
+        options = self.loss_options if orders is None else self.loss_options | {"orders": orders.to(idx_BL.device)}
+        output = model(var_input, condition, idx_BL, **options)
         check_output(output, tuple(idx_BL.shape))
         return output
 
