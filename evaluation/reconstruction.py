@@ -5,7 +5,7 @@ Legend: N images, K blocks, V codes, HxW pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +47,37 @@ class Reconstructions:
         }
 
 
+def merged(parts: Sequence[Reconstructions], numbers: Sequence[np.ndarray]) -> Reconstructions:
+    """Put together what several processes have reconstructed.
+
+    Args:
+        parts: of each process, all with as many pictures kept at most.
+        numbers: of each process, the numbers of its images, in its order; together 0 to N - 1.
+
+    Returns:
+        What one process would have, in the order of the numbers.
+    """
+    order = np.argsort(np.concatenate(numbers))
+    num_kept = max(len(part.originals) for part in parts)
+    kept = [own[: len(part.originals)] for own, part in zip(numbers, parts, strict=True)]
+    # The first of all images are among the first of every process.
+    shown = np.argsort(np.concatenate(kept))[:num_kept]
+    return Reconstructions(
+        squared_errors=torch.cat([part.squared_errors for part in parts])[order],
+        code_counts=sum(part.code_counts for part in parts),
+        class_labels=np.concatenate([part.class_labels for part in parts])[order],
+        originals=np.concatenate([part.originals for part in parts])[shown],
+        reconstructions=np.concatenate([part.reconstructions for part in parts])[shown],
+    )
+
+
 @torch.inference_mode()
 def reconstruct(
-    tokenizer, batches: Iterable[Mapping[str, Tensor]], num_codes: int, num_kept: int | None = None
+    tokenizer,
+    batches: Iterable[Mapping[str, Tensor]],
+    num_codes: int,
+    num_kept: int | None = None,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Reconstructions:
     """Encode and decode every image of a data set.
 
@@ -58,6 +86,7 @@ def reconstruct(
         batches: mappings with `pixel_values` (B, 3, H, W) in [-1, 1] and `class_labels` (B,).
         num_codes: V.
         num_kept: how many pictures to keep; None keeps all.
+        observe: receives every batch's reconstructions and originals, (B, 3, H, W) in [-1, 1].
 
     Returns:
         Errors and code counts of all images, pictures of the first `num_kept`.
@@ -71,6 +100,8 @@ def reconstruct(
         pixel_values = batch["pixel_values"].to(tokenizer.device)
         idx_BL = tokenizer.img_to_idx(pixel_values)
         decoded = tokenizer.idx_to_img(idx_BL)
+        if observe is not None:
+            observe(decoded, pixel_values)
         errors.append(mean_squared_errors(decoded, pixel_values).cpu())
         counts = counts + code_counts(idx_BL, tokenizer.layout.block_lengths, num_codes).cpu()
         labels.append(batch["class_labels"].numpy())

@@ -1,47 +1,79 @@
-"""Measures a tokenizer on held-out images: reconstruction and use of the codebook.
+"""Measures a tokenizer on held-out images: reconstruction, use of the codebook, bits.
 
-nextblock evaluate-tokenizer --config tokenizer/evaluate-digits
+    nextblock evaluate-tokenizer --config tokenizer/evaluate-digits
+    accelerate launch -m nextblock evaluate-tokenizer --config tokenizer/evaluate-digits --features FILE
+
+Legend: N images, n of a batch.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
+from nextblock.data.adm_crop import AdmCropped
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate
-from nextblock.data.usable import open_usable
-from nextblock.evaluation.codebook import codebook_summary
+from nextblock.data.usable import open_usable, source_fingerprint
+from nextblock.evaluation.codebook import codebook_summary, num_dead_codes
+from nextblock.evaluation.features import VARIANTS, load_features
 from nextblock.evaluation.pictures import comparison_grid, save_picture
-from nextblock.evaluation.reconstruction import reconstruct
+from nextblock.evaluation.reconstruction import Reconstructions, merged, reconstruct
 from nextblock.evaluation.report import Row, environment, format_table, write_json
+from nextblock.evaluation.similarity import MIN_SSIM_SIDE, SimilarityMeter, bit_figures, similarity_figures
 from nextblock.files.claim import claimed
+from nextblock.files.fingerprints import model_fingerprint
+from nextblock.files.regular import is_regular
 from nextblock.tokenizer import VQVAE
+from nextblock.tokenizer.perceptual import load_lpips
+from nextblock.training.processes import connect_processes
 
 from .command_line import parse_run_config
 from .inputs import load_given
+from .mistakes import reading
 from .run_data import data_of_run
+
+RESULT_NAME = "result.json"
+# What the table shows besides the report's figures.
+_SHOWN = ("ssim", "lpips", "rfid", "fd", "bits_per_token", "bits_per_pixel", "code_entropy_bits_per_token")
 
 
 @dataclass(kw_only=True)
 class EvaluateTokenizerConfig:
-    """Measures a tokenizer on one split of a data set and writes report.json and reconstructions.png."""
+    """Measures a tokenizer on one split of a data set and writes result.json, report.json and reconstructions.png.
+
+    result.json has every figure under a name of its own; what could not be had is null, and NAME_reason says why.
+    """
 
     tokenizer: str
     """Folder of the tokenizer."""
     output_dir: str
-    """Folder that the report and the picture go to."""
+    """Folder that the results and the picture go to."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     """Images to measure on. Not given: what the tokenizer was trained on, and held out."""
     split: str | None = None
     """Split of the data; by default the one that the data configuration holds out (`data.eval_split`)."""
+    crop: Literal["center", "adm"] = "center"
+    """How images are brought to size: "center" as in training without its variations (Lanczos); "adm" as ADM's loader
+    does, by halving and bicubic, for square images alone."""
+    features: str | None = None
+    """Network whose features the Fréchet distance of reconstructions and originals is taken of (rFID): a file of
+    Inception's weights of 2015, or a vision model of transformers, by its folder or its id on the hub; null leaves it
+    out."""
+    features_variant: Literal[VARIANTS] | None = None
+    """How pictures are resized for it; null takes the way of its own evaluator."""
+    lpips_network: Literal["vgg", "alex", "squeeze"] | None = None
+    """Network of LPIPS, of torchvision; null leaves LPIPS out."""
     batch_size: int = 100
-    """Images encoded at a time."""
+    """Images encoded at a time by each process."""
     num_pictures: int = 10
     """Originals shown above their reconstructions."""
     cpu: bool = False
@@ -54,42 +86,149 @@ class EvaluateTokenizerConfig:
         for name in ("batch_size", "num_pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive integer")
+        if self.features_variant is not None and self.features is None:
+            raise ValueError(f"features_variant is {self.features_variant!r}, but features is null; expected both")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure the tokenizer that the command line names, print the figures and write the report."""
-    config = parse_run_config(EvaluateTokenizerConfig, command="evaluate-tokenizer", argv=argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process")
-    with claimed(Path(config.output_dir)):
-        _evaluate(config)
+    """Measure the tokenizer that the command line names, print the figures and write the results."""
+    evaluate_tokenizer(parse_run_config(EvaluateTokenizerConfig, command="evaluate-tokenizer", argv=argv))
 
 
-def _evaluate(config: EvaluateTokenizerConfig) -> None:
+def evaluate_tokenizer(config: EvaluateTokenizerConfig) -> dict:
+    """Measure a tokenizer, each process on its own batches.
+
+    Args:
+        config: what is measured, and on what.
+
+    Returns:
+        What result.json holds; empty on all processes but the first.
+
+    Raises:
+        ValueError: naming the option that is wrong.
+    """
+    state = connect_processes(config.cpu)
+    with claimed(Path(config.output_dir), state):
+        return _evaluate(config, state)
+
+
+def _evaluate(config: EvaluateTokenizerConfig, state: PartialState) -> dict:
     """Do the work."""
     if config.data.source is None:
         config = replace(config, data=data_of_run(config.tokenizer)[0])
-    device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     split = config.split or config.data.eval_split
-    source = open_usable(config.data, split, print)
-    tokenizer = load_given("tokenizer", config.tokenizer, VQVAE).to(device).eval()
-    dataset = ImageDataset(source, tokenizer.config.image_size, TransformConfig(), seed=0)
-    loader = DataLoader(dataset, batch_size=config.batch_size, collate_fn=collate)
-    result = reconstruct(tokenizer, loader, tokenizer.config.vocab_size, num_kept=config.num_pictures)
-
-    figures = result.figures()
-    output_dir = Path(config.output_dir)
+    source = open_usable(config.data, split, print if state.is_main_process else _say_nothing)
+    tokenizer = load_given("tokenizer", config.tokenizer, VQVAE).to(state.device).eval()
+    image_size = tokenizer.config.image_size
+    if config.crop == "adm":
+        if image_size[0] != image_size[1]:
+            raise ValueError(f"crop is 'adm', which is for square images; the tokenizer's are {list(image_size)}")
+        source = AdmCropped(source, image_size[0])
+    dataset = ImageDataset(source, image_size, TransformConfig(), seed=0)
+    extractor, lpips = _load_networks(config, state)
+    meter = SimilarityMeter(len(dataset), lpips, extractor)
+    starts = range(config.batch_size * state.process_index, len(dataset), config.batch_size * state.num_processes)
+    # Whole batches are dealt out: a batch is of one shape, and rounds alike, for any number of processes.
+    batches = [[*range(start, min(start + config.batch_size, len(dataset)))] for start in starts]
+    own = []
+    if batches:
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+        num_codes = tokenizer.config.vocab_size
+        found = reconstruct(tokenizer, loader, num_codes, num_kept=config.num_pictures, observe=meter)
+        own = [(np.concatenate(batches), found, meter.measured())]
+    gathered = gather_object(own)
+    if not state.is_main_process:
+        return {}
+    numbers, parts, measured = zip(*gathered, strict=True)
+    whole = merged(parts, numbers)
+    # Only Inception is given as a file.
+    is_inception = config.features is not None and is_regular(config.features)
+    figures = _figures(whole, similarity_figures(measured, numbers), tokenizer, is_inception)
     report = {
         "tokenizer": config.tokenizer,
         "data": asdict(config.data) | {"measured_split": split, "num_images": len(dataset)},
-        "figures": figures,
-        "codebook": codebook_summary(result.code_counts),
+        "figures": whole.figures(),
+        "codebook": codebook_summary(whole.code_counts),
         "parameters": {"tokenizer": tokenizer.num_parameters()},
-        "precision": {"dtype": str(tokenizer.dtype), "device": device, "threads": torch.get_num_threads()},
+        "precision": {"dtype": str(tokenizer.dtype), "device": state.device.type, "threads": torch.get_num_threads()},
         "versions": environment(),
     }
+    settings = {
+        "tokenizer_sha256": model_fingerprint(tokenizer),
+        "image_size": list(image_size),
+        "num_tokens": sum(tokenizer.layout.block_lengths),
+        "images_sha256": source_fingerprint(source),
+        "crop": config.crop,
+        "batch_size": config.batch_size,
+        "num_processes": state.num_processes,
+        "lpips_network": config.lpips_network,
+        **({"features": None} if extractor is None else extractor.record),
+    }
+    result = figures | _flat(report, without=("figures", "codebook")) | settings
+    _write(config, report, result, whole)
+    return result
+
+
+def _say_nothing(line: str) -> None:
+    """Leave a line to the first process."""
+
+
+def _load_networks(config: EvaluateTokenizerConfig, state: PartialState) -> tuple:
+    """Load what pictures are compared by, where it is asked for."""
+    extractor = lpips = None
+    if config.features is not None:
+        with reading("features", config.features, "a file of Inception's weights, or a vision model of transformers"):
+            extractor = load_features(config.features, variant=config.features_variant, device=state.device)
+    if config.lpips_network is not None:
+        lpips = load_lpips(config.lpips_network, "lpips_network", "null leaves LPIPS out").to(state.device)
+    return extractor, lpips
+
+
+def _figures(
+    whole: Reconstructions, similarity: dict[str, float | None], tokenizer: VQVAE, is_inception: bool
+) -> dict:
+    """Return the figures by name; those that could not be had are None, and a reason stands beside them."""
+    found, counts = whole.figures(), whole.code_counts
+    no_distance = "features is null" if len(whole.class_labels) > 1 else "a single image has no covariance"
+    is_other = similarity["fd"] is not None and not is_inception
+    why = {
+        "ssim": f"images have fewer than {MIN_SSIM_SIDE} pixels a side",
+        "lpips": "lpips_network is null",
+        "rfid": "features are not Inception's of 2015; their distance is fd" if is_other else no_distance,
+        "fd": no_distance,
+    }
+    compared = {**similarity, "rfid": similarity["fd"] if is_inception else None}
+    return {
+        "psnr": found["reconstruction_psnr"],
+        "psnr_of_mean_error": found["reconstruction_psnr_of_mean_error"],
+        **{name: compared[name] for name in why},
+        "code_usage": found["code_usage"],
+        "code_perplexity": found["code_perplexity"],
+        "num_dead_codes": num_dead_codes(counts.sum(dim=0)).item(),
+        **bit_figures(counts, sum(tokenizer.layout.block_lengths), tokenizer.config.image_size),
+        **{f"{name}_reason": reason for name, reason in why.items() if compared[name] is None},
+    }
+
+
+def _flat(content: dict, without: Sequence[str] = ()) -> dict:
+    """Write nested entries as one level, names joined by "_"."""
+    flat = {}
+    for name, value in content.items():
+        if name in without:
+            continue
+        inner = _flat(value) if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}_{key}": entry for key, entry in inner.items()}
+    return flat
+
+
+def _write(config: EvaluateTokenizerConfig, report: dict, result: dict, whole: Reconstructions) -> None:
+    """Write the results and the picture, and print the figures."""
+    output_dir = Path(config.output_dir)
     write_json(report, output_dir / "report.json")
-    picture = comparison_grid(result.originals, result.reconstructions, num_columns=config.num_pictures)
+    picture = comparison_grid(whole.originals, whole.reconstructions, num_columns=config.num_pictures)
     save_picture(picture, output_dir / "reconstructions.png")
-    print(format_table([Row(name, name.replace("_", " "), value) for name, value in figures.items()]))
-    print(f"{len(dataset)} images of split {split!r}; report and picture in {output_dir}")
+    write_json(result, output_dir / RESULT_NAME)
+    shown = report["figures"] | {name: result[name] for name in _SHOWN if result[name] is not None}
+    print(format_table([Row(name, name.replace("_", " "), value) for name, value in shown.items()]))
+    split, num_images = report["data"]["measured_split"], report["data"]["num_images"]
+    print(f"{num_images} images of split {split!r}; result, report and picture in {output_dir}")

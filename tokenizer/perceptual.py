@@ -179,32 +179,46 @@ def load_perceptual_loss(config: PerceptualConfig) -> PerceptualLoss | LPIPSLoss
         ValueError: if its weights are out of reach, torchvision is missing for LPIPS, or nothing says how to normalise
             a backbone's input.
     """
-    return _load_backbone(config) if config.lpips_network is None else _load_lpips(config)
+    if config.lpips_network is None:
+        return _load_backbone(config)
+    otherwise = "null compares by perceptual.backbone instead, and perceptual.weight 0 trains without either"
+    return LPIPSLoss(load_lpips(config.lpips_network, "perceptual.lpips_network", otherwise), config.image_size)
 
 
-def _load_lpips(config: PerceptualConfig) -> LPIPSLoss:
-    """Load LPIPS's network, its channel weights from torchmetrics, its features from torchvision."""
+def load_lpips(network: str, option: str, otherwise: str) -> nn.Module:
+    """Load LPIPS's network, its channel weights from torchmetrics, its features from torchvision.
+
+    Args:
+        network: one of `LPIPS_NETWORKS`.
+        option: that names it, for the messages.
+        otherwise: what can be had without it, for the messages.
+
+    Returns:
+        What takes two batches (B, 3, H, W) in [-1, 1] and gives (B, 1, 1, 1); on the CPU, in float32.
+
+    Raises:
+        ValueError: if its weights are out of reach, or torchvision is missing.
+    """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    name = config.lpips_network
     try:
         with _data_alone():
-            metric = LearnedPerceptualImagePatchSimilarity(net_type=name)
+            metric = LearnedPerceptualImagePatchSimilarity(net_type=network)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"perceptual.lpips_network is {name!r}, which needs torchvision; expected it to be installed: run "
-            "`pip install torchvision`; null compares by perceptual.backbone instead"
+            f"{option} is {network!r}, which needs torchvision; expected it to be installed: run "
+            f"`pip install torchvision`; {otherwise}"
         ) from error
     except (OSError, RuntimeError, UnpicklingError) as error:
-        model = LPIPS_NETWORKS[name]
+        model = LPIPS_NETWORKS[network]
         raise ValueError(
-            f"perceptual.lpips_network is {name!r}, whose weights cannot be loaded ({error}); expected "
+            f"{option} is {network!r}, whose weights cannot be loaded ({error}); expected "
             f"download.pytorch.org to be reachable, or the weights in {torch.hub.get_dir()}/checkpoints: run "
             f"`python -c \"import torchvision; torchvision.models.{model}(weights='DEFAULT')\"` where there is a "
-            "network and copy that folder; perceptual.weight 0 trains without them"
+            f"network and copy that folder; {otherwise}"
         ) from error
     # Not the metric itself: it refuses reconstructions beyond [-1, 1], and waits for the device to look at them.
-    return LPIPSLoss(metric.net.float(), config.image_size)
+    return metric.net.float().requires_grad_(False).eval()
 
 
 @contextmanager
