@@ -17,6 +17,7 @@ from nextblock.training.offload import run_offload_hook
 from .conditioning import Condition, Context
 from .family import Prior, check_context, check_hidden, check_logits
 from .orders import in_block_order, in_order, sampling_orders
+from .linear import PackedWeights
 from .sampling import SamplingOptions, draw_gumbels, draw_uniforms, mix_codes, sample_tokens, truncate_logits
 
 
@@ -245,11 +246,13 @@ def _block_steps(
     check_context(context, 2 * B if num_guided else B)
     conditional = context.first(B)
     cache, canvas, content = prior.new_cache(len(context)), source.quantizer.start(B), None
+    packed_weights = PackedWeights(num_uses=K)
     for k in range(K):
         rows = context if k < num_guided else conditional
-        hidden_states = prior.decode_block(content, k, rows, cache)
-        check_hidden(prior, k, hidden_states, len(rows))
-        logits = _guided_logits(prior, hidden_states, rows, conditional, scales[k])
+        with packed_weights.used():
+            hidden_states = prior.decode_block(content, k, rows, cache)
+            check_hidden(prior, k, hidden_states, len(rows))
+            logits = _guided_logits(prior, hidden_states, rows, conditional, scales[k])
         check_logits(prior, k, logits, B)
         step = BlockStep(k, scales, logits, source, canvas)
         yield step

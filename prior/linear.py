@@ -4,6 +4,10 @@ Every block of tokens reads all weights; where blocks are short, as in raster or
 Legend: M rows, K inputs, N outputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +17,57 @@ from torch import Tensor, nn
 #     F.linear        13 (19)   7 (9)    7 (7)   10 (10)  10 (8)   10 (9)    8 (6)
 #     transposed      13 (19)  30 (20)  24 (12)  26 (10)  19 (9)   10 (5)   10 (6)
 #     oneDNN          24 (20)  17 (23)  16 (19)  17 (21)  17 (19)  14 (10)  11 (7)
-# With hundreds of rows oneDNN is ahead by a tenth. A row of it is the same among any others, from two rows on, and
-# wherever the weights lie. The transposed product depends on both: small weights, which gain nothing, do without.
-MIN_TRANSPOSED_ROWS, MAX_TRANSPOSED_ROWS, MIN_TRANSPOSED_WEIGHTS = 2, 4, 2**18
-_HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+#     oneDNN, packed  24 (20)  19 (21)  22 (28)  26 (31)  24 (28)  21 (23)  17 (18)
+# With hundreds of rows oneDNN is ahead by a tenth. A row of it is the same among any others, from two rows on, packed
+# or not, and wherever the weights lie. The transposed product depends on both: small weights do without.
+MIN_TRANSPOSED_ROWS, MAX_TRANSPOSED_ROWS, MIN_LARGE_WEIGHTS = 2, 4, 2**18
+# Packing takes as long as some twenty products gain by it. Two rows, which oneDNN is slow for, are filled up to four.
+MIN_PACKED_USES, MIN_PACKED_ROWS, MAX_PACKED_BYTES = 32, 4, 2**32
+_HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+class PackedWeights:
+    """Copies of large weights as oneDNN reads them fastest, for a request that uses them again and again.
+
+    They belong to whoever holds this object, are made where `linear` first wants them, and go with it. Weights that
+    were replaced or changed in place are packed anew; 4 GiB at most are packed.
+
+    Args:
+        num_uses: how often a weight will be used, such as the blocks of a request; few are not worth a copy.
+    """
+
+    def __init__(self, num_uses: int):
+        self._pays = num_uses >= MIN_PACKED_USES
+        self._num_bytes = 0
+        # The weight itself is held, so that its id is nobody else's.
+        self._copies: dict[int, tuple[Tensor, tuple, Tensor]] = {}
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Let `linear` take these copies meanwhile, in this thread alone."""
+        token = _packed_weights.set(self if self._pays else None)
+        try:
+            yield
+        finally:
+            _packed_weights.reset(token)
+
+    def of(self, weight: Tensor, num_rows: int) -> Tensor | None:
+        """Return the copy of a weight (N, K) for about so many rows, or None where it may have none."""
+        if weight.is_inference() or not weight.is_contiguous():
+            return None
+        known, state = self._copies.get(id(weight)), (weight._version, weight.data_ptr())
+        if known is not None and known[1] == state:
+            return known[2]
+        if known is None:
+            if self._num_bytes + weight.nbytes > MAX_PACKED_BYTES:
+                return None
+            self._num_bytes += weight.nbytes
+        copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), max(num_rows, MIN_PACKED_ROWS))
+        self._copies[id(weight)] = weight, state, copy
+        return copy
+
+
+_packed_weights: ContextVar[PackedWeights | None] = ContextVar("packed_weights", default=None)
 
 
 class Linear(nn.Linear):
@@ -48,15 +99,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     N, K = weight.shape
     num_rows = x.numel() // K
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and (packed_weights := _packed_weights.get()) is not None:
+        y = _packed_linear(packed_weights, x, weight, bias, num_rows)
+        if y is not None:
+            return y
     # The weights' shape first: where a number of rows is a symbol, asking for it splits a graph.
-    if K <= N and K * N >= MIN_TRANSPOSED_WEIGHTS and MIN_TRANSPOSED_ROWS <= num_rows <= MAX_TRANSPOSED_ROWS:
-        y = torch.mm(weight, x.reshape(num_rows, K).t()).t()
+    if K <= N and K * N >= MIN_LARGE_WEIGHTS and MIN_TRANSPOSED_ROWS <= num_rows <= MAX_TRANSPOSED_ROWS:
         # Contiguous: what follows goes along N.
-        return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], N)
+        y = torch.mm(weight, x.reshape(num_rows, K).t()).t().contiguous()
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], N)
     # Inductor has a way of its own with oneDNN and takes no other.
-    if num_rows and _HAS_ONEDNN and not torch.compiler.is_compiling():
+    if num_rows and _HAS_ONEDNN and not is_compiling:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _packed_linear(
+    packed_weights: PackedWeights, x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int
+) -> Tensor | None:
+    """Compute with a packed copy, or return None where that is not the fast way."""
+    N, K = weight.shape
+    if K * N < MIN_LARGE_WEIGHTS or num_rows < 2 or num_rows == 2 and K <= N or not _HAS_ONEDNN:
+        return None
+    packed = packed_weights.of(weight, num_rows)
+    if packed is None:
+        return None
+    if num_rows >= MIN_PACKED_ROWS:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    filled = F.pad(x.reshape(num_rows, K), (0, 0, 0, MIN_PACKED_ROWS - num_rows))
+    y = torch.ops.mkldnn._linear_pointwise(filled, packed, bias, "none", [], "")
+    return y[:num_rows].view(*x.shape[:-1], N)
 
 
 def _is_plain_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
