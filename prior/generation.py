@@ -16,8 +16,8 @@ from nextblock.training.offload import run_offload_hook
 
 from .conditioning import Condition, Context
 from .family import Prior, check_context, check_hidden, check_logits
-from .orders import in_block_order, in_order, sampling_orders
 from .linear import PackedWeights
+from .orders import in_block_order, in_order, sampling_orders
 from .sampling import SamplingOptions, draw_gumbels, draw_uniforms, mix_codes, sample_tokens, truncate_logits
 
 
