@@ -8,8 +8,8 @@ import numpy as np
 
 from nextblock.data.keyed_random import keyed_order
 
-# What a job's record says of its order; jobs of before 0.3 say nothing and are sorted by class.
-IN_TURN = "classes in turn"
+# What a job's record says of its order; jobs of earlier versions say nothing and are sorted by class.
+IN_TURN = "in turn"
 
 
 def turn_order(seed: int, num_labels: int, num_images_per_label: int) -> np.ndarray:

@@ -250,7 +250,7 @@ class PictureSamples:
                 f"sampling job; expected all its {num_images} and no other: let `nextblock sample` finish it"
             )
         self.index = np.arange(num_images)
-        if job.get("order") == IN_TURN:
+        if job.get("class_order") == IN_TURN:
             self.index = turn_order(job["seed"], num_labels, num_images_per_label)
         self._order = np.array([places[stem] for stem in expected])[self.index]
 

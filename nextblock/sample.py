@@ -151,7 +151,7 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     job, index = _describe(config, pipe, labels, state), None
     N = len(labels) * config.num_images_per_label
     if _is_sorted_by_class(folder):
-        job.pop("order")
+        job.pop("class_order")
     else:
         index = turn_order(config.seed, len(labels), config.num_images_per_label)
     numbers = np.arange(N) if index is None else index
@@ -216,7 +216,7 @@ def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int
         "image_quality": config.image_quality if config.output_format in LOSSY_FORMATS else None,
         "device": state.device.type,
         "class_labels": labels,
-        "order": IN_TURN,
+        "class_order": IN_TURN,
     }
 
 
@@ -226,7 +226,7 @@ def _is_sorted_by_class(folder: Path) -> bool:
         found = read_json(folder / JOB_NAME) if (folder / JOB_NAME).is_file() else None
     except ValueError:  # It is damaged, which is said when the job begins.
         return False
-    return isinstance(found, dict) and "order" not in found
+    return isinstance(found, dict) and "class_order" not in found
 
 
 def _open_files(

@@ -219,7 +219,7 @@ def test_wrong_folders_and_pictures_are_named(tmp_path):
 @pytest.fixture
 def sampling_job(tmp_path):
     """The folder of a job of eight images, four of the class 3 and four of the class 1."""
-    job = {"class_labels": [3, 1], "num_images_per_label": 4, "seed": 5, "order": "classes in turn"}
+    job = {"class_labels": [3, 1], "num_images_per_label": 4, "seed": 5, "class_order": "in turn"}
     write_pictures(tmp_path / "images", IMAGES[:8], [f"{3 - n // 4 * 2}-x/{n}.png" for n in range(8)])
     (tmp_path / "job.json").write_text(json.dumps(job))
     return tmp_path
@@ -233,7 +233,7 @@ def test_pictures_of_a_sampling_job_are_in_its_order(sampling_job):
         assert samples.class_labels.tolist() == [3 if number < 4 else 1 for number in order]
         np.testing.assert_array_equal(samples.images(range(8)), IMAGES[order])
     job = json.loads((sampling_job / "job.json").read_text())
-    job.pop("order")
+    job.pop("class_order")
     (sampling_job / "job.json").write_text(json.dumps(job))
     assert open_samples(sampling_job).index.tolist() == [*range(8)]
     (sampling_job / "images" / "1-x" / "6.png").unlink()

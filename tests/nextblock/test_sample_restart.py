@@ -215,7 +215,7 @@ def test_a_folder_of_an_earlier_version_is_finished_as_it_was_begun(sample_in, f
         shutil.copytree(folder, out)
     out.mkdir(exist_ok=True)
     job = json.loads((folder / "job.json").read_text())
-    assert job.pop("order") == "classes in turn"
+    assert job.pop("class_order") == "in turn"
     (out / "job.json").write_text(json.dumps(job, indent=2) + "\n")
     if output_format == "npz":
         np.savez(tmp_path / "expected.npz", images, class_labels)
