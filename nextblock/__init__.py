@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from nextblock.pipelines import save_animation as save_animation
     from nextblock.prior import BlockPrior as BlockPrior
     from nextblock.prior import BlockPriorConfig as BlockPriorConfig
+    from nextblock.prior import GPTPrior as GPTPrior
+    from nextblock.prior import GPTPriorConfig as GPTPriorConfig
     from nextblock.prior import LlamaPrior as LlamaPrior
     from nextblock.prior import LlamaPriorConfig as LlamaPriorConfig
     from nextblock.prior import SamplingOptions as SamplingOptions
@@ -26,6 +28,8 @@ _HOMES = {
     "BlockPrior": "nextblock.prior",
     "BlockPriorConfig": "nextblock.prior",
     "ClassToImagePipeline": "nextblock.pipelines",
+    "GPTPrior": "nextblock.prior",
+    "GPTPriorConfig": "nextblock.prior",
     "LlamaPrior": "nextblock.prior",
     "LlamaPriorConfig": "nextblock.prior",
     "SamplingOptions": "nextblock.prior",

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,8 +19,17 @@ from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.regular import read_text
 from nextblock.pipelines import ClassToImagePipeline
-from nextblock.prior import BlockPrior, RARPrior, SamplingOptions
+from nextblock.prior import BlockPrior, GPTPrior, LlamaPrior, RARPrior, SamplingOptions
 from nextblock.prior.class_names import imagenet_class_names
+from nextblock.prior.llamagen_checkpoint import (
+    count_llamagen_classes,
+    is_llamagen_prior,
+    is_llamagen_text_prior,
+    llamagen_arguments,
+    llamagen_sampling,
+    prior_from_llamagen,
+    prior_to_llamagen,
+)
 from nextblock.prior.rar_checkpoint import (
     count_rar_classes,
     is_rar_prior,
@@ -28,6 +37,13 @@ from nextblock.prior.rar_checkpoint import (
     prior_to_rar,
     rar_arguments,
     rar_sampling,
+)
+from nextblock.prior.taming_checkpoint import (
+    is_taming_prior,
+    prior_from_taming,
+    prior_to_taming,
+    taming_arguments,
+    taming_sampling,
 )
 from nextblock.prior.var_checkpoint import (
     count_var_classes,
@@ -59,6 +75,16 @@ class PriorFormat(Format):
     sampling: Callable[[Any], SamplingOptions]
 
 
+_LLAMAGEN: dict[str, Any] = {
+    "take_over": prior_from_llamagen,
+    "options": {"num_heads": "num_heads", "grid": "grid"},
+    "write": prior_to_llamagen,
+    "container": "model",
+    "file_name": lambda model: f"llamagen_{model.config.num_layers}x{model.config.hidden_size}.pt",
+    "arguments": lambda model, state: llamagen_arguments(model.config),
+    "model_class": LlamaPrior,
+    "sampling": llamagen_sampling,
+}
 FORMATS = {
     "var": PriorFormat(
         title="a VAR transformer",
@@ -72,6 +98,32 @@ FORMATS = {
         model_class=BlockPrior,
         num_classes=lambda state, config: count_var_classes(state),
         sampling=var_sampling,
+    ),
+    "llamagen": PriorFormat(
+        title="a LlamaGen transformer of classes",
+        fits=is_llamagen_prior,
+        num_classes=lambda state, config: count_llamagen_classes(state),
+        **_LLAMAGEN,
+    ),
+    "llamagen-t2i": PriorFormat(
+        title="a LlamaGen transformer of texts",
+        fits=is_llamagen_text_prior,
+        num_classes=lambda state, config: 0,
+        **_LLAMAGEN,
+    ),
+    "taming": PriorFormat(
+        title="a transformer of taming-transformers",
+        fits=is_taming_prior,
+        take_over=prior_from_taming,
+        options={name: name for name in ("num_heads", "grid", "num_classes", "start_token")},
+        required={"num_classes": "the number of classes, 1000 for ImageNet's, or 0 for an unconditional model"},
+        write=prior_to_taming,
+        container="state_dict",
+        file_name=lambda model: f"taming_{model.config.num_layers}x{model.config.hidden_size}.ckpt",
+        arguments=lambda model, state: taming_arguments(model.config),
+        model_class=GPTPrior,
+        num_classes=lambda state, config: config.num_classes,
+        sampling=taming_sampling,
     ),
     "rar": PriorFormat(
         title="a RAR transformer",
@@ -98,13 +150,18 @@ class ConvertPriorConfig(ConversionConfig):
     formats: ClassVar = FORMATS
     shared_options: ClassVar = frozenset({"class_names", "to_pipeline", "tokenizer"})
 
-    format: Literal["auto", "var", "rar"] = "auto"
+    format: Literal["auto", "var", "llamagen", "llamagen-t2i", "taming", "rar"] = "auto"
     """Whose names and arithmetic the checkpoint follows; "auto" goes by the names of its tensors."""
     num_heads: int | None = None
-    """Attention heads; null, for var: as many as there are learned attention temperatures, else the width over 64; for
-    rar: as the norm of the queries tells."""
+    """Attention heads; null: those of the published sizes, in var as many as there are learned attention temperatures,
+    in rar as the norm of the queries tells, else the width over 64."""
     grid: int | list[int] | None = None
-    """rar: (height, width) of the latent grid; null: a square of as many tokens as the tables have rows for."""
+    """llamagen, llamagen-t2i, taming, rar: rows and columns of tokens, or one number for both; null: those of the
+    tokenizer given, else for taming and rar a square of as many tokens as there are positions for."""
+    num_classes: int | None = None
+    """taming: number of classes, 0 for an unconditional model."""
+    start_token: int | None = None
+    """taming: code that stands first in an unconditional model; null: 0."""
     attention_scale: float | None = None
     """var: factor on 1/sqrt(head width) in the softmax, without normalised attention; null: 0.25."""
     class_names: str | None = None
@@ -153,13 +210,19 @@ def _convert(config: ConvertPriorConfig) -> None:
     """Write a prior or a pipeline."""
     name, state = read_checkpoint(config)
     chosen = FORMATS[name]
+    if config.to_pipeline and name == "llamagen-t2i":
+        raise ValueError("to_pipeline is true; expected false for a prior of texts, which this pipeline does not take")
     with reading("checkpoint", config.checkpoint, f"{chosen.title} that the other options fit"):
         num_classes = chosen.num_classes(state, config)
     class_names = _read_class_names(config.class_names, num_classes)
-    prior = take_over(config, name, state, class_names=class_names)
-    kind = "prior"
+    tokenizer = None
     if config.to_pipeline:
         tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32)
+        if "grid" in chosen.options and config.grid is None:
+            config = replace(config, grid=list(tokenizer.layout.grid))
+    prior = take_over(config, name, state, class_names=class_names)
+    kind = "prior"
+    if tokenizer is not None:
         # The published pair; a checkpoint itself does not say which tokenizer is its own.
         prior.config.tokenizer_fingerprint = model_fingerprint(tokenizer)
         pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=chosen.sampling(prior.config))

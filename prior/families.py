@@ -13,16 +13,22 @@ from nextblock.files.stored_model import StoredModel
 from nextblock.training.run_config import given_options, options_dataclass
 
 from .modeling_block_prior import BlockPrior
+from .modeling_gpt_prior import GPTPrior
 from .modeling_llama_prior import LlamaPrior
 from .modeling_rar_prior import RARPrior
 
-FAMILIES: dict[str, type[StoredModel]] = {"block": BlockPrior, "llama": LlamaPrior, "rar": RARPrior}
+FAMILIES: dict[str, type[StoredModel]] = {
+    "block": BlockPrior,
+    "llama": LlamaPrior,
+    "rar": RARPrior,
+    "gpt": GPTPrior,
+}
 # What the tokens decide is no option of a run; nor are texts, of which token shards have none.
 _OF_THE_DATA = ("layout", "vocab_size", "embedding_dim", "num_classes", "class_names", "tokenizer_fingerprint")
 _OF_THE_DATA += ("text_dim", "max_text_positions")
 _ABOUT = (
     'kind of prior, which has the other options: "block" predicts blocks of tokens at once (VAR); one token at a time '
-    'do "llama" (LlamaGen) and "rar" (RAR, in any order)'
+    'do "llama" (LlamaGen), "gpt" (taming-transformers) and "rar" (RAR, in any order)'
 )
 
 
@@ -35,7 +41,7 @@ def _options(family: str) -> type:
 
 
 OPTIONS = {family: _options(family) for family in FAMILIES}
-BlockPriorOptions, LlamaPriorOptions, RARPriorOptions = (OPTIONS[family] for family in FAMILIES)
+BlockPriorOptions = OPTIONS["block"]
 PriorOptions = reduce(or_, OPTIONS.values())
 """Of any family: a command line chooses by `family`."""
 
