@@ -34,8 +34,9 @@ from .model_calls import (
     returned,
     sample_blocks,
 )
+from .orders import refuse_orders
 
-# As in the publication.
+# As published.
 _INIT_STD = 0.02
 
 
@@ -148,6 +149,7 @@ class GPTPrior(StoredModel):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         loss_chunk_size: int | None = None,
+        orders: None = None,
     ) -> PriorOutput | tuple:
         """Predict all tokens under teacher forcing.
 
@@ -158,6 +160,7 @@ class GPTPrior(StoredModel):
             return_dict: False returns a tuple of what is not None.
             loss_chunk_size: compute the loss this many tokens at a time and return no logits; needs labels. None
                 computes all at once.
+            orders: None alone: tokens come in raster order.
 
         Returns:
             A `PriorOutput`.
@@ -165,6 +168,7 @@ class GPTPrior(StoredModel):
         Raises:
             ValueError: if a shape, dtype or label does not fit the configuration, or there are chunks but no labels.
         """
+        refuse_orders(self, orders)
         check_loss_options(labels, loss_chunk_size)
         # Reading the range would make every GPU training step wait for the device.
         condition = self.conditions.of(class_labels, reads_range=not self.training or var_input.device.type == "cpu")

@@ -98,7 +98,10 @@ def test_a_layout_that_a_family_does_not_predict_is_refused(family, run_here, pr
         run_here(train, PriorTrainConfig, *prior_arguments, *folders, "--model.family", family)
 
 
-@pytest.mark.parametrize("family", SINGLE_TOKEN_FAMILIES)
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in SINGLE_TOKEN_FAMILIES if family != "llama"]
+
+
+@pytest.mark.parametrize("family", ["llama", *OTHERS])
 def test_a_family_is_trained_resumed_exported_and_started_from(
     family, raster_tokens, run_here, read_metrics, assert_same_state, tmp_path
 ):
