@@ -16,6 +16,8 @@ from torch import Tensor
 
 # What token shards hold: indices in uint32.
 MAX_CODES = 1 << 32
+# Codes of channels that are compared with features all at once; more channels are taken in turn.
+MAX_FACTOR_CODES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,21 @@ class CodeDigits:
             )
         stops = [ends[place] for place in places]
         return tuple(end - start for start, end in zip([0, *stops[:-1]], stops, strict=True))
+
+    def sizes_within(self, num_codes: int) -> tuple[int, ...]:
+        """Return sizes by which `grouped` makes as few digits as can be of at most so many values each.
+
+        Args:
+            num_codes: of a digit, unless a single one already has more.
+        """
+        sizes, together = [], num_codes + 1
+        for base in self.bases:
+            together *= base
+            if together > num_codes:
+                sizes.append(0)
+                together = base
+            sizes[-1] += 1
+        return tuple(sizes)
 
 
 @lru_cache(maxsize=64)

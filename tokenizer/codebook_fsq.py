@@ -7,13 +7,14 @@ C code channels.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from nextblock.data.code_digits import CodeDigits
+from nextblock.data.code_digits import MAX_FACTOR_CODES, CodeDigits
 
 # By so much the outermost levels are not quite reached, as in the paper.
 _MARGIN = 1e-3
@@ -64,8 +65,18 @@ class FSQCodebook(nn.Module):
 
     def lookup(self, idx: Tensor) -> Tensor:
         """Return the code vectors of indices, (…) → (…, C)."""
-        steps = _grid(self.levels.bases, self.unit.dtype, idx.device)[0]
+        steps = self._steps(idx.device)
         return (self.levels.split(idx) - steps) / steps
+
+    def factors(self, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return shares of vectors (N, C) with their codes; see `protocols.FactorCodebook`."""
+        sizes, steps, found = self.levels.sizes_within(MAX_FACTOR_CODES), self._steps(vectors.device), []
+        shares = zip(vectors.split(sizes, dim=1), steps.split(sizes), self._bases(sizes), strict=True)
+        for share, share_steps, bases in shares:
+            levels = CodeDigits(bases)
+            digits = levels.split(torch.arange(levels.num_codes, device=vectors.device))
+            found.append((share, ((digits - share_steps) / share_steps).to(vectors.dtype)))
+        return found
 
     def loss_terms(self, features: Tensor, quantized: Tensor, *, is_composed: bool) -> list[Tensor]:
         """Return the codebook term where the codec's weights learn from it; codes and features need none.
@@ -90,6 +101,15 @@ class FSQCodebook(nn.Module):
             ValueError: always, since they have no place to choose.
         """
         raise ValueError("levels start from no vectors; expected codebook_init 'uniform'")
+
+    def _steps(self, device: torch.device) -> Tensor:
+        """Return how many steps of each channel (C,) make 1."""
+        return _grid(self.levels.bases, self.unit.dtype, device)[0]
+
+    def _bases(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the levels of runs of so many channels."""
+        ends = list(accumulate(sizes))
+        return [self.levels.bases[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 @lru_cache(maxsize=64)

@@ -14,6 +14,7 @@ from transformers import initialization as init
 from nextblock.data.keyed_random import keyed_uniform
 
 from .code_search import most_similar_codes, nearest_codes
+from .gradients import codebook_terms, expected_codes
 from .processes import all_reduced, rank_and_world_size
 
 # Recorded batches are kept until the codebook's update, so a loop that forgets it would fill the memory.
@@ -35,6 +36,7 @@ class LearnedCodebook(nn.Module):
         revival_threshold: a code is dead, and moves onto a vector of the last batch, once its moving-average count
             falls under this share of the mean count; 0 revives none.
         init_scale: codes start uniform in ±init_scale; None means 1/V.
+        gradient: how the quantized map passes its gradient on, "straight_through", "rotation" or "index".
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class LearnedCodebook(nn.Module):
         has_unit_codes: bool = False,
         revival_threshold: float = 0.0,
         init_scale: float | None = None,
+        gradient: Literal["straight_through", "rotation", "index"] = "straight_through",
     ):
         super().__init__()
         self.num_codes = num_codes
@@ -59,6 +62,7 @@ class LearnedCodebook(nn.Module):
         self.metric = metric
         self.has_unit_codes = has_unit_codes
         self.revival_threshold = revival_threshold
+        self.gradient = gradient
         self.init_scale = 1.0 / num_codes if init_scale is None else init_scale
         weight = torch.empty(num_codes, dim, dtype=torch.float32)
         if ema_decay is None:
@@ -106,6 +110,10 @@ class LearnedCodebook(nn.Module):
             return F.normalize(vectors, dim=1, eps=self.epsilon), F.normalize(codes, dim=1, eps=self.epsilon)
         return vectors, codes
 
+    def expected(self, vectors: Tensor) -> Tensor:
+        """Return the mean code of each vector, (…, C) → (…, C), for the gradient "index"."""
+        return expected_codes(vectors, self.get_codebook().to(vectors.dtype))
+
     def loss_terms(self, features: Tensor, quantized: Tensor, *, is_composed: bool) -> list[Tensor]:
         """Return the commitment term, then the codebook term where something learns from it.
 
@@ -114,10 +122,8 @@ class LearnedCodebook(nn.Module):
             quantized: (B, C, h, w), with gradient.
             is_composed: see `protocols.Codebook`.
         """
-        terms = [self.beta * F.mse_loss(features, quantized.detach())]
-        if is_composed or self.ema_decay is None:
-            terms.append(F.mse_loss(quantized, features.detach()))
-        return terms
+        has_gradient = is_composed or self.ema_decay is None
+        return codebook_terms(features, quantized, self.beta, self.gradient, has_gradient=has_gradient)
 
     @torch.no_grad()
     def start_from(self, vectors: Tensor, seed: int) -> None:

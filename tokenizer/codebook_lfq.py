@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from nextblock.data.code_digits import CodeDigits
+from nextblock.data.code_digits import MAX_FACTOR_CODES, CodeDigits
 
 
 class SignCodebook(nn.Module):
@@ -64,8 +64,13 @@ class SignCodebook(nn.Module):
 
     def lookup(self, idx: Tensor) -> Tensor:
         """Return the code vectors of indices, (…) → (…, C)."""
-        side = self.dim**-0.5 if self.is_spherical else 1.0
-        return (2 * self.bits.split(idx) - 1) * (side * self.unit)
+        return self._signed(self.bits.split(idx))
+
+    def factors(self, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return shares of vectors (N, C) with their codes; see `protocols.FactorCodebook`."""
+        sizes = self.bits.sizes_within(MAX_FACTOR_CODES)
+        corners = {size: self._corners(size).to(vectors.dtype) for size in set(sizes)}
+        return [(share, corners[size]) for share, size in zip(vectors.split(sizes, dim=1), sizes, strict=True)]
 
     def loss_terms(self, features: Tensor, quantized: Tensor, *, is_composed: bool) -> list[Tensor]:
         """Return the commitment term, then the codebook term where the codec's weights learn from it.
@@ -93,3 +98,13 @@ class SignCodebook(nn.Module):
             ValueError: always, since they have no place to choose.
         """
         raise ValueError("codes of signs start from no vectors; expected codebook_init 'uniform'")
+
+    def _signed(self, bits: Tensor) -> Tensor:
+        """Return what bits 0 and 1 are as a code's channels."""
+        side = self.dim**-0.5 if self.is_spherical else 1.0
+        return (2 * bits - 1) * (side * self.unit)
+
+    def _corners(self, num_channels: int) -> Tensor:
+        """Return all codes (2^C', C') of so many channels."""
+        bits = CodeDigits((2,) * num_channels)
+        return self._signed(bits.split(torch.arange(bits.num_codes, device=self.unit.device)))

@@ -11,8 +11,9 @@ _MAX_BITS = MAX_CODES.bit_length() - 1
 # What each option must be where it means nothing, and the codebooks that it means something for.
 _NEUTRAL = {
     "fsq_levels": (None, ("fsq",)),
-    "codebook_digits": (None, ("fsq", "lfq", "bsq")),
-    "beta": (0.25, ("learned", "lfq", "bsq")),
+    "codebook_digits": (None, ("learned", "fsq", "lfq", "bsq")),
+    "codebook_gradient": ("straight_through", ("learned", "simvq")),
+    "beta": (0.25, ("learned", "simvq", "lfq", "bsq")),
     "codebook_update": ("gradient", ("learned",)),
     "codebook_ema_decay": (0.99, ("learned",)),
     "codebook_init": ("uniform", ("learned",)),
@@ -36,7 +37,10 @@ def check_codebook(config: PreTrainedConfig) -> None:
         value = getattr(config, field)
         if value != neutral and config.codebook not in kinds:
             raise ValueError(f"{field} is {value!r}; expected {neutral!r} with codebook {config.codebook!r}")
-    if config.codebook == "learned":
+    _check_index_gradient(config)
+    if config.codebook in ("learned", "simvq"):
+        if config.codebook_digits is not None:
+            _check_product(config)
         return
     field, channels = _channels(config)
     for name, expected in {"embedding_dim": channels.num_digits, "vocab_size": channels.num_codes}.items():
@@ -48,6 +52,32 @@ def check_codebook(config: PreTrainedConfig) -> None:
     if config.codebook_digits is not None:
         with _named("codebook_digits"):
             channels.sizes_of(_list(config.codebook_digits))
+
+
+def _check_index_gradient(config: PreTrainedConfig) -> None:
+    """Refuse what a gradient by index has no use for: codes that learn otherwise, similarities that are all alike."""
+    if config.codebook_gradient != "index":
+        return
+    for field, expected in {"codebook_update": "gradient", "has_unit_codes": False}.items():
+        if getattr(config, field) != expected:
+            raise ValueError(
+                f"{field} is {getattr(config, field)!r}; expected {expected!r} with codebook_gradient 'index'"
+            )
+    if config.codebook_metric == "cosine":
+        raise ValueError("codebook_metric is 'cosine'; expected another one with codebook_gradient 'index'")
+
+
+def _check_product(config: PreTrainedConfig) -> None:
+    """Refuse tables whose codes do not make up V, or whose channels do not make up C."""
+    with _named("codebook_digits"):
+        tables = CodeDigits(_list(config.codebook_digits))
+    given = f"with codebook_digits {config.codebook_digits}"
+    if config.vocab_size != tables.num_codes:
+        raise ValueError(f"vocab_size is {config.vocab_size}; expected {tables.num_codes}, their product, {given}")
+    if config.embedding_dim % tables.num_digits:
+        raise ValueError(
+            f"embedding_dim is {config.embedding_dim}; expected a multiple of {tables.num_digits} {given}"
+        )
 
 
 def _channels(config: PreTrainedConfig) -> tuple[str, CodeDigits]:

@@ -10,6 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.keyed_random import keyed_uniform
+
+from .gradients import by_index, passed_on, passes_by_index
 
 
 def phi_of_scale(num_scales: int, num_phi: int) -> list[int]:
@@ -27,6 +30,25 @@ def phi_of_scale(num_scales: int, num_phi: int) -> list[int]:
     margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
     ticks = np.linspace(margin, 1 - margin, num_phi)
     return [int(np.argmin(np.abs(ticks - k / (num_scales - 1)))) for k in range(num_scales)]
+
+
+def drawn_num_scales(rate: float, num_scales: int, *keys: int, samples: Tensor) -> Tensor:
+    """Draw how many of its scales each image is decoded from in a step of training: quantizer dropout.
+
+    SoundStream (Zeghidour et al. 2021, arXiv:2107.03312) drops a residual quantizer's last stages so.
+
+    Args:
+        rate: share of images that lose scales, in [0, 1].
+        num_scales: K, at least 2.
+        keys: integers such as (seed, step).
+        samples: (B,) int64, the images' numbers in the data set.
+
+    Returns:
+        (B,) int64: K, or evenly from 1 to K − 1.
+    """
+    is_shortened = keyed_uniform(*keys, 0, samples=samples) < rate
+    drawn = 1 + (keyed_uniform(*keys, 1, samples=samples) * (num_scales - 1)).long()
+    return torch.where(is_shortened, drawn, num_scales)
 
 
 class ScaleCodec(nn.Module):
@@ -49,25 +71,42 @@ class ScaleCodec(nn.Module):
             # With fewer scales than convolutions some serve no scale, and DDP waits for every gradient it is promised.
             phi.requires_grad_(i in self.phi_of_scale)
 
-    def encode(self, features: Tensor, codebook) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize a map; see `protocols.Codec`. The loss is the mean of the scales' terms on the maps so far."""
+    def encode(
+        self, features: Tensor, codebook, num_scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize a map; see `protocols.Codec`. The loss is the mean of the scales' terms on the maps so far.
+
+        Args:
+            features: (B, C, h, w).
+            codebook: of the codes.
+            num_scales: (B,) int64 in [1, K]: the quantized map of an image holds so many scales and none after them.
+                Its indices are those of all scales, and so is what the codebook records.
+        """
         features = codebook.prepare(features)
-        target = features.detach()
-        rest, f_hat, loss = target, torch.zeros_like(target), target.new_zeros(())
-        residuals, indices = [], []
+        is_by_index = passes_by_index(codebook)
+        rest = features if is_by_index else features.detach()
+        f_hat, loss = torch.zeros_like(rest), rest.new_zeros(())
+        result, residuals, indices = f_hat, [], []
         for k in range(self.layout.num_blocks):
             vectors = self._scale_vectors(rest, k)
             idx = codebook.assign(vectors)
-            contribution = self._contribution(codebook.lookup(idx), k)
-            f_hat, rest = f_hat + contribution, rest - contribution.detach()
+            codes = codebook.lookup(idx)
+            contribution = self._contribution(codes, k)
+            f_hat, rest = f_hat + _kept(contribution, num_scales, k), rest - contribution.detach()
             for term in codebook.loss_terms(features, f_hat, is_composed=True):
                 loss = loss + term
+            if is_by_index:
+                soft = self._contribution(by_index(codes, codebook.expected(vectors)), k)
+                result = result + _kept(soft, num_scales, k)
+                loss = loss + F.mse_loss(result, features)
             residuals.append(vectors)
             indices.append(idx)
         idx_BL = torch.cat(indices, dim=1)
         if self.training:
             codebook.record(torch.cat(residuals, dim=1), idx_BL)
-        return features + (f_hat - features).detach(), loss / self.layout.num_blocks, idx_BL
+        if not is_by_index:
+            result = passed_on(features, f_hat, codebook)
+        return result, loss / self.layout.num_blocks, idx_BL
 
     def indices(self, features: Tensor, codebook) -> Tensor:
         """Return the indices (B, L) of a map."""
@@ -133,3 +172,10 @@ class ScaleCodec(nn.Module):
         if (scale_h, scale_w) == self.layout.grid:
             return feature_map
         return F.interpolate(feature_map, size=self.layout.grid, mode="bicubic")
+
+
+def _kept(contribution: Tensor, num_scales: Tensor | None, k: int) -> Tensor:
+    """Return what scale k (B, C, h, w) adds to the map: nothing to images that end before it."""
+    if num_scales is None:
+        return contribution
+    return torch.where((num_scales > k)[:, None, None, None], contribution, torch.zeros_like(contribution))

@@ -4,10 +4,13 @@ Legend: B batch, K blocks, L_k tokens of block k, L all tokens, C code channels,
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
+
+from .gradients import by_index, passed_on, passes_by_index
 
 
 class TileCodec(nn.Module):
@@ -26,13 +29,17 @@ class TileCodec(nn.Module):
         features = codebook.prepare(features)
         vectors = _rows(features)
         idx = codebook.assign(vectors)
-        quantized = rearrange(codebook.lookup(idx).to(features.dtype), "b (h w) c -> b c h w", h=features.shape[2])
+        codes = codebook.lookup(idx).to(features.dtype)
+        quantized = rearrange(codes, "b (h w) c -> b c h w", h=features.shape[2])
         loss = features.new_zeros(())
         for term in codebook.loss_terms(features, quantized, is_composed=False):
             loss = loss + term
         if self.training:
             codebook.record(vectors, idx)
-        return features + (quantized - features).detach(), loss, self._in_block_order(idx)
+        if passes_by_index(codebook):
+            result = rearrange(by_index(codes, codebook.expected(vectors)), "b (h w) c -> b c h w", h=features.shape[2])
+            return result, loss + F.mse_loss(result, features), self._in_block_order(idx)
+        return passed_on(features, quantized, codebook), loss, self._in_block_order(idx)
 
     def indices(self, features: Tensor, codebook) -> Tensor:
         """Return the indices (B, L) of a map."""

@@ -47,11 +47,14 @@ class VQVAEConfig(PreTrainedConfig):
         phi_ratio: scales: r in φ(h) = (1 − r)·h + r·conv(h).
         beta: weight of the commitment loss.
         epsilon: smoothing of the moving-average counts and smallest norm in a normalisation.
-        codebook: "learned" (a table), "lfq" (signs of the channels, V = 2^C), "bsq" (the same on the unit sphere) or
-            "fsq" (channels rounded to levels).
+        codebook: "learned" (a table), "simvq" (a fixed table under a learned linear map), "lfq" (signs of the channels,
+            V = 2^C), "bsq" (the same on the unit sphere) or "fsq" (channels rounded to levels).
         fsq_levels: fsq: how many levels each of the C channels has; V is their product.
-        codebook_digits: bases of an index's digits, lowest first, neighbouring channels of lfq, bsq and fsq joined;
-            null makes each channel a digit of its own.
+        codebook_digits: bases of an index's digits, lowest first. learned: so many tables of so many codes share the
+            channels out evenly among them; null is one table. lfq, bsq, fsq: neighbouring channels are joined; null
+            makes each channel a digit of its own.
+        codebook_gradient: learned and simvq: how features get the gradient of their codes: "straight_through",
+            "rotation" (as rotated and stretched onto them) or "index" (IBQ: by a softmax over all codes).
         codebook_update: "gradient" or "ema" (moving average of the assigned features).
         codebook_ema_decay: decay of that moving average, in (0, 1).
         codebook_init: "uniform", or "data" (codes become features of training images before the first step).
@@ -87,9 +90,10 @@ class VQVAEConfig(PreTrainedConfig):
         phi_ratio: float = 0.5,
         beta: float = 0.25,
         epsilon: float = 1e-5,
-        codebook: Literal["learned", "fsq", "lfq", "bsq"] = "learned",
+        codebook: Literal["learned", "simvq", "fsq", "lfq", "bsq"] = "learned",
         fsq_levels: list[int] | None = None,
         codebook_digits: list[int] | None = None,
+        codebook_gradient: Literal["straight_through", "rotation", "index"] = "straight_through",
         codebook_update: Literal["gradient", "ema"] = "gradient",
         codebook_ema_decay: float = 0.99,
         codebook_init: Literal["uniform", "data"] = "uniform",
@@ -181,7 +185,8 @@ class VQVAEConfig(PreTrainedConfig):
         for field, choices in {
             "autoencoder": ("simple", "vqgan"),
             "layout": ("scales", "tiles"),
-            "codebook": ("learned", "fsq", "lfq", "bsq"),
+            "codebook": ("learned", "simvq", "fsq", "lfq", "bsq"),
+            "codebook_gradient": ("straight_through", "rotation", "index"),
             "codebook_update": ("gradient", "ema"),
             "codebook_init": ("uniform", "data"),
             "codebook_metric": ("euclidean", "cosine"),
@@ -217,8 +222,9 @@ class VQVAEConfig(PreTrainedConfig):
             raise ValueError(f"width_multipliers is {multipliers!r}; expected 1 to {MAX_LEVELS} positive integers")
         widest = self.hidden_dim * (1 if self.autoencoder == "simple" else max(multipliers))
         num_convolutions = 4 * max(self.num_res_blocks, 1) * (1 if self.autoencoder == "simple" else len(multipliers))
+        has_table = self.codebook in ("learned", "simvq") and self.codebook_digits is None
         check_num_parameters(
-            9 * num_convolutions * widest**2 + self.vocab_size * self.embedding_dim * (self.codebook == "learned"),
+            9 * num_convolutions * widest**2 + self.vocab_size * self.embedding_dim * has_table,
             f"hidden_dim {self.hidden_dim}, width_multipliers {multipliers}, num_res_blocks {self.num_res_blocks}, "
             f"vocab_size {self.vocab_size} and embedding_dim {self.embedding_dim}",
         )

@@ -31,9 +31,11 @@ class TokenizerLossConfig:
     """Weight of the codebook entropy term, which makes each feature choose one code and all features use every code."""
     entropy_temperature: float = 1.0
     """Squared distance over which a soft assignment of the entropy term falls by a factor e."""
+    entropy_diversity: float = 1.0
+    """Weight, within the entropy term, of using every code against choosing one."""
 
     def __post_init__(self):
-        for name in ("l1_weight", "l2_weight", "vq_weight", "entropy_weight"):
+        for name in ("l1_weight", "l2_weight", "vq_weight", "entropy_weight", "entropy_diversity"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
         if not self.entropy_temperature > 0:
@@ -68,26 +70,48 @@ def reconstruction_loss(losses: dict[str, Tensor], config: TokenizerLossConfig) 
     return config.l1_weight * losses["l1"] + config.l2_weight * losses["l2"]
 
 
-def assignment_entropy(quantizer: Quantizer, features: Tensor, temperature: float) -> Tensor:
-    """Compute `codebook_entropy` of a feature map under a quantizer's own codes and distance.
+def assignment_entropy(
+    quantizer: Quantizer, features: Tensor, temperature: float, diversity: float = 1.0
+) -> Tensor:
+    """Compute the entropy term of a feature map under a quantizer's own codes and distance.
+
+    Of a codebook without a table it is the sum over channels taken together to 1024 codes at most (Zhao et al. 2024,
+    arXiv:2406.07548): the entropy of a feature's assignment is then exactly that over all V codes, which are assigned
+    channel by channel; that of the mean assignment is as if such groups of channels were independent.
 
     Args:
         quantizer: of a tokenizer.
         features: (B, C, h, w) before quantization.
         temperature: above 0.
+        diversity: weight of the entropy of the mean assignment.
 
     Returns:
-        Scalar in [−ln V, 0].
+        Scalar in [−diversity · ln V, ln V].
 
     Raises:
-        ValueError: if the codes are in no table.
+        ValueError: if the codes are in no table and no product of such.
     """
-    vectors, codes = quantizer.compared(features)
-    return codebook_entropy(vectors, codes, temperature)
+    entropies = [assignment_entropies(*factor, temperature) for factor in quantizer.factors(features)]
+    return sum(of_each - diversity * of_mean for of_each, of_mean in entropies)
 
 
 def codebook_entropy(features: Tensor, codes: Tensor, temperature: float) -> Tensor:
     """Compute the mean entropy of each feature's soft code assignment minus the entropy of their mean.
+
+    Args:
+        features: (N, C), with gradient.
+        codes: (V, C) of the same dtype.
+        temperature: above 0.
+
+    Returns:
+        Scalar in [−ln V, 0].
+    """
+    of_each, of_mean = assignment_entropies(features, codes, temperature)
+    return of_each - of_mean
+
+
+def assignment_entropies(features: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compute the mean entropy of each feature's soft code assignment, and the entropy of their mean.
 
     Assignments are softmax(−squared distance / temperature). Several processes share one mean. The whole N×V matrix
     never exists: chunks of it are computed again in the backward pass.
@@ -98,7 +122,7 @@ def codebook_entropy(features: Tensor, codes: Tensor, temperature: float) -> Ten
         temperature: above 0.
 
     Returns:
-        Scalar in [−ln V, 0].
+        Two scalars in [0, ln V], the first of this process's features alone.
     """
     rows = max(1, _CHUNK_BYTES // (len(codes) * features.element_size()))
     entropy, mean = features.new_zeros(()), features.new_zeros(len(codes))
@@ -112,7 +136,7 @@ def codebook_entropy(features: Tensor, codes: Tensor, temperature: float) -> Ten
         shared = all_reduced(mean.detach().clone()) / num_connected_processes()
         mean = shared + (mean - mean.detach())
     # A probability that underflows to 0 would have an infinite gradient.
-    return entropy - torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
+    return entropy, torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
 
 
 def _assignment_sums(features: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,8 @@ from nextblock.training.offload import run_offload_hook
 from nextblock.training.precision import without_tf32
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
-from .codebook_fsq import FSQCodebook
 from .codebook_learned import LearnedCodebook
-from .codebook_lfq import SignCodebook
+from .codebooks import build_codebook
 from .codec_scales import ScaleCodec
 from .codec_tiles import TileCodec
 from .configuration_vqvae import VQVAEConfig
@@ -85,8 +84,6 @@ class VQVAE(StoredModel):
     _no_split_modules = ["ResidualBlock"]
     # Codes are places among the features, and weight decay would pull them towards zero.
     no_decay = ("codebook",)
-    # A codebook's moving averages, which one that learns by gradient does without.
-    fitted_to_data = ("quantizer.codebook.code_sums", "quantizer.codebook.code_counts")
     renamed_weights = RENAMED_WEIGHTS
     as_fingerprinted = staticmethod(as_first_spelled)
 
@@ -112,28 +109,12 @@ class VQVAE(StoredModel):
         self.quantizer.try_out()
 
     def build_codebook(self, config: VQVAEConfig) -> Codebook:
-        """Make the codebook; the one place that chooses it.
+        """Make the codebook that the configuration names.
 
         Args:
             config: the architecture.
         """
-        digit_bases = config.codebook_digits
-        if config.codebook == "fsq":
-            return FSQCodebook(config.fsq_levels, digit_bases=digit_bases)
-        if config.codebook in ("lfq", "bsq"):
-            signs = {"is_spherical": config.codebook == "bsq", "beta": config.beta, "epsilon": config.epsilon}
-            return SignCodebook(config.embedding_dim, **signs, digit_bases=digit_bases)
-        return LearnedCodebook(
-            config.vocab_size,
-            config.embedding_dim,
-            beta=config.beta,
-            epsilon=config.epsilon,
-            ema_decay=config.codebook_ema_decay if config.codebook_update == "ema" else None,
-            metric=config.codebook_metric,
-            has_unit_codes=config.has_unit_codes,
-            revival_threshold=config.revival_threshold,
-            init_scale=config.codebook_init_scale,
-        )
+        return build_codebook(config)
 
     def build_codec(self, config: VQVAEConfig) -> Codec:
         """Make the codec; the one place that chooses it.
@@ -144,6 +125,12 @@ class VQVAE(StoredModel):
         if self.layout.is_scales:
             return ScaleCodec(self.layout, config.embedding_dim, config.num_phi, config.phi_ratio)
         return TileCodec(self.layout)
+
+    @property
+    def fitted_to_data(self) -> tuple[str, ...]:
+        """A codebook's moving averages, which one that learns by gradient does without."""
+        tables = [name for name, module in self.named_modules() if isinstance(module, LearnedCodebook)]
+        return tuple(f"{name}.{averages}" for name in tables for averages in ("code_sums", "code_counts"))
 
     def excused_tensors(self, saved: VQVAEConfig) -> Collection[str]:
         """Excuse a codebook's moving averages where it was trained otherwise: they start from the codes."""
@@ -176,7 +163,11 @@ class VQVAE(StoredModel):
             module.reset_parameters()
 
     def forward(
-        self, pixel_values: Tensor, return_dict: bool | None = None, return_loss: bool = True
+        self,
+        pixel_values: Tensor,
+        return_dict: bool | None = None,
+        return_loss: bool = True,
+        num_scales: Tensor | None = None,
     ) -> VQVAEOutput | tuple:
         """Encode, quantize and decode a batch of images.
 
@@ -184,6 +175,7 @@ class VQVAE(StoredModel):
             pixel_values: (B, 3, H, W) in [-1, 1].
             return_dict: False returns exactly the tuple (reconstruction, vq_loss, idx_Bl).
             return_loss: whether the output has a `loss`, which `transformers.Trainer` looks for.
+            num_scales: (B,) int64 in [1, K]: an image of a scale layout is decoded from its first scales alone.
 
         Returns:
             A `VQVAEOutput`.
@@ -193,7 +185,7 @@ class VQVAE(StoredModel):
                 if what is quantized is NaN or infinite.
         """
         features = self.encode(pixel_values)
-        quantized, vq_loss, idx_BL = self.quantizer(features)
+        quantized, vq_loss, idx_BL = self.quantizer(features, num_scales)
         reconstruction, idx_Bl = self.decode(quantized), self.layout.split(idx_BL)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return reconstruction, vq_loss, idx_Bl

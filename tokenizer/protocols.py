@@ -58,7 +58,25 @@ class Codebook(Protocol):
         """Place the codes by vectors (N, C) of training images, chosen by a seed, before the first step."""
 
 
-class ProductCodebook(Protocol):
+class GradientCodebook(Protocol):
+    """What a codebook offers besides where gradients shall not pass straight through; see gradients.py.
+
+    Attributes:
+        gradient: "rotation", "index", or "straight_through" as without it.
+        epsilon: smallest norm that a rotation divides by.
+    """
+
+    gradient: str
+    epsilon: float
+
+    def expected(self, vectors: Tensor) -> Tensor:
+        """Return the mean code of vectors, (…, C) → (…, C), under a softmax whose largest is the one assigned.
+
+        Its probabilities alone have a gradient; asked for with the gradient "index".
+        """
+
+
+class DigitCodebook(Protocol):
     """What a codebook offers besides whose codes are all combinations of smaller ones.
 
     Attributes:
@@ -77,6 +95,17 @@ class TableCodebook(Protocol):
 
     def compared(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return vectors (N, C) and all codes (V, C) so that the nearest by Euclidean distance is the one assigned."""
+
+
+@runtime_checkable
+class FactorCodebook(Protocol):
+    """What a codebook offers besides whose codes are all combinations of the codes of independent channels."""
+
+    def factors(self, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return shares of vectors (N, C) and the codes of each, (N, C_f) and (V_f, C_f), with gradient.
+
+        In every share the nearest code by Euclidean distance is the one assigned.
+        """
 
 
 class Codec(Protocol):

@@ -18,7 +18,7 @@ from nextblock.training.precision import full_precision, in_float32, moved_unhal
 
 from .codebook_learned import LearnedCodebook
 from .codec_tiles import TileCodec
-from .protocols import Codebook, Codec, TableCodebook
+from .protocols import Codebook, Codec, FactorCodebook, TableCodebook
 from .seam_checks import check_parts, try_out
 
 
@@ -67,24 +67,29 @@ class Quantizer(nn.Module):
         """How an index is written as digits, where the codebook is a product of smaller ones; else None."""
         return getattr(self.codebook, "digits", None)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: Tensor, num_scales: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize a feature map, and record it for the codebook in training mode.
 
         Args:
             features: (B, C, h, w).
+            num_scales: (B,) int64 in [1, K]: of a scale layout's image the map shall hold the first scales alone. The
+                indices are those of all scales.
 
         Returns:
-            The quantized map (B, C, h, w), which passes gradients straight through; the scalar loss; and idx_BL.
+            The quantized map (B, C, h, w), which passes gradients on as the codebook has it; the scalar loss; and
+            idx_BL.
 
         Raises:
-            ValueError: if the map has another shape or dtype than it must; in evaluation mode also if features, codes
-                or the codec's weights are NaN or infinite: a training loop has a guard of its own and no time to wait.
+            ValueError: if the map or `num_scales` has another shape or dtype than it must; in evaluation mode also if
+                features, codes or the codec's weights are NaN or infinite: a training loop has a guard of its own and
+                no time to wait.
         """
         self._check_features(features)
+        options = {} if num_scales is None else {"num_scales": self._checked_num_scales(num_scales, len(features))}
         if not self.training:
             self.check_finite(features)
         with in_float32(features.device):
-            return self.codec.encode(full_precision(features, self._like), self.codebook)
+            return self.codec.encode(full_precision(features, self._like), self.codebook, **options)
 
     @torch.no_grad()
     def indices(self, features: Tensor, *, is_checked: bool = True) -> Tensor:
@@ -203,6 +208,23 @@ class Quantizer(nn.Module):
         with in_float32(features.device):
             return self._table_codebook().compared(self.training_vectors(features).flatten(0, 1))
 
+    def factors(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return a map's vectors and all codes as the search compares them, in independent shares of the channels.
+
+        Args:
+            features: (B, C, h, w).
+
+        Returns:
+            Pairs of vectors (B·L, C_f) and codes (V_f, C_f), with gradient; Σ C_f = C and Π V_f = V.
+
+        Raises:
+            ValueError: if the codebook has neither a table nor factors.
+        """
+        if not isinstance(self.codebook, FactorCodebook):
+            return [self.compared(features)]
+        with in_float32(features.device):
+            return self.codebook.factors(self.training_vectors(features).flatten(0, 1))
+
     @torch.no_grad()
     def start_from(self, features: Tensor, seed: int) -> None:
         """Place the codes by a feature map of training images.
@@ -252,6 +274,22 @@ class Quantizer(nn.Module):
         is_map = features.ndim == 4 and features.shape[1] == self.dim and features.dtype in FLOAT_DTYPES
         if not is_map or (self.layout is not None and tuple(features.shape[2:]) != grid):
             raise ValueError(f"features is {features.dtype} {tuple(features.shape)}; expected {expected}")
+
+    def _checked_num_scales(self, num_scales: Tensor, num_images: int) -> Tensor:
+        """Refuse what is no number of scales for every image."""
+        if self.layout is None or not self.layout.is_scales:
+            raise ValueError("num_scales is given; expected None for tiles, which all hold cells of their own")
+        K = self.layout.num_blocks
+        check_tensor("num_scales", num_scales, f"a torch.int64 tensor ({num_images},) from 1 to {K}")
+        is_valid = num_scales.dtype == torch.int64 and tuple(num_scales.shape) == (num_images,)
+        if is_valid and num_scales.device.type == "cpu":  # Reading them would wait for a GPU.
+            is_valid = bool(((num_scales >= 1) & (num_scales <= K)).all())
+        if not is_valid:
+            raise ValueError(
+                f"num_scales is {num_scales.dtype} {tuple(num_scales.shape)}; expected torch.int64 ({num_images},) "
+                f"from 1 to {K}"
+            )
+        return num_scales
 
     @property
     def _like(self) -> Tensor:

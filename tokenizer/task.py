@@ -27,6 +27,7 @@ from nextblock.training.run_config import options_dataclass
 
 from .adversarial import Adversary, DiscriminatorConfig, build_discriminator, last_weight
 from .autoencoder import ResidualBlock, SpatialAttention
+from .codec_scales import drawn_num_scales
 from .configuration_vqvae import VQVAEConfig
 from .losses import TokenizerLossConfig, assignment_entropy, reconstruction_loss, tokenizer_losses
 from .modeling_vqvae import VQVAE, VQVAEOutput
@@ -40,6 +41,7 @@ TUNED_OPTIONS = (
     "beta",
     "epsilon",
     "codebook_update",
+    "codebook_gradient",
     "codebook_ema_decay",
     "codebook_init",
     "codebook_init_scale",
@@ -75,6 +77,8 @@ class TokenizerTrainConfig:
     """Held-out images drawn above their reconstructions."""
     num_init_images: int = 512
     """Training images whose features the codes start as (codebook_init "data")."""
+    scale_dropout: float = 0.0
+    """Share of a step's images that are decoded from their first scales alone, evenly from 1 to all but one."""
     gradient_checkpointing: bool = False
     """Keep the input of every residual block alone and compute the rest again in the backward pass."""
     torch_compile: bool = False
@@ -84,6 +88,8 @@ class TokenizerTrainConfig:
         for name in ("eval_batch_size", "num_pictures", "num_init_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.scale_dropout <= 1:
+            raise ValueError(f"scale_dropout is {self.scale_dropout}; expected a number in [0, 1]")
         has_blocks = self.model.autoencoder != "simple" or self.model.num_res_blocks > 0
         for name in ("gradient_checkpointing", "torch_compile"):
             if getattr(self, name) and not has_blocks:
@@ -186,7 +192,7 @@ class TokenizerTask:
         reconstructions, counts = [], 0
         for i, batch in enumerate(micro_batches):
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
-                output = self.model(batch["pixel_values"], return_loss=False)
+                output = self.model(batch["pixel_values"], return_loss=False, **self._fewer_scales(batch, step))
                 losses = self._losses(output, batch["pixel_values"], step)
                 accelerator.backward(losses["loss"] / n)
             reconstructions.append(output.reconstruction.detach())
@@ -199,6 +205,14 @@ class TokenizerTask:
         was_skipped = self._take_step()
         metrics |= {f"codebook/{name}": value for name, value in codebook_curves(counts).items()}
         return reconstructions, metrics | {"learning_rate": learning_rate}, was_skipped
+
+    def _fewer_scales(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Return the model's option by which some images of a batch are decoded from fewer scales; none without."""
+        rate, K = self.config.scale_dropout, len(self.config.model.scales or ())
+        if rate == 0:
+            return {}
+        num_scales = drawn_num_scales(rate, K, self.config.loop.seed, step, samples=batch["index"])
+        return {"num_scales": num_scales.to(batch["pixel_values"].device)}
 
     def _take_step(self) -> Tensor | None:
         """Step the tokenizer's optimizer; return whether fp16's loss scaler skipped the step, None without one."""
@@ -222,7 +236,8 @@ class TokenizerTask:
             perceptual = config.perceptual.weight * losses["perceptual"]
             compared, losses["loss"] = compared + perceptual, losses["loss"] + perceptual
         if config.loss.entropy_weight > 0:
-            losses["entropy"] = assignment_entropy(model.quantizer, output.features, config.loss.entropy_temperature)
+            options = (config.loss.entropy_temperature, config.loss.entropy_diversity)
+            losses["entropy"] = assignment_entropy(model.quantizer, output.features, *options)
             losses["loss"] = losses["loss"] + config.loss.entropy_weight * losses["entropy"]
         if self.adversary is not None:
             weight = last_weight(model.decoder)
@@ -336,6 +351,8 @@ def build_tokenizer(config: TokenizerTrainConfig) -> VQVAE:
         ValueError: if the options do not go together, or ask for more than this machine's memory.
     """
     model_config = VQVAEConfig(**asdict(config.model))
+    if config.scale_dropout > 0 and len(model_config.scales or ()) < 2:
+        raise ValueError(f"scale_dropout is {config.scale_dropout}; expected 0 without two scales or more")
     check_memory(VQVAE, model_config)
     model = VQVAE(model_config)
     if config.gradient_checkpointing:

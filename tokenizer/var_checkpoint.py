@@ -32,6 +32,7 @@ _PHI_PREFIXES = {
 _USE_COUNTER = "quantize.ema_vocab_hit_SV"
 _VAR_GROUPS = 32
 _VAR_EPSILON = 1e-12
+_OF_VAR = {"autoencoder": "vqgan", "layout": "scales", "codebook": "learned", "codebook_digits": None}
 
 
 def is_var_tokenizer(names: Collection[str]) -> bool:
@@ -223,7 +224,7 @@ def _choose_phi_names(config: VQVAEConfig, phi_names: str | None) -> str | None:
 
 def _check_expressible(config: VQVAEConfig) -> None:
     """Refuse what VAR's tokenizer has no form for."""
-    for field, expected in {"autoencoder": "vqgan", "layout": "scales", "codebook": "learned"}.items():
+    for field, expected in _OF_VAR.items():
         if getattr(config, field) != expected:
             raise ValueError(f"{field} is {getattr(config, field)!r}; expected {expected!r} in VAR's format")
     if config.quant_conv_kernel_size == 0 or config.latent_channels != config.embedding_dim:

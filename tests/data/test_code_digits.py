@@ -86,3 +86,11 @@ def test_bases_of_joined_digits_tell_how_many_each_is_made_of():
 def test_digits_are_joined_with_their_neighbours_alone(bases):
     with pytest.raises(ValueError, match=r"expected products of neighbours among \[8, 5, 5, 5\], 1000 codes in all"):
         CodeDigits((8, 5, 5, 5)).sizes_of(bases)
+
+
+@pytest.mark.parametrize(
+    ("bases", "sizes"),
+    [((2,) * 18, (9, 9)), ((2,) * 10, (9, 1)), ((8, 5, 5, 5), (3, 1)), ((600, 2, 600), (1, 1, 1)), ((2,), (1,))],
+)
+def test_digits_are_joined_up_to_a_number_of_values(bases, sizes):
+    assert CodeDigits(bases).sizes_within(512) == sizes

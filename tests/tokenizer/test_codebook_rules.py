@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.tokenizer import FSQCodebook, Quantizer, ScaleCodec, SignCodebook, TileCodec
+from nextblock.tokenizer import (
+    FSQCodebook,
+    LearnedCodebook,
+    ProductCodebook,
+    Quantizer,
+    ScaleCodec,
+    SignCodebook,
+    TileCodec,
+)
+from nextblock.tokenizer.losses import assignment_entropies, assignment_entropy
 
 LEVELS = (8, 5, 2, 3)
 BOOKS = {
@@ -164,3 +173,79 @@ def test_there_is_no_table_and_nothing_to_start_from(kind):
         quantizer.get_codebook()
     with pytest.raises(ValueError, match="expected codebook_init 'uniform'"):
         quantizer.start_from(random_map().float(), seed=0)
+
+
+# The entropy term
+
+
+def entropies_over_all_codes(codebook, vectors, temperature):
+    """The mean entropy of assignments and the entropy of their mean, with the whole N×V matrix."""
+    codes = codebook.lookup(torch.arange(codebook.num_codes))
+    p = (-torch.cdist(vectors, codes).square() / temperature).softmax(1)
+    mean = p.mean(0)
+    return -torch.xlogy(p, p).sum(1).mean(), -torch.xlogy(mean, mean).sum()
+
+
+@every_rule
+def test_entropies_by_factors_are_those_over_all_codes(kind, finite_differences):
+    quantizer = Quantizer(TileCodec(BlockLayout.tiles(1, 2)), BOOKS[kind]()).double()
+    features = random_map(2, 2, scale=0.5).requires_grad_()
+    assert len(quantizer.factors(features)) == 1
+
+    def expected(z, diversity=0.7):
+        each, mean = entropies_over_all_codes(quantizer.codebook, quantizer.training_vectors(z).flatten(0, 1), 0.4)
+        return each - diversity * mean
+
+    value = assignment_entropy(quantizer, features, 0.4, 0.7)
+    assert value.item() == pytest.approx(expected(features).item(), rel=1e-12)
+    assert assignment_entropy(quantizer, features, 0.4).item() == pytest.approx(expected(features, 1.0).item())
+    value.backward()
+    torch.testing.assert_close(features.grad, finite_differences(expected, features.detach()), rtol=1e-6, atol=1e-9)
+
+
+@every_rule
+def test_of_several_factors_a_features_entropy_is_exact_and_the_means_is_that_of_independent_ones(kind, monkeypatch):
+    module = {"fsq": "codebook_fsq"}.get(kind, "codebook_lfq")
+    monkeypatch.setattr(f"nextblock.tokenizer.{module}.MAX_FACTOR_CODES", 8)
+    quantizer = Quantizer(TileCodec(BlockLayout.tiles(1, 4)), BOOKS[kind]()).double()
+    features = random_map(scale=0.5)
+    factors = quantizer.factors(features)
+    assert [len(codes) for _, codes in factors] == {"fsq": [8, 5, 6]}.get(kind, [8, 2])
+    vectors = quantizer.training_vectors(features).flatten(0, 1)
+    assert torch.equal(torch.cat([share for share, _ in factors], 1), vectors)
+    each, mean = zip(*(assignment_entropies(*factor, 0.4) for factor in factors), strict=True)
+    exact_each, exact_mean = entropies_over_all_codes(quantizer.codebook, vectors, 0.4)
+    assert sum(each).item() == pytest.approx(exact_each.item(), rel=1e-12)
+    assert sum(mean).item() >= exact_mean.item() - 1e-12
+    digits = quantizer.digits.split(torch.arange(quantizer.num_codes))
+    codes = quantizer.lookup(torch.arange(quantizer.num_codes))
+    p = (-torch.cdist(vectors, codes).square() / 0.4).softmax(1).mean(0)
+    bounds = np.cumsum([0, *{"fsq": [1, 1, 2]}.get(kind, [3, 1])])
+    for start, end, entropy in zip(bounds[:-1], bounds[1:], mean, strict=True):
+        _, number = digits[:, start:end].unique(dim=0, return_inverse=True)
+        marginal = torch.zeros(number.max() + 1, dtype=torch.float64).index_add_(0, number, p)
+        assert entropy.item() == pytest.approx(-torch.xlogy(marginal, marginal).sum().item(), rel=1e-9)
+
+
+def test_entropy_of_bits_is_bsqs_closed_form():
+    quantizer = Quantizer(TileCodec(BlockLayout.tiles(1, 4)), SignCodebook(18, is_spherical=True)).double()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 18, 4, 4, generator=generator, dtype=torch.float64)
+    factors = quantizer.factors(features)
+    assert [codes.shape for _, codes in factors] == [(1024, 10), (256, 8)]
+    u = torch.nn.functional.normalize(features, dim=1)
+    # softmax(−d²/T) over codes ±1/√C is σ(2·τ·c·u) a channel with the paper's τ = 2/T.
+    p = torch.sigmoid(2 * (2 / 0.1) * u / 18**0.5)
+    expected = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).sum(1).mean()
+    found = sum(assignment_entropies(*factor, 0.1)[0] for factor in factors)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_a_product_has_a_factor_for_every_table():
+    torch.manual_seed(0)
+    codebook = ProductCodebook([LearnedCodebook(n, 2, init_scale=1.0) for n in (5, 3)]).double()
+    vectors = random_map(2, 2).permute(0, 2, 3, 1).flatten(0, 2)
+    each, mean = zip(*(assignment_entropies(*factor, 0.4) for factor in codebook.factors(vectors)), strict=True)
+    exact_each, exact_mean = entropies_over_all_codes(codebook, vectors, 0.4)
+    assert sum(each).item() == pytest.approx(exact_each.item(), rel=1e-12)
+    assert sum(mean).item() >= exact_mean.item()

@@ -6,6 +6,7 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.tokenizer import VQVAEConfig
 
 LFQ = {"codebook": "lfq", "embedding_dim": 4}
+INDEX = {"codebook_gradient": "index"}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,16 @@ def test_the_layout_follows_from_image_size_and_downsampling():
         ({**LFQ, "revival_threshold": 0.1}, "revival_threshold is 0.1; expected 0 with codebook 'lfq'"),
         ({**LFQ, "has_unit_codes": True}, "has_unit_codes is True; expected False with codebook 'lfq'"),
         ({**LFQ, "codebook": "fsq", "fsq_levels": [4, 2, 2], "beta": 1.0}, "beta is 1.0; expected 0.25 with codebook"),
+        ({**LFQ, "codebook_gradient": "rotation"}, "codebook_gradient is 'rotation'; expected 'straight_through' with"),
+        ({"codebook_gradient": "none"}, "codebook_gradient is 'none'; expected one of"),
+        ({**INDEX, "codebook_update": "ema"}, "codebook_update is 'ema'; expected 'gradient' with codebook_gradient"),
+        ({**INDEX, "has_unit_codes": True}, "has_unit_codes is True; expected False with codebook_gradient 'index'"),
+        ({**INDEX, "codebook_metric": "cosine"}, "codebook_metric is 'cosine'; expected another one with"),
+        ({"codebook": "simvq", "codebook_metric": "cosine"}, "codebook_metric is 'cosine'; expected 'euclidean' with"),
+        ({"codebook": "simvq", "codebook_digits": [4, 4]}, r"codebook_digits is \[4, 4\]; expected None with codebook"),
+        ({"codebook_digits": 4}, "codebook_digits: got 4; expected a list of whole numbers of at least 2"),
+        ({"codebook_digits": [4, 5]}, r"vocab_size is 16; expected 20, their product, with codebook_digits \[4, 5\]"),
+        ({"codebook_digits": [4, 4], "embedding_dim": 7}, r"embedding_dim is 7; expected a multiple of 2 with"),
         ({"z_channels": 32}, "z_channels is 32 and embedding_dim 64; expected them equal"),
     ],
 )

@@ -1,18 +1,21 @@
 """Steps of both trainings and blocks of sampling never wait for a GPU: nothing is asked of it, nothing copied to it."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.prior.generation import generate_blocks
 from nextblock.prior.sampling import SamplingOptions, draw_uniforms
 from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.adversarial import DiscriminatorConfig
-from nextblock.tokenizer.losses import TokenizerLossConfig
+from nextblock.tokenizer.codec_scales import drawn_num_scales
+from nextblock.tokenizer.losses import TokenizerLossConfig, assignment_entropy
 from nextblock.tokenizer.task import TokenizerTask, TokenizerTrainConfig, VQVAEOptions, build_tokenizer
 from nextblock.training.accelerator import build_accelerator
 from nextblock.training.guards import StepGuard
@@ -107,6 +110,31 @@ def test_a_tokenizers_step_waits_for_nothing(layout, loss, on_meta, tmp_path):
     with META:
         task = TokenizerTask(accelerator, config, build_tokenizer(config), range(100), None)
     assert take_steps(accelerator, task, config.loop, {"pixel_values": torch.zeros(4, 3, 16, 16)}, tmp_path) == []
+
+
+CODEBOOKS = {
+    "fsq": {"codebook": "fsq", "fsq_levels": [3, 2, 2, 2]},
+    "bsq": {"codebook": "bsq", "vocab_size": 16, "codebook_digits": [4, 4]},
+    "simvq": {"codebook": "simvq", "codebook_gradient": "rotation"},
+    "product by index": {"codebook_digits": [4, 6], "codebook_gradient": "index", "revival_threshold": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_no_codebook_waits(kind):
+    sizes = {"image_size": 8, "hidden_dim": 1, "embedding_dim": 4, "vocab_size": 24}
+    layout = {"layout": "scales", "scales": [1, 2], "num_phi": 1}
+    with META:
+        quantizer = VQVAE(VQVAEConfig(**sizes | layout | CODEBOOKS[kind])).train().quantizer
+        features, index = torch.zeros(4, 4, 2, 2, requires_grad=True), torch.arange(4)
+    for step in range(2):
+        # Only the second time: what is kept is made the first.
+        with HostWaits() if step else nullcontext() as waits:
+            result, loss, idx_BL = quantizer(features, drawn_num_scales(0.5, 2, 0, step, samples=index))
+            (result.sum() + loss + assignment_entropy(quantizer, features, 0.1)).backward()
+            quantizer.after_step(0, step)
+            codebook_curves(code_counts(idx_BL, quantizer.layout.block_lengths, quantizer.num_codes))
+    assert waits.found == []
 
 
 @pytest.mark.parametrize(
