@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nextblock.command_line import parse_run_config
+from nextblock.data.blocks import BlockLayout
 from nextblock.prior.families import FAMILIES, family_config
 from nextblock.prior.task import PriorTrainConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
@@ -24,6 +25,8 @@ from nextblock.tokenizer.task import TokenizerTrainConfig
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Float32 weights and gradients, and the two averages of Adam.
 BYTES_A_PARAMETER = 16
+# Tokens of tokenizers that are converted: MaskGIT's for RAR.
+PUBLISHED_TOKENS = {"rar": {"vocab_size": 1024, "layout": BlockLayout.tiles(1, 16).to_dict()}}
 TEXT = """# The shipped presets
 
 What each needs in training. *Weights* are float32 weights, their gradients and Adam's two averages, of every process; a
@@ -62,14 +65,23 @@ def build(name: str) -> tuple[nn.Module, int]:
             return VQVAE(VQVAEConfig(**asdict(run.model))).train(), run.loop.batch_size
     required = ("--tokens", "t", "--tokenizer", "t", "--output_dir", "o", "--pipeline_dir", "p")
     run = _parse(PriorTrainConfig, name, *required)
-    kind = name.removeprefix("prior/")
-    tokenizer = kind if kind.startswith("digits") else f"var-{512 if kind.endswith('512') else 256}"
-    model, _ = build(f"tokenizer/{tokenizer}")
-    sizes = {name: getattr(model.config, name) for name in ("vocab_size", "embedding_dim")}
-    sizes["num_classes"] = 10 if kind.startswith("digits") else 1000
-    config = family_config(run.model, layout=model.layout.to_dict(), **sizes)
+    config = family_config(run.model, **_tokens(name.removeprefix("prior/")))
     with torch.device("meta"):
         return FAMILIES[run.model.family](config).train(), run.loop.batch_size
+
+
+def _tokens(kind: str) -> dict:
+    """Return what a prior's configuration is told of its tokens: by a shipped tokenizer, or a published one."""
+    project = kind.split("-")[0]
+    if project in PUBLISHED_TOKENS:
+        return {"num_classes": 1000, **PUBLISHED_TOKENS[project]}
+    if project == "digits":
+        tokenizer = kind if (CONFIGS / "tokenizer" / f"{kind}.yaml").is_file() else "digits-raster"
+    else:
+        tokenizer = f"var-{512 if kind.endswith('512') else 256}"
+    model, _ = build(f"tokenizer/{tokenizer}")
+    sizes = {name: getattr(model.config, name) for name in ("vocab_size", "embedding_dim")}
+    return {"num_classes": 10 if project == "digits" else 1000, "layout": model.layout.to_dict(), **sizes}
 
 
 def kept_bytes(model: nn.Module) -> int:

@@ -62,8 +62,8 @@ class RARFeedForward(nn.Module):
 
     def __init__(self, config: RARPriorConfig):
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.inner_size)
+        self.fc2 = Linear(config.inner_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,6 +159,7 @@ class RARPrior(StoredModel):
         "adaln_before_head",
     )
     can_chunk_loss, takes_orders, takes_indices = True, True, True
+    embedding_dim = 0
     fitted_to_data = ("class_emb",)
 
     def __init__(self, config: RARPriorConfig):
@@ -186,11 +187,6 @@ class RARPrior(StoredModel):
     def vocab_size(self) -> int:
         """V."""
         return self.config.vocab_size
-
-    @property
-    def embedding_dim(self) -> int:
-        """C."""
-        return self.config.embedding_dim
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as RAR does: layers begin as the identity."""

@@ -120,7 +120,7 @@ def rar_arguments(config: RARPriorConfig) -> dict:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": config.inner_size,
         "image_seq_len": config.block_layout().num_tokens,
         "condition_num_classes": config.num_classes,
     }
@@ -158,7 +158,7 @@ def _infer_sizes(state: dict[str, Tensor]) -> dict:
         "hidden_size": D,
         "num_layers": num_layers,
         "num_heads": D // head_width,
-        "intermediate_size": infer_size(state, *((f"blocks.{i}.mlp.fc1.weight", 0) for i in layers), default=4 * D),
+        "inner_size": infer_size(state, *((f"blocks.{i}.mlp.fc1.weight", 0) for i in layers), default=4 * D),
         "num_position_rows": infer_size(state, ("pos_embed", 1), ("target_aware_pos_embed", 1)),
         "num_step_rows": infer_size(state, ("timesteps_embeddings", 1)),
     }

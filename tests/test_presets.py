@@ -10,7 +10,9 @@ from nextblock.command_line import parse_run_config
 from nextblock.data.blocks import BlockLayout
 from nextblock.evaluate import EvaluateConfig
 from nextblock.evaluate_tokenizer import EvaluateTokenizerConfig
-from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior import BlockPrior, RARPrior
+from nextblock.prior.families import family_config
+from nextblock.prior.rar_checkpoint import rar_sampling
 from nextblock.prior.task import PriorTrainConfig
 from nextblock.sample import SampleConfig
 from nextblock.tokenize_images import TokenizeConfig
@@ -45,8 +47,9 @@ def test_every_shipped_config_parses_as_its_run(name):
     if isinstance(config, TokenizerTrainConfig):
         VQVAEConfig(**asdict(config.model))
     if isinstance(config, PriorTrainConfig):
-        layout = BlockLayout.scales([1, 2, 4, 8]) if config.model.input_embedding == "codes" else None
-        BlockPriorConfig(layout=layout and layout.to_dict(), **asdict(config.model))
+        takes_codes = getattr(config.model, "input_embedding", None) == "codes"
+        layout = BlockLayout.scales([1, 2, 4, 8]) if takes_codes else BlockLayout.tiles(1, 8)
+        family_config(config.model, layout=layout.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -60,12 +63,23 @@ def test_every_shipped_config_parses_as_its_run(name):
     ],
 )
 def test_var_presets_have_the_published_sizes(name, scales, millions):
-    options = asdict(parse(f"prior/{name}").model)
     sizes = {"vocab_size": 4096, "embedding_dim": 32, "num_classes": 1000}
-    config = BlockPriorConfig(layout=BlockLayout.scales(scales).to_dict(), **sizes, **options)
+    config = family_config(parse(f"prior/{name}").model, layout=BlockLayout.scales(scales).to_dict(), **sizes)
     with torch.device("meta"):
         model = BlockPrior(config)
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("b", 260.92), ("l", 461.67), ("xl", 955.43), ("xxl", 1498.52)])
+def test_rar_presets_have_the_published_sizes_and_sampling(name, millions):
+    """Published: 261, 461, 955 and 1499 million."""
+    run = parse(f"prior/rar-{name}")
+    tokens = {"vocab_size": 1024, "num_classes": 1000, "layout": BlockLayout.tiles(1, 16).to_dict()}
+    config = family_config(run.model, **tokens)
+    with torch.device("meta"):
+        model = RARPrior(config)
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.005)
+    assert run.sampling == rar_sampling(config)
 
 
 @pytest.mark.parametrize(("name", "scales"), [("var-256", SCALES_256), ("var-512", SCALES_512)])

@@ -72,12 +72,12 @@ def test_a_converted_model_computes_what_the_reference_does(name, tmp_path):
 
 
 def test_sizes_come_from_shapes_and_unused_rows_are_kept(tmp_path):
-    state = small_state(intermediate_size=24, num_position_rows=6 + 1024, num_step_rows=106)
+    state = small_state(inner_size=24, num_position_rows=6 + 1024, num_step_rows=106)
     save_file(state, tmp_path / "rar.safetensors")
     convert(tmp_path / "rar.safetensors", tmp_path / "prior", "--grid", "[2,3]", "--class_names", "none")
     config = RARPrior.from_pretrained(tmp_path / "prior").config
     expected = {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "num_classes": 3, "vocab_size": 7}
-    expected |= {"intermediate_size": 24, "num_position_rows": 1030, "num_step_rows": 106, "class_names": None}
+    expected |= {"inner_size": 24, "num_position_rows": 1030, "num_step_rows": 106, "class_names": None}
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.block_layout().grid == (2, 3)
     back = prior_to_rar(RARPrior.from_pretrained(tmp_path / "prior"))

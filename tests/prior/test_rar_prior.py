@@ -14,7 +14,7 @@ from .conftest import EMBEDDING_DIM, VOCAB_SIZE
 
 LAYOUT = BlockLayout.tiles(1, (3, 4))
 L = LAYOUT.num_tokens
-SIZES = {"vocab_size": VOCAB_SIZE, "embedding_dim": EMBEDDING_DIM, "num_classes": 3, "hidden_size": 16}
+SIZES = {"vocab_size": VOCAB_SIZE, "num_classes": 3, "hidden_size": 16}
 SIZES |= {"num_layers": 2, "num_heads": 2}
 GUIDANCE = {
     "none": {},
@@ -317,12 +317,12 @@ def test_wrong_sampling_is_refused_by_name(options, message, make_rar, make_quan
         ({"num_position_rows": 65}, "num_position_rows is 65; expected an integer from 66"),
         ({"num_step_rows": 64}, "num_step_rows is 64; expected an integer from 65"),
         ({"num_heads": 3}, "num_heads is 3; expected a divisor of hidden_size 128"),
-        ({"intermediate_size": 0}, "intermediate_size is 0"),
+        ({"inner_size": 0}, "inner_size is 0"),
         ({"attention_dropout": 1.0}, r"attention_dropout is 1.0; expected a number in \[0, 1\)"),
         ({"norm_eps": 0}, "norm_eps is 0"),
         ({"mlp_ratio": 4.0}, "RARPriorConfig has no field mlp_ratio"),
         ({"num_classes": 2, "class_names": ["a"]}, "class_names has 1 names; expected 2"),
-        ({"num_layers": 1024, "hidden_size": 1 << 17, "intermediate_size": 8}, "make a model of about"),
+        ({"num_layers": 1024, "hidden_size": 1 << 17, "inner_size": 8}, "make a model of about"),
     ],
 )
 def test_configurations_out_of_range_are_refused_by_name(options, message):
