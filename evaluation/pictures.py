@@ -93,14 +93,38 @@ def class_grid(
     return image_grid(np.concatenate(padded), num_columns)
 
 
+def neighbour_grid(samples: np.ndarray, nearest: np.ndarray, num_columns: int = 5) -> Image.Image:
+    """Lay out pairs, each image with the reference that is nearest to it on its right.
+
+    Args:
+        samples: (N, H, W, 3) uint8, N ≥ 1.
+        nearest: (N, H', W', 3) uint8, what is nearest to each; of another size it is brought to that of the samples.
+        num_columns: pairs in a row, ≥ 1.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    for images in (samples, nearest):
+        _check_images(images)
+    if len(samples) != len(nearest):
+        raise ValueError(f"there are {len(samples)} samples and {len(nearest)} nearest images; expected equally many")
+    if samples.shape != nearest.shape:
+        size = samples.shape[2], samples.shape[1]
+        nearest = np.stack([Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in nearest])
+    gap = np.full((len(samples), samples.shape[1], max(1, samples.shape[2] // 8), 3), _BACKGROUND, np.uint8)
+    # The two touch; pairs are apart.
+    return image_grid(np.concatenate([samples, nearest, gap], axis=2), min(num_columns, len(samples)))
+
+
 def save_curves(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | Path
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | Path, over: str = "step"
 ) -> None:
     """Draw named curves over steps, one panel beside the other, and save the picture.
 
     Args:
         panels: title → name of a curve → (steps, values); a panel without curves says so.
         path: the file to write; its suffix chooses the format.
+        over: what the steps are, for the axis.
 
     Raises:
         ValueError: if there is no panel.
@@ -114,7 +138,7 @@ def save_curves(
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         axes.set_title(title)
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
         for name, (steps, values) in curves.items():
             marker = "o" if len(steps) < 20 else None
             axes.plot(steps, values, label=name, linewidth=1, marker=marker, markersize=3)

@@ -74,6 +74,11 @@ def format_table(rows: Sequence[Row]) -> str:
     for row in rows:
         verdict = "" if row.aim is None else ("met" if row.aim.is_met(row.value) else "MISSED")
         cells.append((row.label, format_number(row.value), str(row.aim or ""), verdict, row.beside))
+    return format_columns(cells)
+
+
+def format_columns(cells: Sequence[Sequence[str]]) -> str:
+    """Lay out lines of as many cells each, the first of them headings, in columns."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))

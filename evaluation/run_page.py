@@ -137,12 +137,12 @@ def html_page(run_dir: Path) -> str:
     parts += [f"<h1>{name}</h1>", _starts_table(run_dir), _alarm_list(run_dir)]
     curves = io.BytesIO()
     draw_curves(records).savefig(curves, format="png", dpi=110)
-    parts += ["<h2>Curves</h2>", _embedded(curves.getvalue(), "curves"), _last_values(records)]
+    parts += ["<h2>Curves</h2>", embedded(curves.getvalue(), "curves"), _last_values(records)]
     for kind, paths in chosen_pictures(run_dir).items():
         parts.append(f"<h2>{html.escape(kind)}</h2>")
         for path in paths:
             step = path.stem.rsplit("_", 1)[1].lstrip("0") or "0"
-            picture = _embedded(read_content(path, MAX_PICTURE_BYTES), path.name)
+            picture = embedded(read_content(path, MAX_PICTURE_BYTES), path.name)
             parts.append(f"<figure>{picture}<figcaption>step {html.escape(step)}</figcaption></figure>")
     if (run_dir / "config.yaml").is_file():
         text = html.escape(read_text(run_dir / "config.yaml"))
@@ -150,7 +150,8 @@ def html_page(run_dir: Path) -> str:
     return "\n".join(parts) + "\n</html>\n"
 
 
-def _embedded(png: bytes, name: str) -> str:
+def embedded(png: bytes, name: str) -> str:
+    """Return HTML that holds a picture itself."""
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
@@ -162,7 +163,7 @@ def _starts_table(run_dir: Path) -> str:
     starts = read_starts(run_dir)
     names = dict.fromkeys(name for start in starts for name in start)
     rows = [[name, *(_cell(start.get(name)) for start in starts)] for name in names]
-    return "<h2>Runs</h2>" + _table(rows)
+    return "<h2>Runs</h2>" + table(rows)
 
 
 def _cell(value) -> str:
@@ -171,7 +172,8 @@ def _cell(value) -> str:
     return "–" if value is None else str(value)
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Return an HTML table of cells of text."""
     lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
@@ -195,7 +197,7 @@ def _last_values(records: list[dict]) -> str:
         for name in names:
             steps, values = series(records, name)
             rows.append([name, str(steps[-1]), f"{values[-1]:.5g}"])
-    return "<h2>Last values</h2>" + _table(rows)
+    return "<h2>Last values</h2>" + table(rows)
 
 
 def write_report(run_dir: Path, output: Path) -> None:

@@ -28,6 +28,7 @@ from nextblock.evaluation.features import VARIANTS, load_features
 from nextblock.evaluation.pictures import comparison_grid, save_picture
 from nextblock.evaluation.reconstruction import Reconstructions, merged, reconstruct
 from nextblock.evaluation.report import Row, environment, format_table, write_json
+from nextblock.evaluation.result_page import write_result_page
 from nextblock.evaluation.similarity import MIN_SSIM_SIDE, SimilarityMeter, bit_figures, similarity_figures
 from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
@@ -42,13 +43,24 @@ from .mistakes import reading
 from .run_data import data_of_run
 
 RESULT_NAME = "result.json"
-# What the table shows besides the report's figures.
-_SHOWN = ("ssim", "lpips", "rfid", "fd", "bits_per_token", "bits_per_pixel", "code_entropy_bits_per_token")
-
+_FIGURES = {
+    "psnr": "peak signal-to-noise ratio, dB, mean over images",
+    "psnr_of_mean_error": "peak signal-to-noise ratio of the mean error, dB",
+    "ssim": "structural similarity",
+    "lpips": "LPIPS",
+    "rfid": "Frechet distance of Inception's features, reconstructions to originals",
+    "fd": "Frechet distance of the given features",
+    "code_usage": "share of codes used",
+    "code_perplexity": "perplexity of codes",
+    "num_dead_codes": "codes never used",
+    "bits_per_token": "bits of a token",
+    "bits_per_pixel": "bits of the tokens over pixels",
+    "code_entropy_bits_per_token": "bits of a token if codes are written by their frequencies",
+}
 
 @dataclass(kw_only=True)
 class EvaluateTokenizerConfig:
-    """Measures a tokenizer on one split of a data set and writes result.json, report.json and reconstructions.png.
+    """Measures a tokenizer on one split of a data set; writes result.json, report.html and .json, reconstructions.png.
 
     result.json has every figure under a name of its own; what could not be had is null, and NAME_reason says why.
     """
@@ -228,7 +240,9 @@ def _write(config: EvaluateTokenizerConfig, report: dict, result: dict, whole: R
     picture = comparison_grid(whole.originals, whole.reconstructions, num_columns=config.num_pictures)
     save_picture(picture, output_dir / "reconstructions.png")
     write_json(result, output_dir / RESULT_NAME)
-    shown = report["figures"] | {name: result[name] for name in _SHOWN if result[name] is not None}
-    print(format_table([Row(name, name.replace("_", " "), value) for name, value in shown.items()]))
+    pictures = {"reconstructions.png": "Originals above their reconstructions"}
+    write_result_page(output_dir, result, _FIGURES, pictures)
+    shown = {name: words for name, words in _FIGURES.items() if result[name] is not None}
+    print(format_table([Row(name, words, result[name]) for name, words in shown.items()]))
     split, num_images = report["data"]["measured_split"], report["data"]["num_images"]
-    print(f"{num_images} images of split {split!r}; result, report and picture in {output_dir}")
+    print(f"{num_images} images of split {split!r}; results, report and picture in {output_dir}")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextblock.evaluation.pictures import class_grid, comparison_grid, image_grid, save_curves
+from nextblock.evaluation.pictures import class_grid, comparison_grid, image_grid, neighbour_grid, save_curves
 
 
 def _flat_images(*levels, side=64):
@@ -64,3 +64,14 @@ def test_save_curves_draws_every_panel(tmp_path):
         assert picture.size == (1200, 400)
     with pytest.raises(ValueError, match="panels is empty"):
         save_curves({}, tmp_path / "none.png")
+
+
+def test_neighbour_grid_puts_each_image_beside_what_is_nearest_to_it():
+    picture = np.asarray(neighbour_grid(_flat_images(10, 20, 30), _flat_images(11, 21, 31, side=32), num_columns=2))
+    width, height = 64 + 64 + 8 + 2, 64 + 2
+    assert picture.shape == (2 * height + 2, 2 * width + 2, 3)
+    columns = [2 + x * width + middle for x in range(2) for middle in (32, 96, 132)]
+    middles = picture[np.ix_([34, 34 + height], columns, [0])][..., 0].tolist()
+    assert middles == [[10, 11, 255, 20, 21, 255], [30, 31, 255, 255, 255, 255]]
+    with pytest.raises(ValueError, match="2 samples and 1 nearest images"):
+        neighbour_grid(_flat_images(1, 2), _flat_images(1))

@@ -50,7 +50,9 @@ def test_report_equals_the_figures_computed_by_hand(tokenizer_dir, tmp_path, cap
     assert report["parameters"]["tokenizer"] == sum(p.numel() for p in tokenizer.parameters())
     with Image.open(output_dir / "reconstructions.png") as picture:
         assert picture.size == (5 * 66 + 2, 2 * 66 + 2)
-    assert "reconstruction psnr" in capsys.readouterr().out
+    page = (output_dir / "report.html").read_text(encoding="utf-8")
+    assert "<td>none: features is null</td>" in page and page.count("data:image/png") == 1
+    assert "peak signal-to-noise ratio, dB" in capsys.readouterr().out
 
 
 class TinyNetwork(torch.nn.Module):
@@ -119,7 +121,7 @@ def test_the_result_has_every_figure_and_says_why_one_is_missing(
     assert result["features_sha256"] == extractor.record["features_sha256"] and result["psnr"] == bare["psnr"]
     assert result["lpips"] == pytest.approx((decoded - pixel_values).abs().mean().item(), rel=1e-5)
     assert result["lpips_network"] == "alex" and not [name for name in result if name.endswith("_reason")]
-    assert "\nrfid " in capsys.readouterr().out
+    assert "\nFrechet distance of Inception's features" in capsys.readouterr().out
 
 
 def test_images_are_cropped_as_adm_does(tokenizer_dir, tmp_path):
