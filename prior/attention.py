@@ -24,8 +24,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
         k: (B, heads, L_k, head width) keys.
         v: (B, heads, L_k, head width) values.
         scale: factor on the scores before the softmax.
-        bias: (L_q, L_k), or (B, 1, L_q, L_k), added to the scores, −inf where a query does not see a key; None adds
-            nothing.
+        bias: (L_q, L_k), (B, 1, L_q, L_k) or (B, 1, 1, L_k), added to the scores, −inf where a query does not see a
+            key; None adds nothing.
 
     Returns:
         (B, heads, L_q, head width).
@@ -81,6 +81,63 @@ def causal_bias(positions: Tensor, num_keys: int, key_mask: Tensor | None, dtype
     if key_mask is not None:
         is_seen = (is_seen & key_mask[:, None, None]) | (keys == positions[:, None])
     return torch.zeros_like(is_seen, dtype=dtype).masked_fill(~is_seen, -torch.inf)
+
+
+def seen_keys(prefix_mask: Tensor | None, first: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """Extend a prefix's mask to all keys: those before the first are hidden, those after the prefix are seen.
+
+    Args:
+        prefix_mask: (B, n) whether the n keys from the first on are seen; None sees them.
+        first: number of the first key.
+        num_keys: L_k.
+        device: of the mask.
+
+    Returns:
+        (B, L_k), or (1, L_k), bool; None where all are seen.
+    """
+    if prefix_mask is None:
+        return None if first == 0 else (torch.arange(num_keys, device=device) >= first)[None]
+    B, n = prefix_mask.shape
+    before, after = prefix_mask.new_zeros(B, first), prefix_mask.new_ones(B, num_keys - first - n)
+    return torch.cat([before, prefix_mask, after], dim=1)
+
+
+def key_bias(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores so that keys are hidden from all queries, (B, L_k) → (B, 1, 1, L_k)."""
+    return torch.zeros_like(is_seen, dtype=dtype).masked_fill(~is_seen, -torch.inf)[:, None, None]
+
+
+def prefixed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, num_prefix: int, prefix_mask: Tensor | None
+) -> Tensor:
+    """Attend from a prefix to itself, and from every token to the prefix, its own block and all blocks before it.
+
+    Args:
+        q: (B, heads, P + L, head width) queries; `k` and `v` likewise.
+        k: keys.
+        v: values.
+        layout: the blocks.
+        scale: factor on the scores before the softmax.
+        num_prefix: P.
+        prefix_mask: (B, P) which positions of the prefix are seen; None sees all.
+
+    Returns:
+        (B, heads, P + L, head width).
+    """
+    P, bias = num_prefix, None
+    if prefix_mask is not None:
+        bias = key_bias(seen_keys(prefix_mask, 0, q.shape[2], q.device), q.dtype)
+    bounds = [(0, P), *((P + start, P + end) for start, end in layout.bounds)]
+    if layout.num_blocks <= MAX_CALLS_PER_ATTENTION:
+        outputs = []
+        for start, end in bounds:
+            seen = None if bias is None else bias[..., :end]
+            outputs.append(attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], scale, seen))
+        return torch.cat(outputs, dim=2)
+    tokens = F.pad(layout.block_causal_bias(q.device, q.dtype), (P, 0))
+    before = F.pad(tokens.new_zeros(P, P), (0, len(tokens)), value=-torch.inf)
+    causal = torch.cat([before, tokens])
+    return attention(q, k, v, scale, causal if bias is None else causal + bias)
 
 
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:

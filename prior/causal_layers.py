@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attention, causal_bias
+from .attention import attention, causal_bias, seen_keys
 from .layers import KeyValueCache
 
 
@@ -92,7 +92,7 @@ class CausalStack(nn.ModuleList):
         bias, num_keys = None, cache.keys[0].shape[2] if is_whole else end - first
         if is_whole or prefix_mask is not None or x.shape[1] > 1:
             places = positions if is_whole else positions - first
-            key_mask = _key_mask(prefix_mask, first if is_whole else 0, num_keys, x.device)
+            key_mask = seen_keys(prefix_mask, first if is_whole else 0, num_keys, x.device)
             bias = causal_bias(places, num_keys, key_mask, x.dtype)
         for i, layer in enumerate(self):
             if is_whole:
@@ -101,12 +101,3 @@ class CausalStack(nn.ModuleList):
                 attend = NewPositions(cache, i, span, layer.scale, bias)
             x = layer(x, of_layer, attend)
         return x
-
-
-def _key_mask(prefix_mask: Tensor | None, first: int, num_keys: int, device: torch.device) -> Tensor | None:
-    """Extend a prefix's mask to all keys: those before the first are hidden, those after the prefix are seen."""
-    if prefix_mask is None:
-        return None if first == 0 else (torch.arange(num_keys, device=device) >= first)[None]
-    R, n = prefix_mask.shape
-    before, after = prefix_mask.new_zeros(R, first), prefix_mask.new_ones(R, num_keys - first - n)
-    return torch.cat([before, prefix_mask, after], dim=1)

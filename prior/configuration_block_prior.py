@@ -28,6 +28,11 @@ class BlockPriorConfig(PreTrainedConfig):
         embedding_dim: C, the code channels of the input.
         num_classes: classes to condition on; 0 for an unconditional model.
         class_names: one name a class, or None.
+        text_dim: E, the channels of text features to condition on in place of classes; None for classes.
+        max_text_positions: the most positions that a text has.
+        num_empty_positions: positions of the empty text's features, which then stand for no text; 0 has a learned row.
+        has_text_prefix: whether text positions come before the first token.
+        has_text_vector: whether a text's mean modulates all layers.
         hidden_size: D.
         num_layers: transformer blocks.
         num_heads: attention heads; must divide D.
@@ -55,6 +60,11 @@ class BlockPriorConfig(PreTrainedConfig):
         embedding_dim: int = 64,
         num_classes: int = 0,
         class_names: list[str] | None = None,
+        text_dim: int | None = None,
+        max_text_positions: int = 120,
+        num_empty_positions: int = 0,
+        has_text_prefix: bool = True,
+        has_text_vector: bool = True,
         hidden_size: int = 128,
         num_layers: int = 4,
         num_heads: int = 4,
@@ -76,6 +86,12 @@ class BlockPriorConfig(PreTrainedConfig):
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
         self.class_names = list(class_names) if isinstance(class_names, tuple) else class_names
+        self.text_dim, self.max_text_positions, self.num_empty_positions = (
+            text_dim,
+            max_text_positions,
+            num_empty_positions,
+        )
+        self.has_text_prefix, self.has_text_vector = has_text_prefix, has_text_vector
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.num_heads = num_heads
@@ -117,7 +133,8 @@ class BlockPriorConfig(PreTrainedConfig):
                 "num_heads": (1, MAX_WIDTH),
             },
         )
-        check_flags(self, "use_shared_adaln", "use_normalized_attention")
+        check_flags(self, "use_shared_adaln", "use_normalized_attention", "has_text_prefix", "has_text_vector")
+        self._check_text()
         for field in ("dropout", "drop_path", "label_smoothing"):
             check_number(self, field, lambda value: 0 <= value < 1, "a number in [0, 1)")
         for field in ("mlp_ratio", "norm_eps", "attention_scale"):
@@ -136,3 +153,14 @@ class BlockPriorConfig(PreTrainedConfig):
         if self.input_embedding == "tokens" and self.block_layout().is_scales:
             raise ValueError("input_embedding is 'tokens'; expected 'codes' for a scale layout")
         check_names(self)
+
+    def _check_text(self) -> None:
+        """Refuse texts beside classes, texts that are not looked at, and sizes outside their range."""
+        if self.text_dim is None:
+            return
+        bounds = {"text_dim": (1, MAX_WIDTH), "max_text_positions": (1, MAX_WIDTH)}
+        check_counts(self, bounds | {"num_empty_positions": (0, self.max_text_positions)})
+        if self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes} with text_dim {self.text_dim}; expected 0 with texts")
+        if not (self.has_text_prefix or self.has_text_vector):
+            raise ValueError("has_text_prefix and has_text_vector are False; expected at least one of them True")

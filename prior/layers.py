@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import attention
+from .attention import attention, key_bias, seen_keys
 from .linear import BiasedLinear, Linear
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
@@ -34,26 +34,26 @@ class KeyValueCache:
 
 
 class CachedAttention:
-    """Attention of a block's queries to the keys and values of all blocks up to it, mask-free.
+    """Attention of a block's queries to the keys and values of all blocks up to it, and of a prefix.
 
     Args:
         cache: of all layers.
         layer: number of the layer.
-        start: first position of the block.
-        end: position after its last.
+        span: first position that is seen, first of the block, the position after its last.
         scale: factor on the scores before the softmax.
+        bias: (R, 1, 1, n) that hides some of the n positions seen; None where all are.
     """
 
-    def __init__(self, cache: KeyValueCache, layer: int, start: int, end: int, scale: float):
+    def __init__(self, cache: KeyValueCache, layer: int, span: tuple[int, int, int], scale: float, bias: Tensor | None):
         self.keys, self.values = cache.keys[layer], cache.values[layer]
-        self.start, self.end, self.scale = start, end, scale
+        self.span, self.scale, self.bias = span, scale, bias
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the block's keys and values (R, heads, l, head width) to the cache, and attend; (R, heads, l, …)."""
-        R, start, end = len(q), self.start, self.end
+        R, (first, start, end) = len(q), self.span
         self.keys[:R, :, start:end] = k
         self.values[:R, :, start:end] = v
-        return attention(q, self.keys[:R, :, :end], self.values[:R, :, :end], self.scale)
+        return attention(q, self.keys[:R, :, first:end], self.values[:R, :, first:end], self.scale, self.bias)
 
 
 class MaskedCachedAttention:
@@ -64,11 +64,12 @@ class MaskedCachedAttention:
         layer: number of the layer.
         positions: (L_k,) int64 of the block.
         scale: factor on the scores before the softmax.
+        is_seen: (R, S), or (1, S), which of the cache's S positions are seen once they are there; None says all.
     """
 
-    def __init__(self, cache: KeyValueCache, layer: int, positions: Tensor, scale: float):
+    def __init__(self, cache: KeyValueCache, layer: int, positions: Tensor, scale: float, is_seen: Tensor | None):
         self.keys, self.values = cache.keys[layer], cache.values[layer]
-        self.positions, self.scale = positions, scale
+        self.positions, self.scale, self.is_seen = positions, scale, is_seen
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write and attend; see `CachedAttention`."""
@@ -76,6 +77,8 @@ class MaskedCachedAttention:
         keys.index_copy_(2, self.positions, k)
         values.index_copy_(2, self.positions, v)
         is_later = torch.arange(keys.shape[2], device=q.device) > self.positions[-1]
+        if self.is_seen is not None:
+            return attention(q, keys, values, self.scale, key_bias(self.is_seen & ~is_later, q.dtype))
         bias = torch.zeros_like(is_later, dtype=q.dtype).masked_fill(is_later, -torch.inf)
         return attention(q, keys, values, self.scale, bias.expand(q.shape[2], -1))
 
@@ -225,9 +228,9 @@ class LayerStack(nn.ModuleList):
         x: Tensor,
         modulations: tuple[tuple[Tensor, ...], ...],
         cache: KeyValueCache,
-        start: int,
-        end: int,
+        span: tuple[int, int, int],
         positions: Tensor | None,
+        prefix_mask: Tensor | None = None,
     ) -> Tensor:
         """Run a block through all layers.
 
@@ -235,20 +238,25 @@ class LayerStack(nn.ModuleList):
             x: (R, L_k, D) the block's input.
             modulations: each layer's.
             cache: holds the blocks before.
-            start: first position of the block.
-            end: position after its last.
+            span: first position that is seen, first of the block, the position after its last.
             positions: (L_k,) int64 of the block where all are of one length, so that one graph serves all; else None.
+            prefix_mask: (R, n) whether a row sees the n positions from the first seen on; None sees all.
 
         Returns:
             (R, L_k, D).
         """
         # By itself, a part of the cache is faster than all of it.
         is_masked = positions is not None and torch.compiler.is_compiling()
+        first, _, end = span
+        num_keys = cache.keys[0].shape[2] if is_masked else end - first
+        is_seen, bias = seen_keys(prefix_mask, first if is_masked else 0, num_keys, x.device), None
+        if is_seen is not None and not is_masked:
+            bias = key_bias(is_seen, x.dtype)
         for i, (layer, modulation) in enumerate(zip(self, modulations, strict=True)):
             if is_masked:
-                attend = MaskedCachedAttention(cache, i, positions, layer.attn.scale)
+                attend = MaskedCachedAttention(cache, i, positions, layer.attn.scale, is_seen)
             else:
-                attend = CachedAttention(cache, i, start, end, layer.attn.scale)
+                attend = CachedAttention(cache, i, span, layer.attn.scale, bias)
             x = layer(x, modulation, attend)
         return x
 

@@ -19,6 +19,7 @@ from .family import Prior, check_given, check_quantizer
 from .generation import BlockStep, generate
 from .losses import IGNORED_LABEL, PriorOutput, prior_output
 from .sampling import SamplingOptions, image_generators
+from .text_condition import TextConditions
 
 
 def check_teacher_input(prior: Prior, var_input: Tensor, num_samples: int, labels: Tensor | None) -> None:
@@ -110,6 +111,34 @@ def as_labels(class_labels: Any) -> Tensor:
     if not labels.numel():
         raise ValueError("class_labels holds no label; expected one an image")
     return labels
+
+
+def read_condition(
+    prior: Prior, class_labels: Any, text_embeds: Tensor | None, text_mask: Tensor | None, *, reads_range: bool
+) -> Condition:
+    """Read labels, text features or a condition, whichever a model's call was given.
+
+    Args:
+        prior: that is called.
+        class_labels: (B,) int64, or a condition; None where there are text features.
+        text_embeds: (B, T, E), or None.
+        text_mask: (B, T), or None.
+        reads_range: whether values are looked at, for which a GPU would have to be waited for.
+
+    Raises:
+        ValueError: if both or neither are given, or what the prior is not conditioned on.
+    """
+    is_of_text = isinstance(prior.conditions, TextConditions)
+    if text_embeds is None and text_mask is None:
+        if class_labels is None:
+            expected = "text_embeds, text features" if is_of_text else "class_labels"
+            raise ValueError(f"the condition is None; expected {expected}")
+        return prior.conditions.of(class_labels, reads_range=reads_range)
+    if class_labels is not None:
+        raise ValueError("class_labels and text_embeds are both given; expected one of them")
+    if not is_of_text:
+        raise ValueError("text_embeds is given; expected class_labels: the prior is conditioned on classes")
+    return prior.conditions.of({"text_embeds": text_embeds, "text_mask": text_mask}, reads_range=reads_range)
 
 
 def sample_blocks(

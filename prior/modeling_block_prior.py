@@ -1,4 +1,4 @@
-"""The block-autoregressive prior: a class-conditional transformer over blocks of codebook indices.
+"""The block-autoregressive prior: a transformer over blocks of codebook indices, conditioned on classes or texts.
 
 VAR (Tian et al. 2024, arXiv:2404.02905) for scales; next-token, next-row and next-patch prediction for tiles.
 Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, D width.
@@ -17,16 +17,18 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.files.stored_model import StoredModel
 from nextblock.training.precision import full_precision, outside_autocast
 
-from .attention import block_causal_attention
+from .attention import block_causal_attention, prefixed_attention
 from .chunked_loss import chunked_head_loss
-from .conditioning import ClassCondition, ClassConditions, Context
+from .conditioning import ClassCondition, ClassConditions, Condition, Context
 from .configuration_block_prior import BlockPriorConfig
 from .generation import BlockStep
 from .layers import BlockAttention, KeyValueCache, LayerStack, ModulatedHead, PriorLayer
 from .linear import Linear
 from .losses import PriorOutput, prior_output
-from .model_calls import as_labels, check_loss_options, check_teacher_input, sample_blocks
+from .model_calls import as_labels, check_loss_options, check_teacher_input, read_condition, sample_blocks
 from .orders import refuse_orders
+from .text_condition import TextCondition, TextConditions
+from .text_embedder import TextEmbedder
 
 
 class BlockPrior(StoredModel):
@@ -52,7 +54,16 @@ class BlockPrior(StoredModel):
         super().__init__(config)
         D, V = config.hidden_size, config.vocab_size
         self.layout: BlockLayout = config.block_layout()
-        self.class_emb = nn.Embedding(config.num_classes + 1, D)
+        if config.text_dim is None:
+            self.class_emb = nn.Embedding(config.num_classes + 1, D)
+        else:
+            self.text_emb = TextEmbedder(
+                config.text_dim,
+                D,
+                has_prefix=config.has_text_prefix,
+                has_vector=config.has_text_vector,
+                num_empty_positions=config.num_empty_positions,
+            )
         if config.input_embedding == "tokens":
             self.word_embed = nn.Embedding(V, D)
         else:
@@ -81,9 +92,21 @@ class BlockPrior(StoredModel):
         self.post_init()
 
     @property
-    def conditions(self) -> ClassConditions:
-        """The classes of the configuration."""
-        return ClassConditions(self.config.num_classes, self.config.class_names)
+    def conditions(self) -> ClassConditions | TextConditions:
+        """The classes of the configuration, or texts."""
+        config = self.config
+        if config.text_dim is None:
+            return ClassConditions(config.num_classes, config.class_names)
+        null_embeds = self.text_emb.null_embeds
+        return TextConditions(
+            text_dim=config.text_dim, max_positions=config.max_text_positions, null_embeds=null_embeds
+        )
+
+    @property
+    def num_prefix(self) -> int:
+        """P, the most positions before the first token."""
+        has_prefix = self.config.text_dim is not None and self.config.has_text_prefix
+        return self.config.max_text_positions if has_prefix else 0
 
     @property
     def vocab_size(self) -> int:
@@ -112,6 +135,10 @@ class BlockPrior(StoredModel):
             init.zeros_(module.v_bias)
             if module.is_normalized:
                 init.constant_(module.scale_mul_1H11, 1.3862943611198906)  # ln 4
+        elif isinstance(module, TextEmbedder):
+            for name in ("constant_vector", "null_embed", "empty_embeds"):
+                if hasattr(module, name):
+                    init.trunc_normal_(getattr(module, name), std=std)
         elif isinstance(module, PriorLayer) and self.config.use_shared_adaln:
             offsets = torch.empty_like(module.ada_gss).normal_(std=self.config.hidden_size**-0.5)
             init.copy_(module.ada_gss, self._gated(offsets, dim=2))
@@ -141,23 +168,27 @@ class BlockPrior(StoredModel):
     def forward(
         self,
         var_input: Tensor,
-        class_labels: Tensor | ClassCondition,
+        class_labels: Tensor | Condition | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         loss_chunk_size: int | None = None,
         orders: None = None,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> PriorOutput | tuple:
         """Predict all blocks under teacher forcing.
 
         Args:
             var_input: (B, L − L_1, C) from `idxBl_to_var_input`, or (B, L − L_1) int64 where `input_embedding` is
                 "tokens".
-            class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class. Or a condition of such labels.
+            class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class. Or a condition.
             labels: (B, L) int64 indices to predict, in block order, −100 for those to ignore; gives the loss.
             return_dict: False returns a tuple of what is not None.
             loss_chunk_size: compute the loss this many tokens at a time and return no logits: those of all B·L tokens,
                 and their gradient, then never exist together. Needs labels; None computes all at once.
             orders: None alone: blocks come in the layout's order.
+            text_embeds: (B, T, E) text features in place of labels, of a prior that is conditioned on text.
+            text_mask: (B, T) which of them are valid; None says all.
 
         Returns:
             A `PriorOutput`.
@@ -168,17 +199,23 @@ class BlockPrior(StoredModel):
         refuse_orders(self, orders)
         check_loss_options(labels, loss_chunk_size)
         # Reading the range would make every GPU training step wait for the device.
-        condition = self.conditions.of(class_labels, reads_range=not self.training or var_input.device.type == "cpu")
+        reads_range = not self.training or var_input.device.type == "cpu"
+        condition = read_condition(self, class_labels, text_embeds, text_mask, reads_range=reads_range)
         check_teacher_input(self, var_input, len(condition), labels)
-        vector, shared = self._embed_class(condition)
+        vector, shared, prefix, prefix_mask = self._embed_condition(condition)
         attend = partial(block_causal_attention, layout=self.layout, scale=self.blocks[0].attn.scale)
         hidden_states = torch.cat([self._first_input(vector), self._embed_input(var_input)], dim=1)
         block_ids = self.layout.block_ids(self.pos_1LC.device)
         positions = self.pos_1LC + self.lvl_embed(block_ids)
-        hidden_states = hidden_states + positions.to(hidden_states.dtype)
+        hidden_states, num_prefix = hidden_states + positions.to(hidden_states.dtype), 0
+        if prefix is not None:
+            hidden_states, num_prefix = torch.cat([prefix, hidden_states], dim=1), prefix.shape[1]
+            options = {"num_prefix": num_prefix, "prefix_mask": prefix_mask}
+            attend = partial(prefixed_attention, layout=self.layout, scale=self.blocks[0].attn.scale, **options)
         for layer in self.blocks:
             # Its modulation is its own affair: where weights are sharded, they are there in its forward pass alone.
             hidden_states = layer(hidden_states, shared, attend)
+        hidden_states = hidden_states[:, num_prefix:]
         head_modulation = self.head_nm.modulation(vector)
         if loss_chunk_size is not None:
             output = self._chunked_loss(hidden_states, head_modulation, labels, loss_chunk_size)
@@ -198,30 +235,44 @@ class BlockPrior(StoredModel):
         )
         return PriorOutput(loss=loss, token_loss=token_loss, token_correct=token_correct)
 
-    def context(self, condition: ClassCondition) -> Context:
-        """Compute all that depends on the class alone: its embedding, each layer's modulation, and the head's."""
-        vector, shared = self._embed_class(condition)
+    def context(self, condition: Condition) -> Context:
+        """Compute all that depends on the condition alone: its embedding, each layer's modulation, and the head's."""
+        vector, shared, prefix, prefix_mask = self._embed_condition(condition)
         modulations = [tuple(layer.modulation(shared)) for layer in self.blocks]
-        return Context(vector=vector, modulations=(*modulations, tuple(self.head_nm.modulation(vector))))
+        modulations.append(tuple(self.head_nm.modulation(vector)))
+        return Context(vector=vector, prefix=prefix, prefix_mask=prefix_mask, modulations=tuple(modulations))
 
     def new_cache(self, num_rows: int) -> KeyValueCache:
-        """Allocate keys and values of all layers and tokens."""
+        """Allocate keys and values of all layers, P prefix positions and L tokens."""
         num_heads, D = self.config.num_heads, self.config.hidden_size
-        shape = (num_rows, num_heads, self.layout.num_tokens, D // num_heads)
+        shape = (num_rows, num_heads, self.num_prefix + self.layout.num_tokens, D // num_heads)
         return KeyValueCache(self.config.num_layers, shape, self.pos_start.dtype, self.pos_start.device)
 
     def decode_block(self, content: Tensor | None, k: int, context: Context, cache: KeyValueCache) -> Tensor:
         """Run block k; see `family.Prior`."""
         start, end = self.layout.bounds[k]
+        # A prefix lies at the end of the positions that there are for one.
+        P = self.num_prefix
+        first = P if context.prefix is None else P - context.prefix.shape[1]
         if content is None:
+            if context.prefix is not None:
+                self._run(context.prefix, (first, first, P), context, cache)
             block_input = self._first_input(context.vector)
         else:
             # Unconditional rows see the same tokens as the conditional ones.
             block_input = self._embed_input(content).repeat(len(context) // len(content), 1, 1)
         level = self.lvl_embed(self.layout.block_ids(self.pos_1LC.device)[start : start + 1])
         hidden_states = block_input + (self.pos_1LC[:, start:end] + level)
-        positions = None if self.layout.is_scales else self.layout.positions(hidden_states.device)[start:end]
-        return self.blocks(hidden_states, context.modulations[:-1], cache, start, end, positions)
+        return self._run(hidden_states, (first, P + start, P + end), context, cache)
+
+    def _run(self, x: Tensor, span: tuple[int, int, int], context: Context, cache: KeyValueCache) -> Tensor:
+        """Run new positions (R, l, D) through all layers; of the span, see `LayerStack`."""
+        positions, P = None, self.num_prefix
+        if not self.layout.is_scales:
+            positions = self.layout.made_once(
+                ("prefix and token positions", P), x.device, lambda: torch.arange(P + self.layout.num_tokens)
+            )[span[1] : span[2]]
+        return self.blocks(x, context.modulations[:-1], cache, span, positions, context.prefix_mask)
 
     def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
         """Return scores of all codes, (R, l, D) → (R, l, V), in float32; the product is in the run's precision."""
@@ -238,12 +289,17 @@ class BlockPrior(StoredModel):
         with outside_autocast(hidden_states.device):
             return self.head_nm(hidden_states.to(dtype), tuple(part.to(dtype) for part in head_modulation))
 
-    def _embed_class(self, condition: ClassCondition) -> tuple[Tensor, Tensor]:
-        """Return the class embedding (R, D), and what layers make their modulation of: it, or (R, 1, 6, D) for all."""
-        vector = self.class_emb(condition.class_labels)
-        if not self.config.use_shared_adaln:
-            return vector, vector
-        return vector, rearrange(self.shared_ada_lin(vector), "b (six d) -> b 1 six d", six=6)
+    def _embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return a vector (R, D), what layers make modulations of (it, or (R, 1, 6, D) for all), prefix and mask."""
+        prefix = prefix_mask = None
+        if isinstance(condition, TextCondition):
+            vector, prefix, prefix_mask = self.text_emb(condition)
+        else:
+            vector = self.class_emb(condition.class_labels)
+        shared = vector
+        if self.config.use_shared_adaln:
+            shared = rearrange(self.shared_ada_lin(vector), "b (six d) -> b 1 six d", six=6)
+        return vector, shared, prefix, prefix_mask
 
     def _first_input(self, vector: Tensor) -> Tensor:
         """Return the first block's input (R, L_1, D), before positions are added."""
@@ -255,9 +311,11 @@ class BlockPrior(StoredModel):
 
     def generate(
         self,
-        class_labels: Tensor,
-        quantizer: nn.Module,
+        class_labels: Tensor | Condition | None = None,
+        quantizer: nn.Module | None = None,
         *,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
         generator: Generator | list[Generator] | None = None,
         given_idx_Bl: list[Tensor] | None = None,
         on_block_end: Callable[[BlockStep], None] | None = None,
@@ -267,8 +325,9 @@ class BlockPrior(StoredModel):
         """Sample the indices of a batch of images, block by block.
 
         Args:
-            class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class.
+            class_labels: (B,) int64 in [0, num_classes]; num_classes is the null class. Or a condition.
             quantizer: the tokenizer's quantizer, which turns sampled indices into the next block's input.
+            text_embeds, text_mask: see `forward`.
             generator: one for all images, or a list with one for each.
             given_idx_Bl: K tensors (B, L_k) int64 of tokens that are already known, −1 for those to sample: a prefix to
                 go on from, or the surroundings of what is painted in. None samples all.
@@ -283,10 +342,11 @@ class BlockPrior(StoredModel):
         Raises:
             ValueError: if an argument is outside its range or the quantizer does not fit.
         """
-        condition = self.conditions.of(as_labels(class_labels))
+        if self.config.text_dim is None and not isinstance(class_labels, ClassCondition) and text_embeds is None:
+            class_labels = as_labels(class_labels)
         return sample_blocks(
             self,
-            condition,
+            read_condition(self, class_labels, text_embeds, text_mask, reads_range=True),
             quantizer,
             options,
             generator=generator,

@@ -28,6 +28,7 @@ from .model_calls import (
     check_teacher_input,
     head_output,
     head_scores,
+    read_condition,
     returned,
     sample_blocks,
 )
@@ -140,7 +141,7 @@ class LlamaPrior(StoredModel):
         check_loss_options(labels, loss_chunk_size)
         # Reading the range would make every GPU training step wait for the device.
         reads_range = not self.training or var_input.device.type == "cpu"
-        condition = self._condition(class_labels, text_embeds, text_mask, reads_range)
+        condition = read_condition(self, class_labels, text_embeds, text_mask, reads_range=reads_range)
         check_teacher_input(self, var_input, len(condition), labels)
         context = self.context(condition)
         P = context.prefix.shape[1]
@@ -200,18 +201,6 @@ class LlamaPrior(StoredModel):
         width = config.hidden_size // config.num_heads
         return grid_rotation(self.layout, self.num_prefix, width, config.rope_base, x.device, dtype)
 
-    def _condition(self, class_labels, text_embeds, text_mask, reads_range: bool) -> Condition:
-        """Read labels, text features or a condition, whichever was given."""
-        if text_embeds is None and text_mask is None:
-            if class_labels is None and self.config.text_dim is not None:
-                raise ValueError("text_embeds is None; expected text features: the prior is conditioned on text")
-            return self.conditions.of(class_labels, reads_range=reads_range)
-        if class_labels is not None:
-            raise ValueError("class_labels and text_embeds are both given; expected one of them")
-        if self.config.text_dim is None:
-            raise ValueError("text_embeds is given; expected class_labels: the prior is conditioned on classes")
-        return self.conditions.of({"text_embeds": text_embeds, "text_mask": text_mask}, reads_range=reads_range)
-
     def generate(
         self,
         class_labels: Tensor | Condition | None = None,
@@ -244,7 +233,7 @@ class LlamaPrior(StoredModel):
             class_labels = as_labels(class_labels)
         return sample_blocks(
             self,
-            self._condition(class_labels, text_embeds, text_mask, reads_range=True),
+            read_condition(self, class_labels, text_embeds, text_mask, reads_range=True),
             quantizer,
             options,
             generator=generator,

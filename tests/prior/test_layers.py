@@ -14,6 +14,7 @@ from nextblock.prior.layers import (
     KeyValueCache,
     ModulatedHead,
     PriorLayer,
+    dropped_path,
 )
 
 from .test_attention import naive_attention
@@ -91,10 +92,10 @@ def test_cached_attention_sees_all_blocks_up_to_its_own_of_its_layer_and_rows():
     expected = naive_attention(q, k, v, layout, 0.7)
     for rows, (start, end) in zip((4, 4, 2), layout.bounds, strict=True):
         block = [tensor[:rows, :, start:end] for tensor in (q, k, v)]
-        got = CachedAttention(cache, 1, start, end, 0.7)(*block)
+        got = CachedAttention(cache, 1, (0, start, end), 0.7, None)(*block)
         torch.testing.assert_close(got, expected[:rows, :, start:end], rtol=1e-12, atol=1e-12)
         # Another layer's keys are its own.
-        CachedAttention(cache, 0, start, end, 0.7)(*(tensor + 1 for tensor in block))
+        CachedAttention(cache, 0, (0, start, end), 0.7, None)(*(tensor + 1 for tensor in block))
     assert torch.equal(cache.keys[1][:2], k[:2]) and torch.equal(cache.values[0][:2], v[:2] + 1)
 
 
@@ -143,15 +144,14 @@ def test_head_norm_is_scaled_before_it_is_shifted():
 
 
 def test_dropped_paths_keep_the_expectation_and_drop_whole_samples():
-    layer = make_layer(drop_path=0.3).train()
     torch.manual_seed(0)
     branch = torch.randn(1, 4, D, dtype=torch.float64).expand(20_000, 4, D)
-    out = layer._dropped_path(branch)
+    out = dropped_path(branch, 0.3)
     is_kept = out.abs().amax(dim=(1, 2)) > 0
     assert abs(is_kept.double().mean() - 0.7) < 4 * (0.3 * 0.7 / 20_000) ** 0.5
     torch.testing.assert_close(out[is_kept], branch[is_kept] / 0.7)
     torch.testing.assert_close(out.mean(0), branch[0], rtol=0.02, atol=0)
-    assert layer.eval()._dropped_path(branch) is branch
+    assert dropped_path(branch, 0.0) is branch
 
 
 def test_a_dropped_layer_leaves_the_sample_as_it_was():
