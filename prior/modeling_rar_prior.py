@@ -330,7 +330,7 @@ class RARPrior(StoredModel):
             self._modulate_ahead(position, context.vector, cache)
         *modulations, of_head = cache.of_position(position, R)
         places = torch.full((1,), position, device=x.device)
-        x = self.blocks(x, tuple(modulations), cache, position, position + 1, places)
+        x = self.blocks(x, tuple(modulations), cache, (0, position, position + 1), places)
         return self._head_input(x, of_head)
 
     def _modulate_ahead(self, position: int, vector: Tensor, cache: RARCache) -> None:
