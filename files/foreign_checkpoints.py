@@ -109,7 +109,8 @@ def with_averaged(
     dotless = {}
     for name in plain:
         dotless.setdefault(name.replace(".", ""), []).append(name)
-    unknown = sorted(averages.keys() - dotless.keys() - {*_AVERAGE_COUNTERS})
+    dropped = [pattern.replace(".", "") for pattern in patterns]
+    unknown = sorted(without_groups(averages, dropped).keys() - dotless.keys() - {*_AVERAGE_COUNTERS})
     lost = [name for name in kept if name.replace(".", "") not in averages]
     unclear = [names for names in dotless.values() if len(names) > 1 and kept.keys() & names]
     misshapen = [

@@ -13,11 +13,38 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from nextblock.files.claim import claimed
+from nextblock.files.foreign_checkpoints import has_averaged
 from nextblock.tokenizer import VQVAE
+from nextblock.tokenizer.ibq_checkpoint import vqvae_from_ibq, vqvae_to_ibq
+from nextblock.tokenizer.llamagen_checkpoint import (
+    is_llamagen_tokenizer,
+    llamagen_arguments,
+    vqvae_from_llamagen,
+    vqvae_to_llamagen,
+)
+from nextblock.tokenizer.magvit2_checkpoint import (
+    is_magvit2_tokenizer,
+    magvit2_arguments,
+    vqvae_from_magvit2,
+    vqvae_to_magvit2,
+)
+from nextblock.tokenizer.maskgit_checkpoint import (
+    is_maskgit_tokenizer,
+    maskgit_arguments,
+    vqvae_from_maskgit,
+    vqvae_to_maskgit,
+)
+from nextblock.tokenizer.taming_checkpoint import (
+    is_taming_tokenizer,
+    taming_arguments,
+    vqvae_from_taming,
+    vqvae_to_taming,
+)
 from nextblock.tokenizer.var_checkpoint import is_var_tokenizer, var_arguments, vqvae_from_var, vqvae_to_var
 
 from .conversion import ConversionConfig, Format, export, parse_conversion, read_checkpoint, take_over
 
+LIGHTNING_OPTIONS = {"image_size": "image_size", "averaged_weights": "takes_averages"}
 FORMATS = {
     "var": Format(
         title="a VAR tokenizer",
@@ -36,6 +63,57 @@ FORMATS = {
         file_name=lambda model: "vae.pth",
         arguments=var_arguments,
     ),
+    "llamagen": Format(
+        title="a LlamaGen tokenizer",
+        fits=is_llamagen_tokenizer,
+        take_over=vqvae_from_llamagen,
+        options={"image_size": "image_size", "normalized_codes": "has_normalized_codes"},
+        write=vqvae_to_llamagen,
+        container="model",
+        file_name=lambda model: f"vq_ds{model.config.downsampling}.pt",
+        arguments=llamagen_arguments,
+    ),
+    "taming": Format(
+        title="a VQGAN of taming-transformers",
+        fits=is_taming_tokenizer,
+        is_meant=lambda names: is_taming_tokenizer(names) and not has_averaged(names),
+        take_over=vqvae_from_taming,
+        options=LIGHTNING_OPTIONS,
+        write=vqvae_to_taming,
+        container="state_dict",
+        file_name=lambda model: "vqgan.ckpt",
+        arguments=taming_arguments,
+    ),
+    "maskgit": Format(
+        title="MaskGIT's VQGAN",
+        fits=is_maskgit_tokenizer,
+        take_over=vqvae_from_maskgit,
+        options={"image_size": "image_size"},
+        write=vqvae_to_maskgit,
+        file_name=lambda model: "maskgit-vqgan.bin",
+        arguments=maskgit_arguments,
+    ),
+    "ibq": Format(
+        title="an IBQ tokenizer",
+        fits=is_taming_tokenizer,
+        is_meant=lambda names: is_taming_tokenizer(names) and has_averaged(names),
+        take_over=vqvae_from_ibq,
+        options=LIGHTNING_OPTIONS,
+        write=vqvae_to_ibq,
+        container="state_dict",
+        file_name=lambda model: "ibq.ckpt",
+        arguments=taming_arguments,
+    ),
+    "magvit2": Format(
+        title="an Open-MAGVIT2 tokenizer",
+        fits=is_magvit2_tokenizer,
+        take_over=vqvae_from_magvit2,
+        options=LIGHTNING_OPTIONS,
+        write=vqvae_to_magvit2,
+        container="state_dict",
+        file_name=lambda model: "magvit2.ckpt",
+        arguments=magvit2_arguments,
+    ),
 }
 
 
@@ -48,12 +126,15 @@ class ConvertTokenizerConfig(ConversionConfig):
 
     formats: ClassVar = FORMATS
 
-    format: Literal["auto", "var"] = "auto"
+    format: Literal["auto", "var", "llamagen", "taming", "maskgit", "ibq", "magvit2"] = "auto"
     """Whose names and arithmetic the checkpoint follows; "auto" goes by the names of its tensors."""
     image_size: int | list[int] | None = None
-    """H and W in pixels, or one number for both; null: the last scale times the downsampling."""
+    """H and W in pixels, or one number for both; null: the last scale of var, or the 16×16 tokens of magvit2, times the
+    downsampling, else 256."""
     normalized_codes: bool | None = None
-    """Compare codes by cosine; null: as the published ones are, which for var is false."""
+    """var: compare codes by cosine, null: false; llamagen: L2-normalise features and codes, null: true."""
+    averaged_weights: bool | None = None
+    """taming, ibq, magvit2: whether averaged weights are taken where a file has them; null: true."""
     phi_ratio: float | None = None
     """var: weight of a φ convolution against the identity; 0: the checkpoint has none; null: 0.5."""
     beta: float | None = None
@@ -73,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
         ConvertTokenizerConfig,
         command="convert tokenizer",
         argv=argv,
-        flags=("export", "normalized_codes"),
+        flags=("export", "normalized_codes", "averaged_weights"),
     )
     with claimed(Path(config.output_dir)):
         if config.export:

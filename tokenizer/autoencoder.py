@@ -4,6 +4,8 @@ VQGAN: Esser et al. 2021, arXiv:2012.09841. Legend: B batch, C latent channels, 
 """
 
 import math
+from collections.abc import Collection
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +36,25 @@ def activate(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+def as_channels_last(latents: Tensor) -> Tensor:
+    """Return a decoder's input as its convolutions take it fastest, where no gradient is wanted."""
+    is_fast = latents.device.type == "cpu" or latents.dtype != torch.float32
+    if is_fast and not torch.is_grad_enabled():
+        return latents.contiguous(memory_format=torch.channels_last)
+    return latents
+
+
 class ResidualBlock(GradientCheckpointingLayer):
-    """norm1-SiLU-conv1-norm2-SiLU-dropout-conv2 around a skip connection."""
+    """norm1-SiLU-conv1-norm2-SiLU-dropout-conv2 around a skip connection.
+
+    Args:
+        in_channels, out_channels: widths; where they differ, a 1×1 convolution lies in the skip connection.
+        dropout: probability.
+        min_group_channels: fewest channels of a group in GroupNorm.
+        has_bias: whether the convolutions add one.
+        shortcut_of: what that 1×1 convolution is of, "input" or, as in MaskGIT, the "result" of the others; the input
+            is then lost.
+    """
 
     def __init__(
         self,
@@ -43,20 +62,27 @@ class ResidualBlock(GradientCheckpointingLayer):
         out_channels: int,
         dropout: float = 0.0,
         min_group_channels: int = MIN_GROUP_CHANNELS,
+        has_bias: bool = True,
+        shortcut_of: Literal["input", "result"] = "input",
     ):
         super().__init__()
         self.norm1 = group_norm(in_channels, min_group_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=has_bias)
         self.norm2 = group_norm(out_channels, min_group_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=has_bias)
+        self.is_input_lost = shortcut_of == "result" and in_channels != out_channels
         self.nin_shortcut = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(out_channels if self.is_input_lost else in_channels, out_channels, 1, bias=has_bias)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(activate(self.norm1(x)))
         h = self.conv2(self.dropout(activate(self.norm2(h))))
+        if self.is_input_lost:
+            return h + self.nin_shortcut(h)
         # In place, as convolutions do not need their output for a gradient.
         return h.add_(self.nin_shortcut(x))
 
@@ -100,7 +126,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention at the lowest one, then the resampling."""
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
 
     def __init__(self, widths: list[int], has_attention: bool, dropout: float, min_group_channels: int):
         super().__init__()
@@ -140,6 +166,8 @@ class VQGANEncoder(nn.Module):
         z_channels: C of the latent map.
         dropout: probability inside residual blocks.
         min_group_channels: fewest channels of a group in GroupNorm.
+        attention_levels: levels whose residual blocks are each followed by attention, 0 the finest; None means the
+            lowest resolution alone.
     """
 
     def __init__(
@@ -151,14 +179,16 @@ class VQGANEncoder(nn.Module):
         z_channels: int,
         dropout: float,
         min_group_channels: int = MIN_GROUP_CHANNELS,
+        attention_levels: Collection[int] | None = None,
     ):
         super().__init__()
         widths = [base_width * m for m in width_multipliers]
         last = len(widths) - 1
+        attended = (last,) if attention_levels is None else attention_levels
         self.conv_in = nn.Conv2d(num_channels, base_width, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (width_in, width) in enumerate(zip([base_width, *widths[:-1]], widths, strict=True)):
-            level = Level([width_in] + [width] * num_res_blocks, i == last, dropout, min_group_channels)
+            level = Level([width_in] + [width] * num_res_blocks, i in attended, dropout, min_group_channels)
             if i < last:
                 level.downsample = Downsample(width)
             self.down.append(level)
@@ -187,15 +217,17 @@ class VQGANDecoder(nn.Module):
         z_channels: int,
         dropout: float,
         min_group_channels: int = MIN_GROUP_CHANNELS,
+        attention_levels: Collection[int] | None = None,
     ):
         super().__init__()
         widths = [base_width * m for m in width_multipliers]
         last = len(widths) - 1
+        attended = (last,) if attention_levels is None else attention_levels
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], dropout, min_group_channels)
         self.up = nn.ModuleList()
         for i, (width_in, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            level = Level([width_in] + [width] * (num_res_blocks + 1), i == last, dropout, min_group_channels)
+            level = Level([width_in] + [width] * (num_res_blocks + 1), i in attended, dropout, min_group_channels)
             if i > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -203,10 +235,7 @@ class VQGANDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], num_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        is_fast_channels_last = latents.device.type == "cpu" or latents.dtype != torch.float32
-        if is_fast_channels_last and not torch.is_grad_enabled():
-            latents = latents.contiguous(memory_format=torch.channels_last)
-        x = self.mid(self.conv_in(latents))
+        x = self.mid(self.conv_in(as_channels_last(latents)))
         for level in reversed(self.up):
             x = level(x)
             if hasattr(level, "upsample"):

@@ -48,6 +48,19 @@ def most_similar_codes(features: Tensor, codes: Tensor, epsilon: float) -> Tenso
     return _best_codes(F.normalize(features, dim=1, eps=epsilon), codes, codes.new_zeros(len(codes)), alpha=-1.0)
 
 
+def most_aligned_codes(features: Tensor, codes: Tensor) -> Tensor:
+    """Find the code of largest inner product with each feature vector, in chunks.
+
+    Args:
+        features: (N, C) floating point.
+        codes: (V, C) of the same dtype.
+
+    Returns:
+        (N,) int64 indices; of equal products the lowest index.
+    """
+    return _best_codes(features, codes, codes.new_zeros(len(codes)), alpha=-1.0)
+
+
 def _best_codes(features: Tensor, codes: Tensor, offsets: Tensor, alpha: float) -> Tensor:
     """Return argmin_v of offsets[v] + alpha · features·codes[v] without the whole N×V matrix."""
     indices = torch.empty(len(features), dtype=torch.int64, device=features.device)

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from nextblock.data.keyed_random import keyed_uniform
 
-from .code_search import most_similar_codes, nearest_codes
+from .code_search import most_aligned_codes, most_similar_codes, nearest_codes
 from .gradients import codebook_terms, expected_codes
 from .processes import all_reduced, rank_and_world_size
 
@@ -31,8 +31,8 @@ class LearnedCodebook(nn.Module):
         epsilon: Laplace smoothing of the moving average's counts, and the smallest norm that is divided by.
         ema_decay: None trains the codes by gradient; a decay in (0, 1) replaces the gradient by a moving average of
             the vectors assigned to each code.
-        metric: how the nearest code is searched, "euclidean" or "cosine".
-        has_unit_codes: whether features and codes themselves are L2-normalised; with them both metrics find the same.
+        metric: which code is taken: the nearest one, "euclidean", or that of largest "cosine" or "inner_product".
+        has_unit_codes: whether features and codes themselves are L2-normalised; with them all metrics find the same.
         revival_threshold: a code is dead, and moves onto a vector of the last batch, once its moving-average count
             falls under this share of the mean count; 0 revives none.
         init_scale: codes start uniform in ±init_scale; None means 1/V.
@@ -47,7 +47,7 @@ class LearnedCodebook(nn.Module):
         beta: float = 0.25,
         epsilon: float = 1e-5,
         ema_decay: float | None = None,
-        metric: Literal["euclidean", "cosine"] = "euclidean",
+        metric: Literal["euclidean", "cosine", "inner_product"] = "euclidean",
         has_unit_codes: bool = False,
         revival_threshold: float = 0.0,
         init_scale: float | None = None,
@@ -90,11 +90,13 @@ class LearnedCodebook(nn.Module):
         return self._normalized(features, dim=1)
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Return the index of the nearest code of each vector, (…, C) → (…) int64."""
+        """Return the index of the code of each vector by the metric, (…, C) → (…) int64."""
         with torch.no_grad():
             flat = vectors.flatten(0, -2)
             if self.metric == "cosine":
                 idx = most_similar_codes(flat, self.weight.to(flat.dtype), self.epsilon)
+            elif self.metric == "inner_product":
+                idx = most_aligned_codes(flat, self.get_codebook().to(flat.dtype))
             else:
                 idx = nearest_codes(flat, self.get_codebook().to(flat.dtype))
             return idx.view(vectors.shape[:-1])
@@ -108,11 +110,17 @@ class LearnedCodebook(nn.Module):
         codes = self.get_codebook().to(vectors.dtype)
         if self.metric == "cosine":
             return F.normalize(vectors, dim=1, eps=self.epsilon), F.normalize(codes, dim=1, eps=self.epsilon)
+        if self.metric == "inner_product":
+            # One more channel makes all codes equally long, so that their products alone tell their distances.
+            squares = codes.square().sum(1, keepdim=True)
+            missing = (squares.detach().amax() + torch.finfo(codes.dtype).eps - squares).sqrt()
+            return F.pad(vectors, (0, 1)), torch.cat([codes, missing], dim=1)
         return vectors, codes
 
     def expected(self, vectors: Tensor) -> Tensor:
         """Return the mean code of each vector, (…, C) → (…, C), for the gradient "index"."""
-        return expected_codes(vectors, self.get_codebook().to(vectors.dtype))
+        is_inner = self.metric == "inner_product"
+        return expected_codes(vectors, self.get_codebook().to(vectors.dtype), is_inner=is_inner)
 
     def loss_terms(self, features: Tensor, quantized: Tensor, *, is_composed: bool) -> list[Tensor]:
         """Return the commitment term, then the codebook term where something learns from it.

@@ -29,9 +29,12 @@ class VQVAEConfig(PreTrainedConfig):
     Args:
         image_size: H and W in pixels, or one integer for both.
         num_channels: image channels, 3: pictures of any kind are read as RGB.
-        autoencoder: "simple" (two strided convolutions, 4× smaller) or "vqgan" (2^(levels − 1) smaller).
+        autoencoder: "simple" (two strided convolutions, 4× smaller), "vqgan" (2^(levels − 1) smaller), or the same
+            without attention, as MaskGIT's ("maskgit") or Open-MAGVIT2's ("magvit2").
         hidden_dim: base width in channels.
-        width_multipliers: vqgan: one factor of `hidden_dim` a level, finest first.
+        width_multipliers: all but simple: one factor of `hidden_dim` a level, finest first.
+        attention_levels: vqgan: levels whose residual blocks are each followed by attention, 0 the finest; None means
+            the lowest resolution alone.
         num_res_blocks: residual blocks a level; 0 (simple only) gives the plain Conv-ReLU-Conv.
         dropout: probability inside residual blocks.
         min_group_channels: fewest channels of a group in GroupNorm, which has at most 32 groups; 1, as in version
@@ -59,8 +62,9 @@ class VQVAEConfig(PreTrainedConfig):
         codebook_ema_decay: decay of that moving average, in (0, 1).
         codebook_init: "uniform", or "data" (codes become features of training images before the first step).
         codebook_init_scale: uniform start in ± this; None means 1/V.
-        codebook_metric: how the nearest code is searched, "euclidean" or "cosine".
-        has_unit_codes: L2-normalise features and codes themselves; both metrics then find the same.
+        codebook_metric: which code is taken: the nearest one, "euclidean", or that of largest "cosine" or
+            "inner_product" (IBQ).
+        has_unit_codes: L2-normalise features and codes themselves; all metrics then find the same.
         revival_threshold: a code used less than this share of the mean is moved onto a feature; 0 never.
         var_phi_names: names that an export to VAR's format gives φ convolutions: "shared", "partially_shared" or
             "separate" as in the checkpoint that the tokenizer came from, null where that had none; "by_number" gives
@@ -73,9 +77,10 @@ class VQVAEConfig(PreTrainedConfig):
         self,
         image_size: int | list[int] = 32,
         num_channels: int = 3,
-        autoencoder: Literal["simple", "vqgan"] = "simple",
+        autoencoder: Literal["simple", "vqgan", "maskgit", "magvit2"] = "simple",
         hidden_dim: int = 128,
         width_multipliers: list[int] | None = None,
+        attention_levels: list[int] | None = None,
         num_res_blocks: int = 0,
         dropout: float = 0.0,
         min_group_channels: int = MIN_GROUP_CHANNELS,
@@ -98,7 +103,7 @@ class VQVAEConfig(PreTrainedConfig):
         codebook_ema_decay: float = 0.99,
         codebook_init: Literal["uniform", "data"] = "uniform",
         codebook_init_scale: float | None = None,
-        codebook_metric: Literal["euclidean", "cosine"] = "euclidean",
+        codebook_metric: Literal["euclidean", "cosine", "inner_product"] = "euclidean",
         has_unit_codes: bool = False,
         revival_threshold: float = 0.0,
         var_phi_names: Literal["by_number", "shared", "partially_shared", "separate"] | None = "by_number",
@@ -154,6 +159,11 @@ class VQVAEConfig(PreTrainedConfig):
                 "autoencoder's downsampling"
             )
         grid = (H // factor, W // factor)
+        if self.autoencoder == "magvit2" and grid == (1, 1):
+            raise ValueError(
+                f"image_size is {self.image_size}; expected more than one latent cell of {factor}×{factor} pixels: the "
+                "magvit2 autoencoder goes by their spread"
+            )
         if self.layout == "tiles":
             if self.scales is not None:
                 raise ValueError(f"scales is {self.scales}; expected None for the layout 'tiles'")
@@ -183,13 +193,13 @@ class VQVAEConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         """Refuse a word that names nothing."""
         for field, choices in {
-            "autoencoder": ("simple", "vqgan"),
+            "autoencoder": ("simple", "vqgan", "maskgit", "magvit2"),
             "layout": ("scales", "tiles"),
             "codebook": ("learned", "simvq", "fsq", "lfq", "bsq"),
             "codebook_gradient": ("straight_through", "rotation", "index"),
             "codebook_update": ("gradient", "ema"),
             "codebook_init": ("uniform", "data"),
-            "codebook_metric": ("euclidean", "cosine"),
+            "codebook_metric": ("euclidean", "cosine", "inner_product"),
             "var_phi_names": ("by_number", "shared", "partially_shared", "separate", None),
             "quant_conv_kernel_size": (0, 1, 3),
         }.items():
@@ -220,6 +230,7 @@ class VQVAEConfig(PreTrainedConfig):
         is_list = isinstance(multipliers, list) and 1 <= len(multipliers) <= MAX_LEVELS
         if not is_list or not all(type(n) is int and 1 <= n <= MAX_WIDTH for n in multipliers):
             raise ValueError(f"width_multipliers is {multipliers!r}; expected 1 to {MAX_LEVELS} positive integers")
+        self._check_attention_levels()
         widest = self.hidden_dim * (1 if self.autoencoder == "simple" else max(multipliers))
         num_convolutions = 4 * max(self.num_res_blocks, 1) * (1 if self.autoencoder == "simple" else len(multipliers))
         has_table = self.codebook in ("learned", "simvq") and self.codebook_digits is None
@@ -228,6 +239,22 @@ class VQVAEConfig(PreTrainedConfig):
             f"hidden_dim {self.hidden_dim}, width_multipliers {multipliers}, num_res_blocks {self.num_res_blocks}, "
             f"vocab_size {self.vocab_size} and embedding_dim {self.embedding_dim}",
         )
+
+    def _check_attention_levels(self) -> None:
+        """Refuse levels that the autoencoder does not have, and attention where it has none."""
+        levels, num_levels = self.attention_levels, len(self.width_multipliers)
+        if levels is None:
+            return
+        if self.autoencoder != "vqgan":
+            raise ValueError(
+                f"attention_levels is {levels!r}; expected None with autoencoder {self.autoencoder!r}, which has none "
+                "to choose"
+            )
+        is_list = isinstance(levels, list) and all(type(n) is int and 0 <= n < num_levels for n in levels)
+        if not is_list or sorted({*levels}) != levels:
+            raise ValueError(
+                f"attention_levels is {levels!r}; expected rising numbers of levels from 0 to {num_levels - 1}, or None"
+            )
 
     def _check_numbers(self) -> None:
         """Refuse numbers outside their range."""

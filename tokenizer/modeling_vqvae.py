@@ -22,6 +22,7 @@ from nextblock.training.offload import run_offload_hook
 from nextblock.training.precision import without_tf32
 
 from .autoencoder import SimpleDecoder, SimpleEncoder, VQGANDecoder, VQGANEncoder
+from .autoencoder_residual import ResidualDecoder, ResidualEncoder
 from .codebook_learned import LearnedCodebook
 from .codebooks import build_codebook
 from .codec_scales import ScaleCodec
@@ -341,4 +342,7 @@ def _build_autoencoder(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
         sizes = config.num_channels, config.hidden_dim, *depth
         return SimpleEncoder(*sizes), SimpleDecoder(*sizes)
     sizes = config.num_channels, config.hidden_dim, config.width_multipliers, *depth
-    return VQGANEncoder(*sizes), VQGANDecoder(*sizes)
+    if config.autoencoder == "vqgan":
+        levels = config.attention_levels
+        return VQGANEncoder(*sizes, levels), VQGANDecoder(*sizes, levels)
+    return ResidualEncoder(config.autoencoder, *sizes), ResidualDecoder(config.autoencoder, *sizes)

@@ -94,7 +94,10 @@ class TableCodebook(Protocol):
         """Return all codes (V, C), as `Codebook.lookup` gives them."""
 
     def compared(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return vectors (N, C) and all codes (V, C) so that the nearest by Euclidean distance is the one assigned."""
+        """Return vectors (N, C) and all codes (V, C) so that the nearest by Euclidean distance is the one assigned.
+
+        Both may have a channel more than C.
+        """
 
 
 @runtime_checkable

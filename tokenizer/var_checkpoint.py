@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.files.state_dicts import (
-    build_without_weights,
-    check_state_dict,
-    count_numbered,
-    float32_tensors,
-    infer_size,
-    take_over,
-)
+from nextblock.files.state_dicts import count_numbered, infer_size
 from nextblock.tokenizer import VQVAE, VQVAEConfig
-from nextblock.tokenizer.autoencoder import num_norm_groups
+
+from .foreign_autoencoder import check_expressible, foreign_tensors, infer_sizes, take_over_tokenizer
 
 # How VAR names φ convolutions shared by all scales, by neighbouring scales, and by none.
 _PHI_PREFIXES = {
@@ -30,9 +24,7 @@ _PHI_PREFIXES = {
     "separate": "quantize.quant_resi.{}.",
 }
 _USE_COUNTER = "quantize.ema_vocab_hit_SV"
-_VAR_GROUPS = 32
 _VAR_EPSILON = 1e-12
-_OF_VAR = {"autoencoder": "vqgan", "layout": "scales", "codebook": "learned", "codebook_digits": None}
 
 
 def is_var_tokenizer(names: Collection[str]) -> bool:
@@ -85,15 +77,10 @@ def vqvae_from_var(
         min_group_channels=1,
         **sizes,
     )
-    model = build_without_weights(VQVAE, config)
-    var_names = {name: _var_name(name, phi_names) for name in model.state_dict()}
-    expected = {var_names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # The same codes serve other scales, so the counter need not have a row for each of these.
     num_counted = infer_size(state, (_USE_COUNTER, 0), default=1)
-    check_state_dict(state, expected, {_USE_COUNTER: (num_counted, config.vocab_size)})
-    take_over(model, {name: state[var_name] for name, var_name in var_names.items()})
-    model.quantizer.check_finite()
-    return model
+    derived = {_USE_COUNTER: (num_counted, config.vocab_size)}
+    return take_over_tokenizer(config, state, lambda name: (_var_name(name, phi_names),), derived=derived)
 
 
 def vqvae_to_var(
@@ -114,11 +101,7 @@ def vqvae_to_var(
     """
     _check_expressible(model.config)
     phi_names = _choose_phi_names(model.config, phi_names)
-    tensors = float32_tensors(model)
-    # Averages of a codebook in training; VAR has none.
-    for name in ("quantizer.codebook.code_sums", "quantizer.codebook.code_counts"):
-        tensors.pop(name, None)
-    state = {_var_name(name, phi_names): tensor for name, tensor in tensors.items()}
+    state = foreign_tensors(model, lambda name: (_var_name(name, phi_names),))
     state[_USE_COUNTER] = torch.zeros(model.layout.num_blocks, model.config.vocab_size)
     return state
 
@@ -159,41 +142,11 @@ def _find_phi(state: dict[str, Tensor], phi_ratio: float) -> tuple[str | None, i
 def _infer_sizes(state: dict[str, Tensor]) -> dict[str, int | list[int]]:
     """Tell the architecture from shapes, of several tensors where possible: one odd one leads nowhere."""
     num_levels = max(count_numbered(state, "encoder.down."), count_numbered(state, "decoder.up."), 1)
-    num_res_blocks = max(
-        count_numbered(state, "encoder.down.0.block."), count_numbered(state, "decoder.up.0.block.") - 1, 1
-    )
-    base = infer_size(
-        state,
-        ("encoder.conv_in.weight", 0),
-        ("encoder.conv_in.bias", 0),
-        ("encoder.down.0.block.0.norm1.weight", 0),
-    )
-    widths = [
-        infer_size(
-            state,
-            *(
-                (f"{side}.{i}.block.0.{part}.{kind}", 0)
-                for side in ("encoder.down", "decoder.up")
-                for part in ("conv1", "norm2", "conv2")
-                for kind in ("weight", "bias")
-            ),
-        )
-        for i in range(num_levels)
-    ]
-    if any(width % base for width in widths):
-        raise ValueError(f"the checkpoint's levels have {widths} channels; expected multiples of {base}")
     channels = [("quant_conv.weight", 0), ("quant_conv.bias", 0), ("post_quant_conv.weight", 1)]
-    latents = [("encoder.conv_out.weight", 0), ("encoder.conv_out.bias", 0), ("decoder.conv_in.weight", 1)]
-    pixels = [("encoder.conv_in.weight", 1), ("decoder.conv_out.weight", 0), ("decoder.conv_out.bias", 0)]
     kernels = [("quant_conv.weight", 2), ("quant_conv.weight", 3), ("post_quant_conv.weight", 2)]
-    return {
-        "num_channels": infer_size(state, *pixels),
-        "hidden_dim": base,
-        "width_multipliers": [width // base for width in widths],
-        "num_res_blocks": num_res_blocks,
+    return infer_sizes(state, lambda name: (name,), num_levels) | {
         "vocab_size": infer_size(state, ("quantize.embedding.weight", 0), (_USE_COUNTER, 1)),
         "embedding_dim": infer_size(state, ("quantize.embedding.weight", 1), *channels),
-        "z_channels": infer_size(state, *latents),
         "quant_conv_kernel_size": infer_size(state, *kernels),
     }
 
@@ -224,20 +177,23 @@ def _choose_phi_names(config: VQVAEConfig, phi_names: str | None) -> str | None:
 
 def _check_expressible(config: VQVAEConfig) -> None:
     """Refuse what VAR's tokenizer has no form for."""
-    for field, expected in _OF_VAR.items():
-        if getattr(config, field) != expected:
-            raise ValueError(f"{field} is {getattr(config, field)!r}; expected {expected!r} in VAR's format")
+    lowest = len(config.width_multipliers) - 1
+    check_expressible(
+        config,
+        "VAR",
+        {
+            "autoencoder": ("vqgan",),
+            "layout": ("scales",),
+            "codebook": ("learned",),
+            "attention_levels": (None, [lowest]),
+            "codebook_metric": ("euclidean", "cosine"),
+            "has_unit_codes": (False,),
+        },
+    )
     if config.quant_conv_kernel_size == 0 or config.latent_channels != config.embedding_dim:
         raise ValueError(
             f"z_channels is {config.latent_channels}, embedding_dim {config.embedding_dim}, "
             f"quant_conv_kernel_size {config.quant_conv_kernel_size}; expected equal channels, and 1 or 3"
-        )
-    if config.hidden_dim % _VAR_GROUPS:
-        raise ValueError(f"hidden_dim is {config.hidden_dim}; expected a multiple of {_VAR_GROUPS} for VAR")
-    if num_norm_groups(config.hidden_dim, config.min_group_channels) != _VAR_GROUPS:
-        raise ValueError(
-            f"min_group_channels is {config.min_group_channels}; expected at most {config.hidden_dim // _VAR_GROUPS} "
-            f"with hidden_dim {config.hidden_dim}: VAR normalises in {_VAR_GROUPS} groups"
         )
     if config.num_phi and config.phi_ratio == 0:
         raise ValueError(f"phi_ratio is 0 with num_phi {config.num_phi}; expected num_phi 0 in VAR's format")

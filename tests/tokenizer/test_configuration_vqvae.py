@@ -5,6 +5,8 @@ import pytest
 from nextblock.data.blocks import BlockLayout
 from nextblock.tokenizer import VQVAEConfig
 
+VQGAN = {"autoencoder": "vqgan", "num_res_blocks": 1}
+MAGVIT2 = {"autoencoder": "magvit2", "num_res_blocks": 1}
 LFQ = {"codebook": "lfq", "embedding_dim": 4}
 INDEX = {"codebook_gradient": "index"}
 
@@ -16,13 +18,15 @@ INDEX = {"codebook_gradient": "index"}
         {"image_size": (16, 24), "tile": (2, 3)},
         {"image_size": (16, 24), "layout": "scales", "scales": (1, (2, 3), [4, 6])},
         {"image_size": 32, "autoencoder": "vqgan", "width_multipliers": (1, 2, 2), "num_res_blocks": 1, "tile": 4},
+        {"image_size": 32, "autoencoder": "vqgan", "num_res_blocks": 1, "attention_levels": (3, 4)},
     ],
 )
 def test_tuples_survive_the_round_trip(options, tmp_path):
     config = VQVAEConfig(**options)
     config.save_pretrained(tmp_path)
     loaded = VQVAEConfig.from_pretrained(tmp_path)
-    for field in ("image_size", "tile", "scales", "width_multipliers", "fsq_levels", "codebook_digits"):
+    lists = ("image_size", "tile", "scales", "width_multipliers", "fsq_levels", "codebook_digits", "attention_levels")
+    for field in lists:
         assert getattr(loaded, field) == getattr(config, field), field
     assert loaded.block_layout() == config.block_layout()
     ignored = {"transformers_version", "_name_or_path"}
@@ -137,6 +141,15 @@ def test_the_layout_follows_from_image_size_and_downsampling():
         ({"codebook_digits": 4}, "codebook_digits: got 4; expected a list of whole numbers of at least 2"),
         ({"codebook_digits": [4, 5]}, r"vocab_size is 16; expected 20, their product, with codebook_digits \[4, 5\]"),
         ({"codebook_digits": [4, 4], "embedding_dim": 7}, r"embedding_dim is 7; expected a multiple of 2 with"),
+        ({"attention_levels": [0]}, r"attention_levels is \[0\]; expected None with autoencoder 'simple'"),
+        ({**MAGVIT2, "attention_levels": []}, r"attention_levels is \[\]; expected None with autoencoder 'magvit2'"),
+        ({**MAGVIT2, "image_size": 16}, r"image_size is \[16, 16\]; expected more than one latent cell of 16×16"),
+        ({**VQGAN, "attention_levels": [1, 0]}, r"attention_levels is \[1, 0\]; expected rising numbers .* 0 to 4"),
+        ({**VQGAN, "attention_levels": [5]}, r"attention_levels is \[5\]"),
+        ({**VQGAN, "attention_levels": [1, 1]}, r"attention_levels is \[1, 1\]"),
+        ({**VQGAN, "attention_levels": [True]}, r"attention_levels is \[True\]"),
+        ({**VQGAN, "attention_levels": 4}, "attention_levels is 4"),
+        ({"codebook_metric": "dot"}, "codebook_metric is 'dot'; expected one of"),
         ({"z_channels": 32}, "z_channels is 32 and embedding_dim 64; expected them equal"),
     ],
 )

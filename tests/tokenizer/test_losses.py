@@ -129,6 +129,23 @@ def test_assignment_entropy_uses_the_quantizers_own_distance(options, make_vqvae
     assert features.grad.abs().max() > 0
 
 
+def test_assignment_entropy_by_inner_products(make_vqvae, make_images):
+    model = make_vqvae(image_size=16, codebook_metric="inner_product").double()
+    with torch.no_grad():
+        model.quantizer.codebook.weight.mul_(torch.linspace(0.5, 3, 24)[:, None])
+    features = model(make_images(model, dtype=torch.float64)).features.detach().requires_grad_()
+    vectors = model.quantizer.training_vectors(features).flatten(0, 1)
+    codes = model.quantizer.codebook.weight
+    p = (2 * vectors @ codes.T / 0.1).softmax(1)
+    expected = -(p * p.log()).sum(1).mean() + (p.mean(0) * p.mean(0).log()).sum()
+    value = assignment_entropy(model.quantizer, features, 0.1)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert torch.equal(p.argmax(1), model.quantizer.codebook.assign(vectors.detach()))
+    got = torch.autograd.grad(value, [features, codes])
+    for ours, reference in zip(got, torch.autograd.grad(expected, [features, codes]), strict=True):
+        assert torch.allclose(ours, reference, atol=1e-9)
+
+
 def test_the_reconstruction_loss_leaves_the_quantizer_out():
     config = TokenizerLossConfig(l1_weight=2.0, l2_weight=3.0, vq_weight=4.0)
     terms = {"l1": torch.tensor(0.5), "l2": torch.tensor(0.25), "vq": torch.tensor(9.0)}
