@@ -16,6 +16,7 @@ from nextblock.data.pixels import to_uint8
 
 from .codebook import code_counts, codebook_summary
 from .metrics import mean_squared_errors, psnr_from_error
+from .sparse_counts import SparseCounts
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Reconstructions:
 
     Args:
         squared_errors: (N,) float64, mean squared error of each image at pixel values in [-1, 1].
-        code_counts: (K, V) int64, how often each block used each code.
+        code_counts: (K, V) int64, how often each block used each code; `SparseCounts` of large codebooks.
         class_labels: (N,) int64.
         originals: (n, H, W, 3) uint8, the first n ≤ N images.
         reconstructions: (n, H, W, 3) uint8, what they became.
     """
 
     squared_errors: Tensor
-    code_counts: Tensor
+    code_counts: Tensor | SparseCounts
     class_labels: np.ndarray
     originals: np.ndarray
     reconstructions: np.ndarray

@@ -32,6 +32,7 @@ PANELS = {
     "codebook usage by block": r"(train|eval)/codebook/block_\d+/usage",
     "codebook perplexity by block": r"(train|eval)/codebook/block_\d+/perplexity",
     "codes never used by block": r"(train|eval)/codebook/block_\d+/num_dead_codes",
+    "entropy of the code's digits": r"(train|eval)/codebook/(lowest_)?digit_entropy",
     "gradient norm": r"train/([\w/]+[_/])?grad_norm",
     "learning rate": r"train/([\w/]+[_/])?learning_rate",
 }

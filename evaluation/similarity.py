@@ -70,7 +70,7 @@ def bit_figures(code_counts: Tensor, num_tokens: int, image_size: tuple[int, int
     """Say how many bits tokens take, written one by one.
 
     Args:
-        code_counts: (K, V), how often each block used each code.
+        code_counts: (K, V), how often each block used each code; also `SparseCounts`.
         num_tokens: L of one image.
         image_size: (H, W).
 

@@ -287,7 +287,7 @@ def _build_report(config: EvaluateConfig, pipe, heldout, logs: dict[str, list[di
         "pipeline": config.pipeline,
         "layout": {"name": layout_name(pipe.tokenizer.layout), **pipe.tokenizer.layout.to_dict()},
         "data": asdict(config.data) | {"num_heldout_images": len(heldout.class_labels)},
-        "codebook": codebook_summary(heldout.code_counts),
+        "codebook": codebook_summary(heldout.code_counts, digits=pipe.tokenizer.quantizer.digits),
         "parameters": {name: model.num_parameters() for name, model in models.items()},
         "training_seconds": {stage: last_value(log, "time/total") for stage, log in logs.items()},
         "precision": {

@@ -23,7 +23,7 @@ from nextblock.data.adm_crop import AdmCropped
 from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate
 from nextblock.data.usable import open_usable, source_fingerprint
-from nextblock.evaluation.codebook import codebook_summary, num_dead_codes
+from nextblock.evaluation.codebook import codebook_summary, digit_entropies, num_dead_codes
 from nextblock.evaluation.features import VARIANTS, load_features
 from nextblock.evaluation.pictures import comparison_grid, save_picture
 from nextblock.evaluation.reconstruction import Reconstructions, merged, reconstruct
@@ -160,7 +160,7 @@ def _evaluate(config: EvaluateTokenizerConfig, state: PartialState) -> dict:
         "tokenizer": config.tokenizer,
         "data": asdict(config.data) | {"measured_split": split, "num_images": len(dataset)},
         "figures": whole.figures(),
-        "codebook": codebook_summary(whole.code_counts),
+        "codebook": codebook_summary(whole.code_counts, digits=tokenizer.quantizer.digits),
         "parameters": {"tokenizer": tokenizer.num_parameters()},
         "precision": {"dtype": str(tokenizer.dtype), "device": state.device.type, "threads": torch.get_num_threads()},
         "versions": environment(),
@@ -217,9 +217,18 @@ def _figures(
         "code_usage": found["code_usage"],
         "code_perplexity": found["code_perplexity"],
         "num_dead_codes": num_dead_codes(counts.sum(dim=0)).item(),
+        **_digit_figures(whole, tokenizer),
         **bit_figures(counts, sum(tokenizer.layout.block_lengths), tokenizer.config.image_size),
         **{f"{name}_reason": reason for name, reason in why.items() if compared[name] is None},
     }
+
+
+def _digit_figures(whole: Reconstructions, tokenizer: VQVAE) -> dict[str, float]:
+    """Return how evenly a product codebook's digits take their values, on average and the least even of them."""
+    if tokenizer.quantizer.digits is None:
+        return {}
+    entropies = digit_entropies(whole.code_counts, tokenizer.quantizer.digits)
+    return {"digit_entropy": entropies.mean().item(), "lowest_digit_entropy": entropies.amin().item()}
 
 
 def _flat(content: dict, without: Sequence[str] = ()) -> dict:

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import check_finite
 from nextblock.data.given import FLOAT_DTYPES, check_tensor
-from nextblock.evaluation.codebook import code_counts, codebook_statistics
+from nextblock.evaluation.codebook import MAX_COUNTED_CODES, code_counts, codebook_statistics
 from nextblock.files.stored_model import StoredModel
 from nextblock.training.offload import run_offload_hook
 from nextblock.training.precision import without_tf32
@@ -30,7 +30,7 @@ from .codec_tiles import TileCodec
 from .configuration_vqvae import VQVAEConfig
 from .first_version import RENAMED_WEIGHTS, as_first_spelled
 from .losses import TokenizerLossConfig, tokenizer_losses
-from .processes import all_reduced
+from .processes import all_gathered, all_reduced
 from .quantizer import Codebook, Codec, Quantizer
 
 # Past this many blocks, a batch holds too few tokens a block to say anything of it.
@@ -48,9 +48,10 @@ class VQVAEOutput(ModelOutput):
         reconstruction: (B, 3, H, W), about [-1, 1], not clamped.
         vq_loss: scalar codebook and commitment loss, float32.
         idx_Bl: K tensors (B, L_k) int64.
-        statistics: how the batch used the codes: `code_counts` (K, V); `usage`, `perplexity` and `num_dead_codes` of
-            all blocks together; and the same of each block (K,) as `block_usage` and so on. Summed over processes in
-            training mode, this process's own in evaluation mode. More than 64 blocks are pooled into one row.
+        statistics: how the batch used the codes: `code_counts` (K, V), of more than 65 536 codes as `SparseCounts`;
+            `usage`, `perplexity` and `num_dead_codes` of all blocks together; the same of each block (K,) as
+            `block_usage` and so on; of codes with D digits `digit_entropy` (D,). Summed over processes in training
+            mode, this process's own in evaluation mode. More than 64 blocks are pooled into one row.
         features: (B, C, h, w) before quantization.
         loss: scalar mean absolute and mean squared error of pixels, and `vq_loss`, added up; see `losses` for more.
     """
@@ -308,12 +309,15 @@ class VQVAE(StoredModel):
     @torch.no_grad()
     def _statistics(self, idx_BL: Tensor) -> dict[str, Tensor]:
         """Describe how a batch used the codes."""
-        counts = code_counts(idx_BL, self.layout.block_lengths, self.quantizer.num_codes)
+        lengths, V = self.layout.block_lengths, self.quantizer.num_codes
+        if self.training and V > MAX_COUNTED_CODES:
+            idx_BL = all_gathered(idx_BL)
+        counts = code_counts(idx_BL, lengths, V)
         if len(counts) > STATISTICS_MAX_BLOCKS:
             counts = counts.sum(0, keepdim=True)
-        if self.training:
+        if self.training and V <= MAX_COUNTED_CODES:
             counts = all_reduced(counts)
-        return codebook_statistics(counts)
+        return codebook_statistics(counts, self.quantizer.digits)
 
     @property
     def _conv_dtype(self) -> torch.dtype:

@@ -1,5 +1,6 @@
-"""Sums over all processes of a run, where there are several."""
+"""Sums and lists over all processes of a run, where there are several."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,3 +22,12 @@ def all_reduced(tensor: Tensor) -> Tensor:
     if num_connected_processes() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_gathered(tensor: Tensor) -> Tensor:
+    """Put the tensors of all processes, of one shape everywhere, one after the other along the first dimension."""
+    if num_connected_processes() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(num_connected_processes())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)

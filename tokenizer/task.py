@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -18,6 +19,7 @@ from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.evaluation.metrics import psnr
 from nextblock.evaluation.pictures import comparison_grid
+from nextblock.evaluation.sparse_counts import SparseCounts
 from nextblock.files.stored_model import check_memory
 from nextblock.training.alarms import CodeUsage
 from nextblock.training.initial_weights import with_initial_architecture
@@ -120,7 +122,7 @@ class TokenizerTask:
         eval_data: Dataset | None,
         perceptual: nn.Module | None = None,
     ):
-        config.loop.check_keep_best([] if eval_data is None else _figures(model.layout.num_blocks))
+        config.loop.check_keep_best([] if eval_data is None else _figures(model))
         self.accelerator = accelerator
         self.config = config
         self.train_data = train_data
@@ -276,7 +278,8 @@ class TokenizerTask:
             return {}, {}
         accelerator, V = self.accelerator, model.quantizer.num_codes
         mine = range(accelerator.process_index, len(self.eval_data), accelerator.num_processes)
-        counts = torch.zeros(model.layout.num_blocks, V, dtype=torch.int64, device=accelerator.device)
+        lengths, digits = model.layout.block_lengths, model.quantizer.digits
+        counts = code_counts(torch.empty(0, sum(lengths), dtype=torch.int64, device=accelerator.device), lengths, V)
         total_psnr = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         loader = DataLoader(
             Subset(self.eval_data, mine), batch_size=self.config.eval_batch_size, collate_fn=collate
@@ -284,11 +287,11 @@ class TokenizerTask:
         for batch in loader:
             pixel_values = batch["pixel_values"].to(accelerator.device)
             idx_BL = model.img_to_idx(pixel_values)
-            counts += code_counts(idx_BL, model.layout.block_lengths, V)
+            counts = counts + code_counts(idx_BL, lengths, V)
             total_psnr += psnr(model.idx_to_img(idx_BL).float(), pixel_values).sum()
-        counts, total_psnr = accelerator.reduce(counts), accelerator.reduce(total_psnr)
+        counts, total_psnr = _over_processes(accelerator, counts), accelerator.reduce(total_psnr)
         metrics = {"psnr": total_psnr.item() / len(self.eval_data)}
-        metrics |= {f"codebook/{name}": value.item() for name, value in codebook_curves(counts).items()}
+        metrics |= {f"codebook/{name}": value.item() for name, value in codebook_curves(counts, digits).items()}
         return metrics, {"reconstructions": self._draw(model)}
 
     def _draw(self, model: VQVAE) -> Image.Image:
@@ -307,9 +310,17 @@ class TokenizerTask:
         return Path(self.config.output_dir)
 
 
-def _figures(num_blocks: int) -> list[str]:
+def _figures(model: VQVAE) -> list[str]:
     """Name the figures of an evaluation."""
-    return ["psnr", *(f"codebook/{name}" for name in codebook_curves(torch.zeros(num_blocks, 1)))]
+    digits = model.quantizer.digits
+    return ["psnr", *(f"codebook/{name}" for name in codebook_curves(torch.zeros(model.layout.num_blocks, 1), digits))]
+
+
+def _over_processes(accelerator: Accelerator, counts: Tensor | SparseCounts) -> Tensor | SparseCounts:
+    """Add up what all processes have counted."""
+    if isinstance(counts, SparseCounts):
+        return sum(gather_object([counts.compacted().cpu()]))
+    return accelerator.reduce(counts)
 
 
 def _laid_out(module: nn.Module, device: torch.device) -> nn.Module:

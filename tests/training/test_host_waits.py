@@ -114,7 +114,7 @@ def test_a_tokenizers_step_waits_for_nothing(layout, loss, on_meta, tmp_path):
 
 CODEBOOKS = {
     "fsq": {"codebook": "fsq", "fsq_levels": [3, 2, 2, 2]},
-    "bsq": {"codebook": "bsq", "vocab_size": 16, "codebook_digits": [4, 4]},
+    "bsq": {"codebook": "bsq", "vocab_size": 1 << 20, "embedding_dim": 20, "codebook_digits": [1024, 1024]},
     "simvq": {"codebook": "simvq", "codebook_gradient": "rotation"},
     "product by index": {"codebook_digits": [4, 6], "codebook_gradient": "index", "revival_threshold": 0.3},
 }
@@ -126,14 +126,15 @@ def test_no_codebook_waits(kind):
     layout = {"layout": "scales", "scales": [1, 2], "num_phi": 1}
     with META:
         quantizer = VQVAE(VQVAEConfig(**sizes | layout | CODEBOOKS[kind])).train().quantizer
-        features, index = torch.zeros(4, 4, 2, 2, requires_grad=True), torch.arange(4)
+        features, index = torch.zeros(4, quantizer.dim, 2, 2, requires_grad=True), torch.arange(4)
     for step in range(2):
         # Only the second time: what is kept is made the first.
         with HostWaits() if step else nullcontext() as waits:
             result, loss, idx_BL = quantizer(features, drawn_num_scales(0.5, 2, 0, step, samples=index))
             (result.sum() + loss + assignment_entropy(quantizer, features, 0.1)).backward()
             quantizer.after_step(0, step)
-            codebook_curves(code_counts(idx_BL, quantizer.layout.block_lengths, quantizer.num_codes))
+            counts = code_counts(idx_BL, quantizer.layout.block_lengths, quantizer.num_codes)
+            codebook_curves(counts + counts, quantizer.digits)
     assert waits.found == []
 
 
