@@ -118,7 +118,7 @@ class BlockAttention(nn.Module):
             qkv = self.mat_qkv(x)
             qkv = qkv + bias.to(qkv.dtype)
         # Views by hand: for a single token, what einops takes to find them is felt.
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if self.is_normalized:
             temperature = self.scale_mul_1H11.clamp(max=MAX_LOG_ATTENTION_SCALE).exp()
             q = F.normalize(q, dim=-1) * temperature.to(q.dtype)
@@ -127,7 +127,8 @@ class BlockAttention(nn.Module):
 
     def merge_heads(self, out: Tensor) -> Tensor:
         """Project (B, heads, L, head width) back to (B, L, D)."""
-        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
+        merged = self.proj(out.transpose(1, 2).flatten(2))
+        return self.dropout(merged) if self.training else merged
 
 
 class FeedForward(nn.Module):
@@ -140,7 +141,8 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+        out = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.dropout(out) if self.training else out
 
 
 class PriorLayer(GradientCheckpointingLayer):
@@ -182,14 +184,17 @@ class PriorLayer(GradientCheckpointingLayer):
             self.ada_lin = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """Turn the condition into gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, D).
+        """Turn the condition into gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2, each (B, 1, D).
 
         Args:
             condition: the class embedding (B, D), or with shared AdaLN the model's projection of it (B, 1, 6, D).
         """
         if hasattr(self, "ada_gss"):
-            return (self.ada_gss + condition).unbind(2)
-        return rearrange(self.ada_lin(condition), "b (six d) -> b 1 six d", six=6).unbind(2)
+            parts = self.ada_gss + condition
+        else:
+            parts = rearrange(self.ada_lin(condition), "b (six d) -> b 1 six d", six=6)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = parts.unbind(2)
+        return gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2
 
     def forward(self, x: Tensor, modulation: Tensor | tuple[Tensor, ...], attend) -> Tensor:
         """Apply the layer.
@@ -204,11 +209,11 @@ class PriorLayer(GradientCheckpointingLayer):
         """
         if isinstance(modulation, Tensor):
             modulation = self.modulation(modulation)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        attended = attend(*self.attn.queries_keys_values(torch.addcmul(shift1, self.norm(x), 1 + scale1)))
+        gamma1, gamma2, factor1, factor2, shift1, shift2 = modulation
+        attended = attend(*self.attn.queries_keys_values(torch.addcmul(shift1, self.norm(x), factor1)))
         rate = self.drop_path if self.training else 0.0
         x = x + dropped_path(self.attn.merge_heads(attended) * gamma1, rate)
-        return x + dropped_path(self.ffn(torch.addcmul(shift2, self.norm(x), 1 + scale2)) * gamma2, rate)
+        return x + dropped_path(self.ffn(torch.addcmul(shift2, self.norm(x), factor2)) * gamma2, rate)
 
 
 def dropped_path(branch: Tensor, rate: float) -> Tensor:

@@ -136,7 +136,8 @@ def _is_plain_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
     """Tell whether both are float32 on a CPU, neither cast by autocast nor of a tensor class of its own."""
     return (
         x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        and x.is_cpu
+        and weight.is_cpu
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
     )

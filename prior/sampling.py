@@ -212,8 +212,13 @@ def truncate_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
         # Two infinities in a row would make its distribution NaN.
         logits = (logits / options.temperature).clamp(max=torch.finfo(logits.dtype).max)
     if 0 < options.top_k < logits.shape[-1]:
-        descending = logits.topk(options.top_k, dim=-1).values
-        logits = logits.masked_fill(logits < descending[..., -1:], -torch.inf)
+        if options.top_p < 1:
+            descending = logits.topk(options.top_k, dim=-1).values
+            threshold = descending[..., -1:]
+        else:
+            # Half the time of a sorted list.
+            threshold = logits.kthvalue(logits.shape[-1] - options.top_k + 1, dim=-1, keepdim=True).values
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
     if options.top_p < 1:
         # The top k come sorted: their mass needs no sort of all codes.
         ascending = logits.sort(dim=-1).values if descending is None else descending.flip(-1)
@@ -238,7 +243,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, options: SamplingOptions) ->
     Returns:
         (B, l) int64.
     """
-    cumulative = truncate_logits(logits, options).double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = truncate_logits(logits, options).double().softmax(dim=-1).cumsum_(dim=-1)
     # Scaling by the last entry keeps a uniform number near 1 inside the distribution despite rounding.
     targets = uniforms[..., None] * cumulative[..., -1:]
     idx = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
