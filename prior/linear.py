@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextblock.training.precision import is_plain_float32_on_cpu
+
 # GB/s of weights read on two cores with AVX-512, of 31 that their memory gives, for K = 768 (in brackets 3072):
 #     M                    1        2        3        4        5        8       16
 #     F.linear        13 (19)   7 (9)    7 (7)   10 (10)  10 (8)   10 (9)    8 (6)
@@ -95,7 +97,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (…, N).
     """
-    if torch.is_grad_enabled() or not _is_plain_float32_on_cpu(x, weight):
+    if torch.is_grad_enabled() or not is_plain_float32_on_cpu(x, weight):
         return F.linear(x, weight, bias)
     N, K = weight.shape
     num_rows = x.numel() // K
@@ -130,14 +132,3 @@ def _packed_linear(
     filled = F.pad(x.reshape(num_rows, K), (0, 0, 0, MIN_PACKED_ROWS - num_rows))
     y = torch.ops.mkldnn._linear_pointwise(filled, packed, bias, "none", [], "")
     return y[:num_rows].view(*x.shape[:-1], N)
-
-
-def _is_plain_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether both are float32 on a CPU, neither cast by autocast nor of a tensor class of its own."""
-    return (
-        x.dtype == weight.dtype == torch.float32
-        and x.is_cpu
-        and weight.is_cpu
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch.is_autocast_enabled("cpu")
-    )

@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nextblock.training.precision import is_plain_float32_on_cpu
+
 MAX_NORM_GROUPS = 32
 # A group of one channel loses its mean, and with it an image's colour and brightness.
 MIN_GROUP_CHANNELS = 4
@@ -115,14 +117,30 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double both sides: nearest neighbour, then a 3×3 convolution."""
+    """Double both sides: nearest neighbour, then a 3×3 convolution.
+
+    On a CPU in float32, where no gradient is wanted, both are one transposed convolution, with rows and columns of the
+    kernel that would meet the same pixel added up: 16 products a channel in place of 36, the same but for rounding.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # What an adapter put in the convolution's place is called as it is.
+        if type(self.conv) is nn.Conv2d and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            weight = self.conv.weight
+            if is_plain_float32_on_cpu(x, weight):
+                kernel = _doubling_kernel(_doubling_kernel(weight, 2), 3).transpose(0, 1)
+                return F.conv_transpose2d(x, kernel.contiguous(), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _doubling_kernel(kernel: Tensor, dim: int) -> Tensor:
+    """Make the four taps of a transposed convolution of stride 2 of three taps that follow a doubling."""
+    first, second, third = kernel.unbind(dim)
+    return torch.stack([third, second + third, first + second, first], dim)
 
 
 class Level(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def set_tf32(is_allowed: bool) -> None:
@@ -85,6 +85,25 @@ def full_precision(tensor: Tensor, *others: Tensor) -> Tensor:
     for other in others:
         dtype = torch.promote_types(dtype, other.dtype)
     return tensor.to(dtype)
+
+
+def is_plain_float32_on_cpu(tensor: Tensor, weight: Tensor) -> bool:
+    """Tell whether a CPU's own ways of computing may be taken.
+
+    Args:
+        tensor: an operand.
+        weight: the other.
+
+    Returns:
+        Whether both are float32 on a CPU, neither cast by autocast, and the weight of no tensor class of its own.
+    """
+    return (
+        tensor.dtype == weight.dtype == torch.float32
+        and tensor.is_cpu
+        and weight.is_cpu
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def moved_unhalved(fn, tensor: Tensor) -> Tensor:
