@@ -2,13 +2,16 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from nextblock.evaluation.codebook import code_counts, codebook_curves
+from nextblock.prior.families import OPTIONS
 from nextblock.prior.generation import generate_blocks
+from nextblock.prior.orders import OrderConfig
 from nextblock.prior.sampling import SamplingOptions, draw_uniforms
 from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
 from nextblock.prior.training_data import PriorData
@@ -103,6 +106,12 @@ def prior_run(layout: str, loss_chunk_size: int | None = None, **loop) -> tuple[
     return config, tokenizer
 
 
+def of_rar(config: PriorTrainConfig) -> PriorTrainConfig:
+    """Make a run one of RAR, all in random orders."""
+    options = OPTIONS["rar"](hidden_size=16, num_layers=1, num_heads=2, dropout=0.1, attention_dropout=0.1)
+    return replace(config, model=options, orders=OrderConfig(random_until_step=5, raster_from_step=5))
+
+
 @pytest.mark.parametrize(("layout", "loss"), [("scales", "hinge"), ("quadrants", "non_saturating")])
 def test_a_tokenizers_step_waits_for_nothing(layout, loss, on_meta, tmp_path):
     config = tokenizer_run(layout, loss, tmp_path)
@@ -140,11 +149,12 @@ def test_no_codebook_waits(kind):
 
 @pytest.mark.parametrize(
     ("layout", "kind", "loss_chunk_size"),
-    [("scales", "labels", None), ("raster", "labels", 8), ("quadrants", "pixel_values", None)],
+    [("scales", "labels", None), ("raster", "labels", 8), ("quadrants", "pixel_values", None), ("raster", "rar", None)],
 )
 def test_a_priors_step_waits_for_nothing(layout, kind, loss_chunk_size, on_meta, tmp_path):
     with META:
         config, tokenizer = prior_run(layout, loss_chunk_size)
+        config = of_rar(config) if kind == "rar" else config
     accelerator = on_meta(config.loop)
     data = PriorData(train=range(8), heldout=None, collate=None, class_names=["a", "b"])
     with META:
@@ -158,24 +168,27 @@ def test_a_priors_step_waits_for_nothing(layout, kind, loss_chunk_size, on_meta,
 
 
 @pytest.mark.parametrize(
-    ("layout", "options"), [("scales", {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.9}), ("quadrants", {})]
+    ("layout", "options"),
+    [("scales", {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.9}), ("quadrants", {}), ("raster", {})],
 )
 def test_sampling_waits_at_its_end_alone(layout, options, monkeypatch):
     with META:
         config, tokenizer = prior_run(layout)
+        config = of_rar(config) if layout == "raster" else config
         prior = build_prior(config, tokenizer, ["a", "b"]).eval()
     looked: list = []
     monkeypatch.setattr("nextblock.prior.generation.all_finite", lambda found: looked.append(list(found)) or True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     options = SamplingOptions(guidance_scale=2.0, guidance_schedule="linear", **options)
     labels = torch.zeros(2, dtype=torch.int64, device=META)
+    orders = torch.arange(prior.layout.num_tokens, device=META).expand(2, -1) if layout == "raster" else None
     for _ in range(2):
         looked.clear()
         with HostWaits() as waits:
             uniforms = draw_uniforms(generators, prior.layout.num_tokens).to(META, non_blocking=True)
             condition = prior.conditions.of(labels, reads_range=False)
             with torch.no_grad():
-                idx_Bl = generate_blocks(prior, condition, tokenizer.quantizer, options, uniforms)
+                idx_Bl = generate_blocks(prior, condition, tokenizer.quantizer, options, uniforms, orders=orders)
     assert [idx.shape for idx in idx_Bl] == [(2, length) for length in prior.layout.block_lengths]
     # Only the second time: what is kept of a layout is made the first.
     assert waits.found == [] and len(looked) == 1 and len(looked[0]) == prior.layout.num_blocks
