@@ -1,15 +1,16 @@
-"""The loops that VAR and LlamaGen published, over this library's weights, for benchmarks to stand beside.
+"""The loops that VAR, LlamaGen and RAR published, over this library's weights, for benchmarks to stand beside.
 
 VAR's `autoregressive_infer_cfg` (arXiv:2404.02905) computes the AdaLN modulations at every block, grows its cache by
-concatenation and guides every block; LlamaGen's `generate` (arXiv:2406.06525) has a cache of full length under a mask.
-Every product is `F.linear`. Legend: B images, R rows (conditional, then unconditional), K blocks, L_k tokens of one.
+concatenation and guides every block; LlamaGen's `generate` (arXiv:2406.06525) has a cache of full length under a mask;
+RAR's (arXiv:2411.00776) computes modulations and grows its cache as VAR's does, a token at a time. Every product is
+`F.linear`. Legend: B images, R rows (conditional, then unconditional), K blocks, L_k tokens of one, L all.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior import BlockPrior, LlamaPrior, RARPrior
 from nextblock.prior.sampling import SamplingOptions
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
@@ -23,14 +24,21 @@ TOKENIZERS = {
         "hidden_dim": 160,
     },
     "raster": {"vocab_size": 16384, "embedding_dim": 8, "layout": "tiles", "tile": 1, "hidden_dim": 128},
+    "rar": {"vocab_size": 1024, "embedding_dim": 256, "layout": "tiles", "tile": 1, "hidden_dim": 128},
 }
+TOKENIZERS["llamagen"] = TOKENIZERS["raster"]
+FAMILIES = {"llamagen": LlamaPrior, "rar": RARPrior}
 PRIORS = {
     "var": {"hidden_size": 1024, "num_layers": 16, "num_heads": 16, "use_normalized_attention": True},
     "raster": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "input_embedding": "tokens"},
+    "llamagen": {"hidden_size": 768, "num_layers": 12, "num_heads": 12},
+    "rar": {"hidden_size": 768, "num_layers": 24, "num_heads": 16},
 }
 OPTIONS = {
     "var": SamplingOptions(guidance_scale=2.5, guidance_schedule="linear", top_k=900, top_p=0.96),
     "raster": SamplingOptions(guidance_scale=2.0, top_k=2000),
+    "llamagen": SamplingOptions(guidance_scale=2.0, top_k=2000),
+    "rar": SamplingOptions(guidance_scale=16.0, guidance_schedule="power-cosine-open", guidance_power=2.75),
 }
 
 
@@ -86,6 +94,113 @@ def llamagen_loop(prior: BlockPrior, tokenizer: VQVAE, class_labels: Tensor, opt
         tokens.append(_draw(without + (with_class - without) * options.guidance_scale, options))
         x = prior.word_embed(torch.cat([tokens[-1], tokens[-1]]))
     return decode(tokenizer, tokenizer.quantizer.idx_to_features(torch.cat(tokens, 1)))
+
+
+@torch.no_grad()
+def llama_loop(prior: LlamaPrior, tokenizer: VQVAE, class_labels: Tensor, options: SamplingOptions) -> Tensor:
+    """Sample images token by token as LlamaGen's published code does, with its own layers."""
+    B, L, config = len(class_labels), prior.layout.num_tokens, prior.config
+    heads, width = config.num_heads, config.hidden_size // config.num_heads
+    x = prior.cls_embedding.embedding_table(_with_null(class_labels, config.num_classes))[:, None]
+    # Lengths of caches are multiples of 8.
+    length, rotation = -(-(1 + L) // 8) * 8, prior._rotation(x)
+    caches = [x.new_zeros(2, 2 * B, heads, length, width, dtype=_autocast_dtype(x)) for _ in prior.layers]
+    mask, tokens = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(), []
+    for k in range(L):
+        cos, sin = rotation[:, k : k + 1].unsqueeze(2).unbind(0)
+        for cache, layer in zip(caches, prior.layers, strict=True):
+            attention, ffn = layer.attention, layer.feed_forward
+            qkv = F.linear(_rms_norm(layer.attention_norm, x), attention.wqkv.weight).view(2 * B, 1, 3, heads, width)
+            q, key, value = qkv.unbind(2)
+            q, key = (_turned(each, cos, sin).transpose(1, 2) for each in (q, key))
+            cache[0, :, :, k : k + 1], cache[1, :, :, k : k + 1] = key, value.transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask[k : k + 1])
+            x = x + F.linear(out.transpose(1, 2).reshape(2 * B, 1, -1), attention.wo.weight)
+            h = _rms_norm(layer.ffn_norm, x)
+            h = F.silu(F.linear(h, ffn.w1.weight)) * F.linear(h, ffn.w3.weight)
+            x = x + F.linear(h, ffn.w2.weight)
+        with_class, without = F.linear(_rms_norm(prior.norm, x), prior.output.weight).float().chunk(2)
+        tokens.append(_draw(without + (with_class - without) * options.guidance_scale, options))
+        x = prior.tok_embeddings(torch.cat([tokens[-1], tokens[-1]]))
+    return decode(tokenizer, tokenizer.quantizer.idx_to_features(torch.cat(tokens, 1)))
+
+
+@torch.no_grad()
+def rar_loop(prior: RARPrior, tokenizer: VQVAE, class_labels: Tensor, options: SamplingOptions) -> Tensor:
+    """Sample images token by token as RAR's published code does; its first call takes two positions."""
+    L, num_layers = prior.layout.num_tokens, len(prior.blocks)
+    vector = prior.class_emb(_with_null(class_labels, prior.config.num_classes))[:, None]
+    keys, values, tokens, scales = [None] * num_layers, [None] * num_layers, [], options.scales(L)
+    target = prior.target_aware_pos_embed
+    first = prior.cls_token.expand(len(vector), -1, -1) + prior.pos_embed[:, :1]
+    x, start = torch.cat([first, vector + prior.pos_embed[:, 1:2] + target[:, 2:3]], dim=1), 0
+    for k in range(L):
+        condition = vector + prior.timesteps_embeddings[:, start : k + 2]
+        for i, layer in enumerate(prior.blocks):
+
+            def attend(q, key, value, i=i):
+                keys[i] = key if keys[i] is None else torch.cat([keys[i], key], dim=2)
+                values[i] = value if values[i] is None else torch.cat([values[i], value], dim=2)
+                return F.scaled_dot_product_attention(q, keys[i], values[i], is_causal=q.shape[2] > 1)
+
+            x = _rar_layer(layer, x, condition, attend)
+        scale, shift = _modulation(prior.adaln_before_head, condition, 2)
+        h = F.layer_norm(x, x.shape[-1:], eps=prior.config.norm_eps) * (1 + scale) + shift
+        with_class, without = F.linear(h[:, -1:], prior.lm_head.weight, prior.lm_head.bias).float().chunk(2)
+        tokens.append(_draw(without + (with_class - without) * scales[k], options))
+        if k + 1 < L:
+            x = prior.embeddings(torch.cat([tokens[-1], tokens[-1]]))
+            x, start = x + prior.pos_embed[:, k + 2 : k + 3] + target[:, k + 3 : k + 4], k + 2
+    return decode(tokenizer, tokenizer.quantizer.idx_to_features(torch.cat(tokens, 1)))
+
+
+LOOPS = {"var": var_loop, "raster": llamagen_loop, "llamagen": llama_loop, "rar": rar_loop}
+
+
+def _with_null(class_labels: Tensor, null_class: int) -> Tensor:
+    """Return labels and then as many null classes, (2B,)."""
+    return torch.cat([class_labels, torch.full_like(class_labels, null_class)])
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of products."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Normalise (R, 1, D) operation by operation."""
+    h = x.float()
+    return (h * torch.rsqrt((h * h).mean(-1, keepdim=True) + norm.eps)).type_as(x) * norm.weight
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent pairs of (R, 1, heads, width)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).type_as(x)
+
+
+def _modulation(module: nn.Module, condition: Tensor, num_parts: int) -> tuple[Tensor, ...]:
+    """Return the modulations of positions, each (R, l, D)."""
+    ada_lin = module.adaLN_modulation[1]
+    return F.linear(F.silu(condition), ada_lin.weight, ada_lin.bias).chunk(num_parts, dim=-1)
+
+
+def _rar_layer(layer: nn.Module, x: Tensor, condition: Tensor, attend) -> Tensor:
+    """Apply RAR's attention and feed-forward to (R, l, D)."""
+    attn, (R, length, D) = layer.attn, x.shape
+    shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(layer, condition, 6)
+
+    def normed(norm, h):
+        return F.layer_norm(h, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+
+    qkv = F.linear(normed(layer.norm1, x) * (1 + scale1) + shift1, attn.qkv.weight, attn.qkv.bias)
+    q, k, v = qkv.view(R, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    out = attend(normed(attn.q_norm, q).to(v.dtype), normed(attn.k_norm, k).to(v.dtype), v)
+    out = F.linear(out.transpose(1, 2).reshape(R, length, D), attn.proj.weight, attn.proj.bias)
+    x = x + gate1 * out
+    h = F.linear(normed(layer.norm2, x) * (1 + scale2) + shift2, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
+    return x + gate2 * F.linear(F.gelu(h), layer.mlp.fc2.weight, layer.mlp.fc2.bias)
 
 
 def decode(tokenizer: VQVAE, features: Tensor) -> Tensor:
@@ -152,12 +267,13 @@ def _draw(logits: Tensor, options: SamplingOptions) -> Tensor:
     return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
 
 
-def build_models(model: str, **prior_options: int) -> tuple[BlockPrior, VQVAE]:
+def build_models(model: str, **prior_options: int) -> tuple[nn.Module, VQVAE]:
     """Return a prior and tokenizer with random weights, of a model's shape but for the prior's own options."""
     torch.manual_seed(0)
     shape = {"image_size": 256, "autoencoder": "vqgan", "num_res_blocks": 2}
     tokenizer = VQVAE(VQVAEConfig(**shape, **TOKENIZERS[model])).eval()
-    codes = {name: TOKENIZERS[model][name] for name in ("vocab_size", "embedding_dim")}
-    options = PRIORS[model] | prior_options
-    config = BlockPriorConfig(layout=tokenizer.layout.to_dict(), num_classes=1000, **codes, **options)
-    return BlockPrior(config).eval(), tokenizer
+    options = {"vocab_size": TOKENIZERS[model]["vocab_size"]} | PRIORS[model] | prior_options
+    family = FAMILIES.get(model, BlockPrior)
+    if family is BlockPrior:
+        options["embedding_dim"] = TOKENIZERS[model]["embedding_dim"]
+    return family(family.config_class(layout=tokenizer.layout.to_dict(), num_classes=1000, **options)).eval(), tokenizer

@@ -1,15 +1,16 @@
 """Time and memory of guided sampling by the pipeline's call beside the published loops, with the same weights.
 
-VAR's d16 at 256 px, and a raster of LlamaGen-B's shape (width 768, 12 layers, 16384 codes, 256 tokens). The loops run
-in processes of their own and take turns, so that a drifting machine drifts for all:
+VAR's d16 at 256 px; a raster of LlamaGen-B's shape (width 768, 12 layers, 16384 codes, 256 tokens) with the layers of
+VAR; LlamaGen-B; and RAR-B (width 768, 24 layers, 1024 codes, 256 tokens). The loops run in processes of their own and
+take turns, so that a drifting machine drifts for all:
 
-- "published": VAR's or LlamaGen's own loop, see published_loops.py; bfloat16 is autocast.
+- "published": VAR's, LlamaGen's or RAR's own loop, see published_loops.py; bfloat16 is autocast.
 - "pipe": `pipe(…)`; "pipe, freed memory kept": as `nextblock sample` sets a CPU up; "pipe, compiled".
 
 Weights are random: time does not depend on them. A part's results are put among those that are there:
 
     python benchmarks/sampling.py
-    python benchmarks/sampling.py --only raster --images 1 --dtypes float32
+    python benchmarks/sampling.py --only llamagen rar --images 1 8 --dtypes float32
 """
 
 import argparse
@@ -22,14 +23,15 @@ import statistics
 import time
 from contextlib import nullcontext
 
+import published_loops
 import torch
-from published_loops import OPTIONS, build_models, llamagen_loop, var_loop
+from published_loops import OPTIONS, build_models
 
 from nextblock.cpu import keep_freed_memory
 from nextblock.pipelines import ClassToImagePipeline
 
 LOOPS = ("published", "pipe", "pipe, freed memory kept", "pipe, compiled")
-MODELS = ("var", "raster")
+MODELS = tuple(published_loops.LOOPS)
 
 
 def build_pipeline(model: str) -> ClassToImagePipeline:
@@ -44,7 +46,7 @@ def sampler(model: str, loop: str, dtype: torch.dtype, device: str):
     """Return a function of the number of images that samples them."""
     pipe = build_pipeline(model).to(device)
     if loop == "published":
-        published_loop = var_loop if model == "var" else llamagen_loop
+        published_loop = published_loops.LOOPS[model]
         cast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
 
         def published(num_images: int):
