@@ -48,17 +48,35 @@ def most_similar_codes(features: Tensor, codes: Tensor, epsilon: float) -> Tenso
     return _best_codes(F.normalize(features, dim=1, eps=epsilon), codes, codes.new_zeros(len(codes)), alpha=-1.0)
 
 
-def most_aligned_codes(features: Tensor, codes: Tensor) -> Tensor:
+def most_aligned_codes(features: Tensor, codes: Tensor, bias: Tensor | None = None) -> Tensor:
     """Find the code of largest inner product with each feature vector, in chunks.
 
     Args:
         features: (N, C) floating point.
         codes: (V, C) of the same dtype.
+        bias: (V,) that is added to the products, if any.
 
     Returns:
         (N,) int64 indices; of equal products the lowest index.
     """
-    return _best_codes(features, codes, codes.new_zeros(len(codes)), alpha=-1.0)
+    return _best_codes(features, codes, codes.new_zeros(len(codes)) if bias is None else -bias, alpha=-1.0)
+
+
+def as_distances(features: Tensor, codes: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return vectors whose distances are in the order of inner products: one more channel makes up for lengths.
+
+    Args:
+        features: (N, C) floating point.
+        codes: (V, C) of the same dtype, with gradient.
+        bias: (V,) that is added to the products, if any.
+
+    Returns:
+        (N, C + 1) and (V, C + 1), of which the nearest code is the one of largest product; squared distances are a
+        constant of the feature minus twice the product.
+    """
+    squares = codes.square().sum(1) if bias is None else codes.square().sum(1) + 2 * bias
+    missing = squares.detach().amax() + torch.finfo(codes.dtype).eps - squares
+    return F.pad(features, (0, 1)), torch.cat([codes, missing.sqrt()[:, None]], dim=1)
 
 
 def _best_codes(features: Tensor, codes: Tensor, offsets: Tensor, alpha: float) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from nextblock.data.keyed_random import keyed_uniform
 
-from .code_search import most_aligned_codes, most_similar_codes, nearest_codes
+from .code_search import as_distances, most_aligned_codes, most_similar_codes, nearest_codes
 from .gradients import codebook_terms, expected_codes
 from .processes import all_reduced, rank_and_world_size
 
@@ -111,10 +111,7 @@ class LearnedCodebook(nn.Module):
         if self.metric == "cosine":
             return F.normalize(vectors, dim=1, eps=self.epsilon), F.normalize(codes, dim=1, eps=self.epsilon)
         if self.metric == "inner_product":
-            # One more channel makes all codes equally long, so that their products alone tell their distances.
-            squares = codes.square().sum(1, keepdim=True)
-            missing = (squares.detach().amax() + torch.finfo(codes.dtype).eps - squares).sqrt()
-            return F.pad(vectors, (0, 1)), torch.cat([codes, missing], dim=1)
+            return as_distances(vectors, codes)
         return vectors, codes
 
     def expected(self, vectors: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def check_codebook(config: PreTrainedConfig) -> None:
         if value != neutral and config.codebook not in kinds:
             raise ValueError(f"{field} is {value!r}; expected {neutral!r} with codebook {config.codebook!r}")
     _check_index_gradient(config)
-    if config.codebook in ("learned", "simvq"):
+    if config.codebook in ("learned", "simvq", "gumbel"):
         if config.codebook_digits is not None:
             _check_product(config)
         return

@@ -1,6 +1,7 @@
 """Makes the codebook that a tokenizer's configuration names: the one place that chooses it."""
 
 from .codebook_fsq import FSQCodebook
+from .codebook_gumbel import GumbelCodebook
 from .codebook_learned import LearnedCodebook
 from .codebook_lfq import SignCodebook
 from .codebook_product import ProductCodebook
@@ -21,6 +22,8 @@ def build_codebook(config: VQVAEConfig) -> Codebook:
     common = {"beta": config.beta, "epsilon": config.epsilon}
     if config.codebook in ("lfq", "bsq"):
         return SignCodebook(C, is_spherical=config.codebook == "bsq", digit_bases=digit_bases, **common)
+    if config.codebook == "gumbel":
+        return GumbelCodebook(V, C)
     if config.codebook == "simvq":
         return SimVQCodebook(V, C, gradient=config.codebook_gradient, **common)
     if digit_bases is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.keyed_random import keyed_uniform
 
-from .gradients import by_index, passed_on, passes_by_index
+from .gradients import by_index, index_term, passed_on, passes_by_index
 
 
 def phi_of_scale(num_scales: int, num_phi: int) -> list[int]:
@@ -98,7 +98,7 @@ class ScaleCodec(nn.Module):
             if is_by_index:
                 soft = self._contribution(by_index(codes, codebook.expected(vectors)), k)
                 result = result + _kept(soft, num_scales, k)
-                loss = loss + F.mse_loss(result, features)
+                loss = loss + index_term(features, result, codebook)
             residuals.append(vectors)
             indices.append(idx)
         idx_BL = torch.cat(indices, dim=1)

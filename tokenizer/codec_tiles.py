@@ -4,13 +4,12 @@ Legend: B batch, K blocks, L_k tokens of block k, L all tokens, C code channels,
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
 
-from .gradients import by_index, passed_on, passes_by_index
+from .gradients import by_index, index_term, passed_on, passes_by_index
 
 
 class TileCodec(nn.Module):
@@ -38,7 +37,7 @@ class TileCodec(nn.Module):
             codebook.record(vectors, idx)
         if passes_by_index(codebook):
             result = rearrange(by_index(codes, codebook.expected(vectors)), "b (h w) c -> b c h w", h=features.shape[2])
-            return result, loss + F.mse_loss(result, features), self._in_block_order(idx)
+            return result, loss + index_term(features, result, codebook), self._in_block_order(idx)
         return passed_on(features, quantized, codebook), loss, self._in_block_order(idx)
 
     def indices(self, features: Tensor, codebook) -> Tensor:

@@ -51,7 +51,8 @@ class VQVAEConfig(PreTrainedConfig):
         beta: weight of the commitment loss.
         epsilon: smoothing of the moving-average counts and smallest norm in a normalisation.
         codebook: "learned" (a table), "simvq" (a fixed table under a learned linear map), "lfq" (signs of the channels,
-            V = 2^C), "bsq" (the same on the unit sphere) or "fsq" (channels rounded to levels).
+            V = 2^C), "bsq" (the same on the unit sphere), "fsq" (channels rounded to levels) or "gumbel" (a table, and
+            a projection that chooses from it).
         fsq_levels: fsq: how many levels each of the C channels has; V is their product.
         codebook_digits: bases of an index's digits, lowest first. learned: so many tables of so many codes share the
             channels out evenly among them; null is one table. lfq, bsq, fsq: neighbouring channels are joined; null
@@ -95,7 +96,7 @@ class VQVAEConfig(PreTrainedConfig):
         phi_ratio: float = 0.5,
         beta: float = 0.25,
         epsilon: float = 1e-5,
-        codebook: Literal["learned", "simvq", "fsq", "lfq", "bsq"] = "learned",
+        codebook: Literal["learned", "simvq", "fsq", "lfq", "bsq", "gumbel"] = "learned",
         fsq_levels: list[int] | None = None,
         codebook_digits: list[int] | None = None,
         codebook_gradient: Literal["straight_through", "rotation", "index"] = "straight_through",
@@ -195,7 +196,7 @@ class VQVAEConfig(PreTrainedConfig):
         for field, choices in {
             "autoencoder": ("simple", "vqgan", "maskgit", "magvit2"),
             "layout": ("scales", "tiles"),
-            "codebook": ("learned", "simvq", "fsq", "lfq", "bsq"),
+            "codebook": ("learned", "simvq", "fsq", "lfq", "bsq", "gumbel"),
             "codebook_gradient": ("straight_through", "rotation", "index"),
             "codebook_update": ("gradient", "ema"),
             "codebook_init": ("uniform", "data"),
@@ -233,9 +234,9 @@ class VQVAEConfig(PreTrainedConfig):
         self._check_attention_levels()
         widest = self.hidden_dim * (1 if self.autoencoder == "simple" else max(multipliers))
         num_convolutions = 4 * max(self.num_res_blocks, 1) * (1 if self.autoencoder == "simple" else len(multipliers))
-        has_table = self.codebook in ("learned", "simvq") and self.codebook_digits is None
+        num_tables = {"learned": self.codebook_digits is None, "simvq": 1, "gumbel": 2}.get(self.codebook, 0)
         check_num_parameters(
-            9 * num_convolutions * widest**2 + self.vocab_size * self.embedding_dim * has_table,
+            9 * num_convolutions * widest**2 + self.vocab_size * self.embedding_dim * num_tables,
             f"hidden_dim {self.hidden_dim}, width_multipliers {multipliers}, num_res_blocks {self.num_res_blocks}, "
             f"vocab_size {self.vocab_size} and embedding_dim {self.embedding_dim}",
         )

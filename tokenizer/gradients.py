@@ -49,7 +49,18 @@ def rotated(features: Tensor, quantized: Tensor, epsilon: float) -> Tensor:
 
 def passes_by_index(codebook) -> bool:
     """Tell whether a codebook's gradient goes through a softmax over all codes."""
-    return getattr(codebook, "gradient", None) == "index"
+    return getattr(codebook, "gradient", None) in ("index", "softmax")
+
+
+def index_term(features: Tensor, result: Tensor, codebook) -> Tensor:
+    """Return what the gradient "index" adds to the loss, the error of a map through which both sides learn.
+
+    Args:
+        features: (B, C, …), prepared, with gradient.
+        result: of the same shape, from `by_index`.
+        codebook: a `protocols.Codebook` that `passes_by_index`; with the gradient "softmax" nothing is added.
+    """
+    return F.mse_loss(result, features) if codebook.gradient == "index" else result.new_zeros(())
 
 
 def passed_on(features: Tensor, quantized: Tensor, codebook) -> Tensor:

@@ -149,6 +149,8 @@ def test_the_layout_follows_from_image_size_and_downsampling():
         ({**VQGAN, "attention_levels": [1, 1]}, r"attention_levels is \[1, 1\]"),
         ({**VQGAN, "attention_levels": [True]}, r"attention_levels is \[True\]"),
         ({**VQGAN, "attention_levels": 4}, "attention_levels is 4"),
+        ({"codebook": "gumbel", "beta": 1.0}, "beta is 1.0; expected 0.25 with codebook 'gumbel'"),
+        ({"codebook": "gumbel", "codebook_digits": [4, 4]}, r"codebook_digits is \[4, 4\]; expected None"),
         ({"codebook_metric": "dot"}, "codebook_metric is 'dot'; expected one of"),
         ({"z_channels": 32}, "z_channels is 32 and embedding_dim 64; expected them equal"),
     ],

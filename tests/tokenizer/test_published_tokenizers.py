@@ -13,30 +13,14 @@ from ..parity import load_case, needs_whole
 from .published_reference import assign, decode, encode
 
 TOLERANCE, DECODER_TOLERANCE = 1e-4, 2e-4
-CASES = {
-    "llamagen-t2i-ds8": "llamagen",
-    "taming-uncond": "taming",
-    "maskgit-rar-constant": "maskgit",
-    "magvit2": "magvit2",
-}
-LARGER_CASES = {
-    "llamagen-c2i": "llamagen",
-    "llamagen-t2i": "llamagen",
-    "taming-cin": "taming",
-    "maskgit-rar": "maskgit",
-    "ibq": "ibq",
-}
-
-
-def slowly(cases):
-    """Mark cases that are left to the slow tests."""
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
-ALL_CASES = [*CASES.items(), *slowly(LARGER_CASES.items())]
+CASES = [("llamagen-t2i-ds8", "llamagen"), ("taming-gumbel", "taming"), ("maskgit-rar-constant", "maskgit")]
+LARGER_CASES = [("llamagen-c2i", "llamagen"), ("llamagen-t2i", "llamagen"), ("taming-cin", "taming")]
+LARGER_CASES += [("taming-uncond", "taming"), ("maskgit-rar", "maskgit"), ("ibq", "ibq"), ("magvit2", "magvit2")]
 # Tiny tokenizers of each project's architecture.
 SMALL = {"hidden_dim": 32, "min_group_channels": 1, "image_size": [8, 12], "vocab_size": 11, "embedding_dim": 4}
 SMALL |= {"width_multipliers": [1, 2], "num_res_blocks": 1, "codebook_init_scale": 1.0}
+GUMBEL = {"codebook": "gumbel", "codebook_init_scale": None, "z_channels": None}
+STRAIGHT = {"codebook_gradient": "straight_through"}
 AROUND = {"autoencoder": "vqgan", "quant_conv_kernel_size": 1, "z_channels": 6}
 ARCHITECTURES = {
     "llamagen": AROUND | {"has_unit_codes": True, "epsilon": 1e-12},
@@ -46,7 +30,13 @@ ARCHITECTURES = {
     "magvit2": {"autoencoder": "magvit2", "codebook": "lfq", "vocab_size": 16, "codebook_init_scale": None},
 }
 
-SOME_PROJECTS = ["taming", "magvit2", *slowly([["llamagen"], ["maskgit"], ["ibq"]])]
+
+def slowly(cases):
+    """Mark cases that are left to the slow tests."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+SOME_PROJECTS = ["magvit2", *slowly([["llamagen"], ["taming"], ["maskgit"], ["ibq"]])]
 
 
 def convert(content, folder, *options, name="x.ckpt"):
@@ -72,7 +62,7 @@ def pixels(model, seed=1):
 
 
 @needs_whole
-@pytest.mark.parametrize(("name", "project"), ALL_CASES)
+@pytest.mark.parametrize(("name", "project"), [*CASES, *slowly(LARGER_CASES)])
 def test_matches_the_reference(name, project, tmp_path):
     case = load_case(name, is_whole=True)
     is_unit = case.facts.get("pixels") == "unit"
@@ -108,7 +98,7 @@ def test_plain_weights_on_demand(name, tmp_path):
 # Over shapes that a checkpoint tells.
 UNEVEN = {"width_multipliers": [2, 1, 3], "num_res_blocks": 2, "image_size": 16}
 SHAPES = [(project, UNEVEN) for project in ARCHITECTURES]
-SHAPES += [("taming", {"attention_levels": []}), ("llamagen", {"has_unit_codes": False})]
+SHAPES += [("taming", GUMBEL), ("taming", {"attention_levels": []}), ("llamagen", {"has_unit_codes": False})]
 MORE_SHAPES = [(project, {}) for project in ARCHITECTURES]
 MORE_SHAPES += [(project, {"width_multipliers": [1], "image_size": [4, 6]}) for project in ARCHITECTURES]
 MORE_SHAPES += [(project, {"vocab_size": 5, "embedding_dim": 8}) for project in ARCHITECTURES if project != "magvit2"]
@@ -254,6 +244,7 @@ def test_wrong_options_are_refused_by_name(options, message, tmp_path, capsys):
         ("llamagen", {"has_unit_codes": False, "codebook_metric": "cosine"}, "codebook_metric is 'cosine'"),
         ("taming", {"has_unit_codes": True}, "has_unit_codes is True; expected False in taming's format"),
         ("taming", {"codebook_metric": "inner_product"}, "codebook_metric is 'inner_product'; expected 'euclidean'"),
+        ("ibq", {**GUMBEL, "codebook_metric": "euclidean", **STRAIGHT}, "codebook is 'gumbel'; expected 'learned'"),
         ("ibq", {"codebook_metric": "euclidean"}, "codebook_metric is 'euclidean'; expected 'inner_product' in IBQ's"),
         ("maskgit", {"autoencoder": "magvit2"}, "autoencoder is 'magvit2'; expected 'maskgit' in MaskGIT's format"),
         ("maskgit", {"hidden_dim": 16}, "hidden_dim is 16; expected a multiple of 32 for MaskGIT"),
@@ -267,10 +258,12 @@ def test_export_refuses_what_the_format_cannot_say(project, options, message):
         FORMATS[project].write(make(project, **options))
 
 
-@pytest.mark.parametrize("project", ["maskgit", "magvit2", "ibq"])
-def test_the_architectures_learn_from_scratch(project):
+@pytest.mark.parametrize(
+    ("project", "options"), [("magvit2", {}), *slowly([("maskgit", {}), ("ibq", {}), ("taming", GUMBEL)])]
+)
+def test_the_architectures_learn_from_scratch(project, options):
     torch.manual_seed(0)
-    model = VQVAE(VQVAEConfig(**SMALL | ARCHITECTURES[project]))
+    model = VQVAE(VQVAEConfig(**SMALL | ARCHITECTURES[project] | options))
     images = pixels(model)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []

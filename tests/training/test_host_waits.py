@@ -125,6 +125,8 @@ CODEBOOKS = {
     "fsq": {"codebook": "fsq", "fsq_levels": [3, 2, 2, 2]},
     "bsq": {"codebook": "bsq", "vocab_size": 1 << 20, "embedding_dim": 20, "codebook_digits": [1024, 1024]},
     "simvq": {"codebook": "simvq", "codebook_gradient": "rotation"},
+    "gumbel": {"codebook": "gumbel"},
+    "inner product": {"codebook_metric": "inner_product", "codebook_gradient": "index"},
     "product by index": {"codebook_digits": [4, 6], "codebook_gradient": "index", "revival_threshold": 0.3},
 }
 
