@@ -181,6 +181,7 @@ def load_features(
     backbone.to(device)
     record = {
         "features": source,
+        "features_are_inception": False,
         "features_kind": f"{type(backbone.model).__name__}, {backbone.output}",
         "features_sha256": backbone.sha256,
         "features_is_known_file": None,
@@ -234,6 +235,7 @@ def _load_inception(source: str, variant: str, device: torch.device, side: int) 
         kind, network = "state dict of Inception-2015", _InceptionNetwork(source, device)
     record = {
         "features": source,
+        "features_are_inception": True,
         "features_kind": kind,
         "features_sha256": sha256,
         "features_is_known_file": None if known is None else known.name,

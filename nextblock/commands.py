@@ -75,8 +75,8 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "evaluate",
-        "judge a pipeline by its samples and by held-out images",
-        "--config pipelines/evaluate-digits --pipeline out/pipeline --samples out/samples --output_dir out/report",
+        "measure samples, FID and the like, or judge a pipeline by them",
+        "--samples out/samples --reference my_images --features facebook/dinov2-base --output_dir out/figures",
     ),
     "config": Command(
         "show_config",

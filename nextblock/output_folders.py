@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _OUTPUTS = ("output_dir", "pipeline_dir")
-_INPUTS = ("tokenizer", "tokens", "pipeline", "samples")
+_INPUTS = ("tokenizer", "tokens", "pipeline", "samples", "reference", "training_images", "features")
 
 
 def check_output_folders(config: Any) -> None:

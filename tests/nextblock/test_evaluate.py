@@ -8,8 +8,9 @@ from PIL import Image
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.digits import CLASS_NAMES
-from nextblock.evaluate import layout_name, main
+from nextblock.evaluate import main
 from nextblock.evaluation.digits_judge import DigitSet, class_accuracy, fit_judge
+from nextblock.judge_pipeline import layout_name
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
 from nextblock.tokenizer import VQVAE, VQVAEConfig
