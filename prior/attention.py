@@ -21,8 +21,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
 
     Args:
         q: (B, heads, L_q, head width) queries.
-        k: (B, heads, L_k, head width) keys.
-        v: (B, heads, L_k, head width) values.
+        k: (B, heads, L_k, head width) keys, or those of fewer heads, each for equally many queries.
+        v: (B, heads, L_k, head width) values, likewise.
         scale: factor on the scores before the softmax.
         bias: (L_q, L_k), (B, 1, L_q, L_k) or (B, 1, 1, L_k), added to the scores, −inf where a query does not see a
             key; None adds nothing.
@@ -30,6 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     Returns:
         (B, heads, L_q, head width).
     """
+    k, v = _for_all_heads(q, k), _for_all_heads(q, v)
     if bias is not None:
         bias = bias.to(q.dtype)
     if not _is_half_on_cpu(q):
@@ -46,7 +47,7 @@ def causal_attention(
     """Attend from every position to itself and all before it.
 
     Args:
-        q: (B, heads, L, head width) queries; `k` and `v` likewise.
+        q: (B, heads, L, head width) queries; `k` and `v` likewise, or of fewer heads.
         k: keys.
         v: values.
         scale: factor on the scores before the softmax.
@@ -57,6 +58,7 @@ def causal_attention(
         (B, heads, L, head width).
     """
     assert bias is None or not dropout, "dropout goes with the causal mask alone"
+    k, v = _for_all_heads(q, k), _for_all_heads(q, v)
     if bias is None and (dropout or not _is_half_on_cpu(q)):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
     if bias is None:
@@ -162,6 +164,12 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout,
         return torch.cat(outputs, dim=2)
     # A float mask takes the fast kernel where a boolean one does not.
     return attention(q, k, v, scale, layout.block_causal_bias(q.device, q.dtype))
+
+
+def _for_all_heads(q: Tensor, shared: Tensor) -> Tensor:
+    """Repeat keys or values that several heads of queries share."""
+    num_queries = q.shape[1] // shared.shape[1]
+    return shared if num_queries == 1 else shared.repeat_interleave(num_queries, dim=1)
 
 
 def _is_half_on_cpu(q: Tensor) -> bool:

@@ -6,9 +6,9 @@ class", so there is no guidance. Legend: B batch, R rows, L tokens, l positions,
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel  # noqa: F401  diffusers asks a component's module for this name.
 from transformers import initialization as init
@@ -178,11 +178,7 @@ class GPTPrior(StoredModel):
         scale = self.blocks[0].scale
         dropout = self.config.attention_dropout if self.training else 0.0
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if dropout:
-                return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-            return causal_attention(q, k, v, scale)
-
+        attend = partial(causal_attention, scale=scale, dropout=dropout)
         for layer in self.blocks:
             x = layer(x, None, attend)
         output = head_output(self.head, self.ln_f(x), labels, self.config.label_smoothing, loss_chunk_size)

@@ -98,14 +98,14 @@ class LlamaPrior(StoredModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as published: all maps and tables alike, the head at zero."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if module is self.output:
+            init.zeros_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=_INIT_STD)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, CaptionEmbedding):
             init.normal_(module.uncond_embedding, std=module.uncond_embedding.shape[1] ** -0.5)
-        elif isinstance(module, LlamaPrior):
-            init.zeros_(module.output.weight)
 
     def forward(
         self,
