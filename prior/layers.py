@@ -131,6 +131,13 @@ class BlockAttention(nn.Module):
         return self.dropout(merged) if self.training else merged
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the precision of its input: sharded weights come in the run's half type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class FeedForward(nn.Module):
     """Linear, GELU (tanh), Linear."""
 

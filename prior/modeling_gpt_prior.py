@@ -22,7 +22,7 @@ from .causal_layers import CausalStack
 from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_gpt_prior import GPTPriorConfig
 from .generation import BlockStep
-from .layers import KeyValueCache
+from .layers import KeyValueCache, LayerNorm
 from .linear import Linear
 from .losses import PriorOutput
 from .model_calls import (
@@ -72,8 +72,8 @@ class GPTLayer(GradientCheckpointingLayer):
         super().__init__()
         D = config.hidden_size
         self.scale = 1 / math.sqrt(D // config.num_heads)
-        self.ln1 = nn.LayerNorm(D, eps=config.norm_eps)
-        self.ln2 = nn.LayerNorm(D, eps=config.norm_eps)
+        self.ln1 = LayerNorm(D, eps=config.norm_eps)
+        self.ln2 = LayerNorm(D, eps=config.norm_eps)
         self.attn = GPTAttention(D, config.num_heads, config.dropout)
         self.mlp = nn.Sequential(
             Linear(D, config.feed_forward_size),
@@ -116,7 +116,7 @@ class GPTPrior(StoredModel):
         self.pos_emb = nn.Parameter(torch.empty(1, config.num_positions or self.layout.num_tokens, D))
         self.drop = nn.Dropout(config.embedding_dropout)
         self.blocks = CausalStack(GPTLayer(config) for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(D, eps=config.norm_eps)
+        self.ln_f = LayerNorm(D, eps=config.norm_eps)
         self.head = Linear(D, V, bias=False)
         self.post_init()
 

@@ -23,7 +23,7 @@ from .chunked_loss import chunked_head_loss
 from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_rar_prior import RARPriorConfig
 from .generation import BlockStep
-from .layers import KeyValueCache, LayerStack
+from .layers import KeyValueCache, LayerNorm, LayerStack
 from .linear import Linear
 from .losses import IGNORED_LABEL, PriorOutput, prior_output
 from .model_calls import as_labels, check_loss_options, check_teacher_input, sample_blocks
@@ -42,8 +42,8 @@ class RARAttention(nn.Module):
         D, head_width = config.hidden_size, config.hidden_size // config.num_heads
         self.num_heads, self.scale = config.num_heads, head_width**-0.5
         self.qkv = Linear(D, 3 * D)
-        self.q_norm = nn.LayerNorm(head_width, eps=config.norm_eps)
-        self.k_norm = nn.LayerNorm(head_width, eps=config.norm_eps)
+        self.q_norm = LayerNorm(head_width, eps=config.norm_eps)
+        self.k_norm = LayerNorm(head_width, eps=config.norm_eps)
         self.proj = Linear(D, D)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -76,9 +76,9 @@ class RARLayer(GradientCheckpointingLayer):
     def __init__(self, config: RARPriorConfig):
         super().__init__()
         D = config.hidden_size
-        self.norm1 = nn.LayerNorm(D, eps=config.norm_eps)
+        self.norm1 = LayerNorm(D, eps=config.norm_eps)
         self.attn = RARAttention(config)
-        self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)
+        self.norm2 = LayerNorm(D, eps=config.norm_eps)
         self.mlp = RARFeedForward(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
 

@@ -9,28 +9,44 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior import BlockPrior, GPTPrior, LlamaPrior, RARPrior
 from nextblock.training.optim import OptimizerConfig, build_optimizer
 from nextblock.training.sharding import sharded_precision
 
-LAYOUT = BlockLayout.scales([1, 2, 3])
+SIZES = {"vocab_size": 11, "num_classes": 3, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+FAMILIES = {
+    "block": (BlockPrior, {"layout": BlockLayout.scales([1, 2, 3]), "embedding_dim": 4, "adaln_gamma_init": 1.0}),
+    "llama": (LlamaPrior, {"layout": BlockLayout.tiles(1, [2, 7])}),
+    "gpt": (GPTPrior, {"layout": BlockLayout.tiles(1, [2, 7])}),
+    "rar": (RARPrior, {"layout": BlockLayout.tiles(1, [2, 7])}),
+}
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 
 
-def build_model(dtype: torch.dtype) -> BlockPrior:
+HEADS = {"llama": "output", "rar": "lm_head"}
+
+
+def build_model(family: str, dtype: torch.dtype):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 11, "embedding_dim": 4, "num_classes": 3, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
-    return BlockPrior(BlockPriorConfig(layout=LAYOUT.to_dict(), adaln_gamma_init=1.0, **sizes)).to(dtype).train()
+    model_class, options = FAMILIES[family]
+    model = model_class(model_class.config_class(**SIZES | options | {"layout": options["layout"].to_dict()}))
+    for parameter in model.parameters():
+        if family != "block" and not parameter.any():  # A head or gate at zero lets no other gradient through.
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype).train()
 
 
-def global_batch(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def global_batch(family: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     var_input = torch.randn(4, 13, 4, generator=generator).to(dtype)
-    return var_input, torch.tensor([0, 1, 2, 3]), torch.randint(11, (4, 14), generator=generator)
+    classes = torch.tensor([0, 1, 2, 2 if family == "gpt" else 3])
+    labels = torch.randint(11, (4, 14), generator=generator)
+    return var_input if family == "block" else labels[:, :-1], classes, labels
 
 
 def take_step(model, optimizer, batch, **options) -> None:
@@ -39,17 +55,20 @@ def take_step(model, optimizer, batch, **options) -> None:
     optimizer.zero_grad()
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize(
+    "family", ["block", *(pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES if each != "block")]
+)
+def test_two_processes_equal_one(family, tmp_path):
     with open(tmp_path / "errors", "w+") as errors:
-        command, environment = [sys.executable, __file__, str(tmp_path)], os.environ | {"OMP_NUM_THREADS": "1"}
+        command, environment = [sys.executable, __file__, str(tmp_path), family], os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, stderr=errors, timeout=300)
         errors.seek(0)
         assert done.returncode == 0, errors.read()
-    alone = build_model(torch.float64)
-    alone(*global_batch(torch.float64)).loss.backward()
-    stepped = build_model(torch.float32)
-    take_step(stepped, build_optimizer(stepped, OPTIMIZER, stepped.no_decay), global_batch(torch.float32))
-    before = build_model(torch.float32).state_dict()
+    alone = build_model(family, torch.float64)
+    alone(*global_batch(family, torch.float64)).loss.backward()
+    stepped = build_model(family, torch.float32)
+    take_step(stepped, build_optimizer(stepped, OPTIMIZER, stepped.no_decay), global_batch(family, torch.float32))
+    before = dict(build_model(family, torch.float32).named_parameters())
     for rank in range(2):
         results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert results["world_size"] == 2
@@ -65,10 +84,10 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(half["token_loss"], half["whole_token_loss"], rtol=0, atol=0.02)
 
 
-def gradients_in_chunks(rank: int) -> dict[str, torch.Tensor]:
+def gradients_in_chunks(family: str, rank: int) -> dict[str, torch.Tensor]:
     """Take this process's half of the batch in two accumulated parts, chunk by chunk."""
-    model = torch.nn.parallel.DistributedDataParallel(build_model(torch.float64))
-    parts = [tensor.chunk(2)[rank].chunk(2) for tensor in global_batch(torch.float64)]
+    model = torch.nn.parallel.DistributedDataParallel(build_model(family, torch.float64))
+    parts = [tensor.chunk(2)[rank].chunk(2) for tensor in global_batch(family, torch.float64)]
     first, second = zip(*parts, strict=True)
     with model.no_sync():
         (model(*first, loss_chunk_size=5).loss / 2).backward()
@@ -76,7 +95,7 @@ def gradients_in_chunks(rank: int) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.module.named_parameters()}
 
 
-def sharded_step(rank: int) -> dict:
+def sharded_step(family: str, rank: int) -> dict:
     """Take a step with sharded weights, checkpointed layers and a loss in chunks; return the gathered weights."""
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
@@ -89,30 +108,30 @@ def sharded_step(rank: int) -> dict:
     accelerator = Accelerator(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    model = build_model(torch.float32)
+    model = build_model(family, torch.float32)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(model, OPTIMIZER, model.no_decay))
     parameters = dict(model.named_parameters())
     sharded = [parameter for parameter in parameters.values() if isinstance(parameter, DTensor)]
     share = sum(p.to_local().numel() for p in sharded) / sum(p.numel() for p in sharded) if sharded else 1.0
-    batch = [tensor.chunk(2)[rank] for tensor in global_batch(torch.float32)]
+    batch = [tensor.chunk(2)[rank] for tensor in global_batch(family, torch.float32)]
     take_step(model, optimizer, batch, loss_chunk_size=5)
     gathered = {name: parameter.full_tensor().detach() for name, parameter in parameters.items()}
     return {"num_sharded": len(sharded), "share": share, "sharded": gathered}
 
 
-def sharded_losses(rank: int) -> dict:
+def sharded_losses(family: str, rank: int) -> dict:
     """Compute in bf16 with sharded weights and without; return types, losses and a gradient."""
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    batch = [tensor.chunk(2)[rank] for tensor in global_batch(torch.float32)]
+    batch = [tensor.chunk(2)[rank] for tensor in global_batch(family, torch.float32)]
     AcceleratorState._reset_state()
     GradientState._reset_state()
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     with accelerator.autocast():
-        whole = build_model(torch.float32)(*batch)
+        whole = build_model(family, torch.float32)(*batch)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -120,14 +139,15 @@ def sharded_losses(rank: int) -> dict:
     )
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    model = build_model(torch.float32)
+    model = build_model(family, torch.float32)
     model, _ = accelerator.prepare(model, build_optimizer(model, OPTIMIZER, model.no_decay))
     layer_inputs = []
-    model.blocks[1].register_forward_pre_hook(lambda module, args: layer_inputs.append(args[0].dtype))
+    layers = model.layers if family == "llama" else model.blocks
+    layers[1].register_forward_pre_hook(lambda module, args: layer_inputs.append(args[0].dtype))
     with accelerator.autocast():
         output = model(*batch)
     output.loss.backward()
-    gradient = model.head.weight.grad
+    gradient = model.get_parameter(f"{HEADS.get(family, 'head')}.weight").grad
     dtypes = [output.loss.dtype, output.logits.dtype, output.token_loss.dtype, gradient.dtype, *layer_inputs]
     parts = {"loss": output.loss, "token_loss": output.token_loss}
     return {
@@ -140,14 +160,14 @@ def sharded_losses(rank: int) -> dict:
 
 def main() -> None:
     """Be both processes, which share one import."""
-    folder, child = Path(sys.argv[1]), os.fork()
+    folder, family, child = Path(sys.argv[1]), sys.argv[2], os.fork()
     rank = 1 if child == 0 else 0
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     # Asked for, though the processes are connected already.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=2)
-    results = {"chunked": gradients_in_chunks(rank), "world_size": dist.get_world_size()} | sharded_step(rank)
-    results["bf16"] = sharded_losses(rank)
+    results = {"chunked": gradients_in_chunks(family, rank), "world_size": dist.get_world_size()}
+    results |= sharded_step(family, rank) | {"bf16": sharded_losses(family, rank)}
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
     if child:
