@@ -25,8 +25,11 @@ from nextblock.tokenizer.task import TokenizerTrainConfig
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Float32 weights and gradients, and the two averages of Adam.
 BYTES_A_PARAMETER = 16
-# Tokens of tokenizers that are converted: MaskGIT's for RAR.
-PUBLISHED_TOKENS = {"rar": {"vocab_size": 1024, "layout": BlockLayout.tiles(1, 16).to_dict()}}
+# Tokens at 256 px of tokenizers that are converted: MaskGIT's for RAR, VQ-16 for LlamaGen.
+PUBLISHED_TOKENS = {
+    "rar": {"vocab_size": 1024, "layout": BlockLayout.tiles(1, 16).to_dict()},
+    "llamagen": {"vocab_size": 16384, "layout": BlockLayout.tiles(1, 16).to_dict()},
+}
 TEXT = """# The shipped presets
 
 What each needs in training. *Weights* are float32 weights, their gradients and Adam's two averages, of every process; a

@@ -16,7 +16,7 @@ from nextblock.train_tokenizer import train as train_tokenizer
 ROOT = Path(__file__).parent.parent
 PRESETS = runpy.run_path(str(ROOT / "benchmarks" / "presets.py"))
 NAMES = PRESETS["names"]()
-LARGE = [name for name in NAMES if name.split("/")[1].split("-")[0] in ("var", "rar")]
+LARGE = [name for name in NAMES if name.split("/")[1].split("-")[0] in ("var", "rar", "llamagen")]
 TABLE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
 STEPS = """
     --loop.num_steps 2 --loop.batch_size 2 --loop.cpu true --loop.mixed_precision no --loop.num_workers 0
@@ -74,6 +74,7 @@ def test_every_prior_takes_two_steps_at_its_real_width(name, image_folder, tmp_p
     folders = ["--output_dir", tmp_path / "run", "--pipeline_dir", tmp_path / "pipeline"]
     # Two layers of it: all of the largest would take 38 GB of weights.
     options = [*STEPS, "--model.num_layers", 2, "--num_pictures_per_class", 1, "--data.path", image_folder]
+    options += ["--samples_views", "false"]
     run_here(train_prior, PriorTrainConfig, "--config", name, *options, "--tokenizer", tmp_path / "tokenizer", *folders)
     assert is_trained(tmp_path / "run")
 

@@ -10,8 +10,9 @@ from nextblock.command_line import parse_run_config
 from nextblock.data.blocks import BlockLayout
 from nextblock.evaluate import EvaluateConfig
 from nextblock.evaluate_tokenizer import EvaluateTokenizerConfig
-from nextblock.prior import BlockPrior, RARPrior
-from nextblock.prior.families import family_config
+from nextblock.prior import BlockPrior, LlamaPrior, RARPrior
+from nextblock.prior.families import FAMILIES, family_config
+from nextblock.prior.llamagen_checkpoint import llamagen_sampling
 from nextblock.prior.rar_checkpoint import rar_sampling
 from nextblock.prior.task import PriorTrainConfig
 from nextblock.sample import SampleConfig
@@ -80,6 +81,33 @@ def test_rar_presets_have_the_published_sizes_and_sampling(name, millions):
         model = RARPrior(config)
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.005)
     assert run.sampling == rar_sampling(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("b", 110.89), ("l", 342.91), ("xl", 774.70), ("xxl", 1410.97), ("3b", 3096.66)]
+)
+def test_llamagen_presets_have_the_published_sizes_and_sampling(name, millions):
+    """Published: 111, 343 and 775 million, 1.4 and 3.1 billion."""
+    run = parse(f"prior/llamagen-{name}")
+    tokens = {"vocab_size": 16384, "num_classes": 1000, "layout": BlockLayout.tiles(1, 16).to_dict()}
+    config = family_config(run.model, **tokens)
+    with torch.device("meta"):
+        model = LlamaPrior(config)
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.005)
+    assert run.sampling == llamagen_sampling(config) and run.loop.num_steps == 300 * (1281167 // 256)
+
+
+def test_the_digits_priors_are_of_one_size():
+    """Priors of single tokens, side by side in the README."""
+    sizes = []
+    for name in ("digits-raster", "digits-llama", "digits-rar"):
+        run = parse(f"prior/{name}")
+        tokens = {"vocab_size": 128, "embedding_dim": 16, "num_classes": 10}
+        config = family_config(run.model, layout=BlockLayout.tiles(1, 8).to_dict(), **tokens)
+        with torch.device("meta"):
+            sizes.append(FAMILIES[run.model.family](config).num_parameters())
+        assert (run.loop.num_steps, run.loop.batch_size) == (760, 32)
+    assert max(sizes) < 1.02 * min(sizes)
 
 
 @pytest.mark.parametrize(("name", "scales"), [("var-256", SCALES_256), ("var-512", SCALES_512)])
