@@ -134,3 +134,25 @@ def test_a_family_is_trained_resumed_exported_and_started_from(
         run("other", "--loop.init_from", tmp_path / "whole" / "pipeline", "--model.num_layers", 3)
     with pytest.raises(ValueError, match="expected the folder of a saved nextblock_block_prior"):
         run("other", "--loop.init_from", tmp_path / "whole" / "pipeline", "--model.family", "block")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SINGLE_TOKEN_FAMILIES)
+def test_two_processes_train_a_family_as_one_does_and_resume_exactly(
+    family, raster_tokens, run_here, run_on_two, read_metrics, assert_same_state, tmp_path
+):
+    options = [*raster_tokens, *LOOP, *SIZES, "--model.family", family, "--loop.tracker", "null"]
+    options += "--loop.num_steps 6 --loop.save_every 3 --num_pictures_per_class 1 --class_dropout 0.3".split()
+    options += ["--orders.random_until_step", "2", "--orders.raster_from_step", "6"] if family == "rar" else []
+
+    def folders(name: str) -> list:
+        return ["--output_dir", tmp_path / name, "--pipeline_dir", tmp_path / name / "pipeline"]
+
+    run_here(train, PriorTrainConfig, *options, *folders("alone"))
+    jobs = [("train-prior", [*options, *folders("two")]), ("copy", [tmp_path / "two", tmp_path / "resumed"])]
+    jobs.append(("train-prior", [*options, *folders("resumed"), "--loop.resume_from_checkpoint", "latest"]))
+    run_on_two(*jobs, cwd=tmp_path)
+    assert_same_state(tmp_path / "two", tmp_path / "alone", step=6, atol=1e-4)
+    assert_same_state(tmp_path / "resumed", tmp_path / "two", step=6)
+    for line, other in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "alone"), strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
