@@ -2,6 +2,7 @@
 
     nextblock evaluate --samples out/samples --reference my_images --features FILE --output_dir out/figures
     accelerate launch -m nextblock evaluate --samples out/samples --reference my_images --features FILE …
+    nextblock evaluate --sweep guidance_scale=1,1.5,2 --pipeline out/pipeline --reference my_images --features FILE …
     nextblock evaluate --config pipelines/evaluate-digits --pipeline out/pipeline …
 """
 
@@ -19,6 +20,7 @@ from .evaluate_config import EvaluateConfig
 from .judge_pipeline import judge_pipeline
 from .measure_samples import measure_samples
 from .stoppable import stoppable_job
+from .sweep import sweep_figures
 
 
 def evaluate(config: EvaluateConfig) -> dict:
@@ -28,11 +30,13 @@ def evaluate(config: EvaluateConfig) -> dict:
         config: with `pipeline`, `features` or both.
 
     Returns:
-        What result.json holds; empty on all processes but the first, and without `features`.
+        What result.json or, of a sweep, sweep.json holds; empty on all processes but the first, and without `features`.
 
     Raises:
         ValueError: naming the option that is wrong.
     """
+    if config.sweep is not None:
+        return sweep_figures(config)
     if config.pipeline is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process to judge a pipeline")

@@ -1,6 +1,7 @@
 """Options of `nextblock evaluate`, and which of them go together."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from nextblock.data.images import ImageDataConfig
@@ -10,6 +11,7 @@ from nextblock.evaluation.report import Aim
 from nextblock.evaluation.source_sets import CROPS
 
 from .cpu import MAX_THREADS
+from .sweep_config import DrawConfig, Sweep, sample_configs
 
 LAYOUT_NAMES = ("scales", "raster", "rows", "quadrants", "tiles")
 # What the table of a judged pipeline shows, in its order; its report holds more.
@@ -38,9 +40,9 @@ class EvaluateConfig:
     NAME_reason says why. With `pipeline`, report.json holds reconstruction, codebook and, of digits, a judge's figures.
     """
 
-    samples: str
+    samples: str | None = None
     """Images to measure: an .npz file (`arr_0`, and `arr_1` for classes), a folder of pictures, or what
-    `nextblock sample` wrote."""
+    `nextblock sample` wrote. Null with a sweep alone, which draws them."""
     output_dir: str
     """Folder that results and pictures go to."""
     features: str | None = None
@@ -73,7 +75,14 @@ class EvaluateConfig:
     num_threads: int = 1
     """CPU threads that each process makes features with; rounding depends on it."""
     pipeline: str | None = None
-    """Folder of a pipeline to judge by its samples, which `nextblock sample` wrote with output_format npz."""
+    """Folder of a pipeline to judge by its samples, which `nextblock sample` wrote with output_format npz; with a
+    sweep, of the one to draw from."""
+    sweep: str | None = None
+    """Values of a sampling option, such as guidance_scale=1.0,1.5,2.0: samples are drawn from the pipeline for each and
+    measured, in a folder of its own in output_dir, where what is finished stays; sweep.json and sweep.png put the
+    figures together."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    """How a sweep draws its samples."""
     requires_own_tokenizer: bool = False
     """Refuse a pipeline whose tokenizer is not the one whose tokens its prior has learned, instead of warning."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
@@ -100,14 +109,37 @@ class EvaluateConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected an integer of at least {least}")
         if self.num_threads > MAX_THREADS:
             raise ValueError(f"num_threads is {self.num_threads}; expected at most {MAX_THREADS}")
+        self._check_sweep()
         self._check_together()
-        if self.pipeline is not None and self.data.eval_split is None:
+        if self.judges_pipeline and self.data.eval_split is None:
             raise ValueError("data.eval_split is null; expected the name of the split held out")
         if len(self.run_dirs) not in (0, 2):
             raise ValueError(
                 f"run_dirs is {self.run_dirs}; expected two folders, tokenizer's and prior's, or none"
             )
         self._check_aims()
+
+    @property
+    def judges_pipeline(self) -> bool:
+        """Whether the pipeline is judged, and not only drawn from."""
+        return self.pipeline is not None and self.sweep is None
+
+    def _check_sweep(self) -> None:
+        """Refuse a sweep that lacks something, or has what belongs to a single set of samples."""
+        if self.sweep is None:
+            if self.samples is None:
+                raise ValueError("samples is null; expected images to measure, or a sweep that draws them")
+            if self.draw != DrawConfig():
+                raise ValueError("draw says how a sweep draws, but sweep is null; expected both")
+            return
+        for name in ("pipeline", "features"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is null, but sweep is {self.sweep!r}; expected both")
+        for name in ("samples", "run_dirs", "aims"):
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"{name} is {value!r} and sweep {self.sweep!r}; expected one of them")
+        sample_configs(Sweep.parse(self.sweep), self.draw, Path(self.output_dir), pipeline=self.pipeline)
 
     def _check_together(self) -> None:
         """Refuse options that mean nothing without others."""
@@ -123,7 +155,7 @@ class EvaluateConfig:
         if self.features is None:
             return
         has_data = self.data.source is not None
-        if self.reference is not None and has_data and self.pipeline is None:
+        if self.reference is not None and has_data and not self.judges_pipeline:
             raise ValueError(
                 f"reference is {self.reference!r} and data.source {self.data.source!r}; expected one of them, since "
                 "either is what samples are compared with"

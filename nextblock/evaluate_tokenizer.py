@@ -24,22 +24,31 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.images import ImageDataConfig, ImageDataset, collate
 from nextblock.data.usable import open_usable, source_fingerprint
 from nextblock.evaluation.codebook import codebook_summary, digit_entropies, num_dead_codes
-from nextblock.evaluation.features import VARIANTS, load_features
+from nextblock.evaluation.features import VARIANTS, FeatureExtractor, load_features
 from nextblock.evaluation.pictures import comparison_grid, save_picture
+from nextblock.evaluation.presets import check_features, preset_of
 from nextblock.evaluation.reconstruction import Reconstructions, merged, reconstruct
 from nextblock.evaluation.report import Row, environment, format_table, write_json
 from nextblock.evaluation.result_page import write_result_page
-from nextblock.evaluation.similarity import MIN_SSIM_SIDE, SimilarityMeter, bit_figures, similarity_figures
+from nextblock.evaluation.similarity import (
+    MIN_SSIM_SIDE,
+    Measured,
+    SimilarityMeter,
+    bit_figures,
+    similarity_figures,
+)
+from nextblock.evaluation.source_sets import CROPS
 from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
-from nextblock.files.regular import is_regular
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.perceptual import load_lpips
 from nextblock.training.processes import connect_processes
 
 from .command_line import parse_run_config
+from .cpu import MAX_THREADS, fixed_threads
 from .inputs import load_given
 from .mistakes import reading
+from .progress import Progress
 from .run_data import data_of_run
 
 RESULT_NAME = "result.json"
@@ -53,6 +62,8 @@ _FIGURES = {
     "code_usage": "share of codes used",
     "code_perplexity": "perplexity of codes",
     "num_dead_codes": "codes never used",
+    "digit_entropy": "how evenly digits of a product codebook take their values, mean",
+    "lowest_digit_entropy": "the same of the least even digit",
     "bits_per_token": "bits of a token",
     "bits_per_pixel": "bits of the tokens over pixels",
     "code_entropy_bits_per_token": "bits of a token if codes are written by their frequencies",
@@ -73,9 +84,11 @@ class EvaluateTokenizerConfig:
     """Images to measure on. Not given: what the tokenizer was trained on, and held out."""
     split: str | None = None
     """Split of the data; by default the one that the data configuration holds out (`data.eval_split`)."""
-    crop: Literal["center", "adm"] = "center"
+    crop: Literal[CROPS] | None = None
     """How images are brought to size: "center" as in training without its variations (Lanczos); "adm" as ADM's loader
-    does, by halving and bicubic, for square images alone."""
+    does, by halving and bicubic, for square images alone. Null is the preset's, or "center"."""
+    preset: Literal["rfid-imagenet-256"] | None = None
+    """A published protocol; a tokenizer, images or features that break it are refused."""
     features: str | None = None
     """Network whose features the Fréchet distance of reconstructions and originals is taken of (rFID): a file of
     Inception's weights of 2015, or a vision model of transformers, by its folder or its id on the hub; null leaves it
@@ -86,6 +99,8 @@ class EvaluateTokenizerConfig:
     """Network of LPIPS, of torchvision; null leaves LPIPS out."""
     batch_size: int = 100
     """Images encoded at a time by each process."""
+    num_threads: int = 1
+    """CPU threads that each process computes with; rounding depends on it."""
     num_pictures: int = 10
     """Originals shown above their reconstructions."""
     cpu: bool = False
@@ -95,11 +110,14 @@ class EvaluateTokenizerConfig:
             raise ValueError(
                 "split and data.eval_split are both null; expected the name of a split to measure on"
             )
-        for name in ("batch_size", "num_pictures"):
+        for name in ("batch_size", "num_threads", "num_pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive integer")
-        if self.features_variant is not None and self.features is None:
-            raise ValueError(f"features_variant is {self.features_variant!r}, but features is null; expected both")
+        if self.num_threads > MAX_THREADS:
+            raise ValueError(f"num_threads is {self.num_threads}; expected at most {MAX_THREADS}")
+        for name in ("features_variant", "preset"):
+            if getattr(self, name) is not None and self.features is None:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but features is null; expected both")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -132,67 +150,116 @@ def _evaluate(config: EvaluateTokenizerConfig, state: PartialState) -> dict:
     source = open_usable(config.data, split, print if state.is_main_process else _say_nothing)
     tokenizer = load_given("tokenizer", config.tokenizer, VQVAE).to(state.device).eval()
     image_size = tokenizer.config.image_size
-    if config.crop == "adm":
+    if config.preset is not None:
+        _check_preset(config, image_size, len(source))
+    crop = config.crop or (preset_of(config.preset).crop if config.preset is not None else None) or "center"
+    if crop == "adm":
         if image_size[0] != image_size[1]:
             raise ValueError(f"crop is 'adm', which is for square images; the tokenizer's are {list(image_size)}")
         source = AdmCropped(source, image_size[0])
     dataset = ImageDataset(source, image_size, TransformConfig(), seed=0)
-    extractor, lpips = _load_networks(config, state)
+    extractor, lpips = _load_networks(config, image_size, state)
     meter = SimilarityMeter(len(dataset), lpips, extractor)
-    starts = range(config.batch_size * state.process_index, len(dataset), config.batch_size * state.num_processes)
-    # Whole batches are dealt out: a batch is of one shape, and rounds alike, for any number of processes.
-    batches = [[*range(start, min(start + config.batch_size, len(dataset)))] for start in starts]
-    own = []
-    if batches:
-        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
-        num_codes = tokenizer.config.vocab_size
-        found = reconstruct(tokenizer, loader, num_codes, num_kept=config.num_pictures, observe=meter)
-        own = [(np.concatenate(batches), found, meter.measured())]
+    with fixed_threads(config.num_threads):
+        own = _measure(config, tokenizer, dataset, meter, state)
     gathered = gather_object(own)
     if not state.is_main_process:
         return {}
     numbers, parts, measured = zip(*gathered, strict=True)
     whole = merged(parts, numbers)
-    # Only Inception is given as a file.
-    is_inception = config.features is not None and is_regular(config.features)
-    figures = _figures(whole, similarity_figures(measured, numbers), tokenizer, is_inception)
+    is_inception = extractor is not None and extractor.record["features_are_inception"]
+    with fixed_threads(config.num_threads):
+        figures = _figures(whole, similarity_figures(measured, numbers), tokenizer, is_inception)
     report = {
         "tokenizer": config.tokenizer,
         "data": asdict(config.data) | {"measured_split": split, "num_images": len(dataset)},
         "figures": whole.figures(),
         "codebook": codebook_summary(whole.code_counts, digits=tokenizer.quantizer.digits),
         "parameters": {"tokenizer": tokenizer.num_parameters()},
-        "precision": {"dtype": str(tokenizer.dtype), "device": state.device.type, "threads": torch.get_num_threads()},
+        "precision": {"dtype": str(tokenizer.dtype), "device": state.device.type, "threads": config.num_threads},
         "versions": environment(),
     }
     settings = {
+        **_flat({name: report[name] for name in ("tokenizer", "data", "parameters", "precision")}),
         "tokenizer_sha256": model_fingerprint(tokenizer),
         "image_size": list(image_size),
         "num_tokens": sum(tokenizer.layout.block_lengths),
         "images_sha256": source_fingerprint(source),
-        "crop": config.crop,
+        "crop": crop,
+        "preset": config.preset,
         "batch_size": config.batch_size,
         "num_processes": state.num_processes,
         "lpips_network": config.lpips_network,
         **({"features": None} if extractor is None else extractor.record),
+        **{f"version_{name}": version for name, version in report["versions"].items()},
     }
-    result = figures | _flat(report, without=("figures", "codebook")) | settings
+    result = figures | settings
     _write(config, report, result, whole)
     return result
+
+
+def _measure(
+    config: EvaluateTokenizerConfig,
+    tokenizer: VQVAE,
+    dataset: ImageDataset,
+    meter: SimilarityMeter,
+    state: PartialState,
+) -> list[tuple[np.ndarray, Reconstructions, Measured]]:
+    """Measure this process's images; an empty list where it has none."""
+    progress = Progress(state, "evaluate-tokenizer", len(dataset), 0)
+
+    def observe(reconstructions: torch.Tensor, originals: torch.Tensor) -> None:
+        meter(reconstructions, originals)
+        progress.add(len(originals))
+
+    starts = range(config.batch_size * state.process_index, len(dataset), config.batch_size * state.num_processes)
+    # Whole batches are dealt out: a batch is of one shape, and rounds alike, for any number of processes.
+    batches = [[*range(start, min(start + config.batch_size, len(dataset)))] for start in starts]
+    own = []
+    if batches:
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+        kept = config.num_pictures
+        found = reconstruct(tokenizer, loader, tokenizer.config.vocab_size, num_kept=kept, observe=observe)
+        own = [(np.concatenate(batches), found, meter.measured())]
+    progress.close()
+    return own
+
+
+def _check_preset(config: EvaluateTokenizerConfig, image_size: tuple[int, int], num_images: int) -> None:
+    """Refuse a tokenizer and images that break a protocol, naming all that does."""
+    preset, problems = preset_of(config.preset), []
+    if tuple(image_size) != preset.image_size:
+        given, wanted = ("x".join(map(str, size)) for size in (image_size, preset.image_size))
+        problems.append(f"the tokenizer's images are {given}; expected {wanted}")
+    if num_images != preset.num_reference_images:
+        problems.append(f"there are {num_images} images; expected {preset.num_reference_images}")
+    if config.crop not in (None, preset.crop):
+        problems.append(f"crop is {config.crop!r}; expected {preset.crop!r}")
+    if problems:
+        raise ValueError(
+            f"preset is {config.preset!r}, which is broken: {'; '.join(problems)}; expected {preset.reference_name}"
+        )
 
 
 def _say_nothing(line: str) -> None:
     """Leave a line to the first process."""
 
 
-def _load_networks(config: EvaluateTokenizerConfig, state: PartialState) -> tuple:
+def _load_networks(
+    config: EvaluateTokenizerConfig, image_size: tuple[int, int], state: PartialState
+) -> tuple[FeatureExtractor | None, torch.nn.Module | None]:
     """Load what pictures are compared by, where it is asked for."""
     extractor = lpips = None
     if config.features is not None:
         with reading("features", config.features, "a file of Inception's weights, or a vision model of transformers"):
             extractor = load_features(config.features, variant=config.features_variant, device=state.device)
+    if config.preset is not None:
+        check_features(config.preset, extractor.record)
     if config.lpips_network is not None:
         lpips = load_lpips(config.lpips_network, "lpips_network", "null leaves LPIPS out").to(state.device)
+        blank = torch.zeros(1, 3, *image_size, device=state.device)
+        with reading("lpips_network", config.lpips_network, f"one that takes images of {list(image_size)}"):
+            lpips(blank, blank)
     return extractor, lpips
 
 
@@ -231,14 +298,12 @@ def _digit_figures(whole: Reconstructions, tokenizer: VQVAE) -> dict[str, float]
     return {"digit_entropy": entropies.mean().item(), "lowest_digit_entropy": entropies.amin().item()}
 
 
-def _flat(content: dict, without: Sequence[str] = ()) -> dict:
+def _flat(content: dict) -> dict:
     """Write nested entries as one level, names joined by "_"."""
     flat = {}
     for name, value in content.items():
-        if name in without:
-            continue
-        inner = _flat(value) if isinstance(value, dict) else None
-        flat |= {name: value} if inner is None else {f"{name}_{key}": entry for key, entry in inner.items()}
+        inner = {f"{name}_{key}": entry for key, entry in _flat(value).items()} if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else inner
     return flat
 
 
@@ -250,8 +315,9 @@ def _write(config: EvaluateTokenizerConfig, report: dict, result: dict, whole: R
     save_picture(picture, output_dir / "reconstructions.png")
     write_json(result, output_dir / RESULT_NAME)
     pictures = {"reconstructions.png": "Originals above their reconstructions"}
-    write_result_page(output_dir, result, _FIGURES, pictures)
-    shown = {name: words for name, words in _FIGURES.items() if result[name] is not None}
+    known = {name: words for name, words in _FIGURES.items() if name in result}
+    write_result_page(output_dir, result, known, pictures)
+    shown = {name: words for name, words in known.items() if result[name] is not None}
     print(format_table([Row(name, words, result[name]) for name, words in shown.items()]))
     split, num_images = report["data"]["measured_split"], report["data"]["num_images"]
     print(f"{num_images} images of split {split!r}; results, report and picture in {output_dir}")

@@ -40,6 +40,7 @@ from .cpu import fixed_threads, keep_freed_memory
 from .evaluate_config import EvaluateConfig
 from .mistakes import reading
 from .progress import Progress
+from .result_pictures import draw_result
 from .run_data import data_of_run
 
 RESULT_NAME, NEAREST_NAME = "result.json", "nearest.npz"
@@ -83,7 +84,7 @@ def measure_samples(config: EvaluateConfig, state: PartialState) -> dict:
         extractor = load_features(config.features, variant=config.features_variant, device=state.device)
     if config.preset is not None:
         check_features(config.preset, extractor.record)
-    reference, train = _open_references(config, samples)
+    reference, train = open_references(config, samples.image_size)
     if config.preset is not None:
         check_reference(config.preset, reference)
     with fixed_threads(config.num_threads):
@@ -97,14 +98,18 @@ def measure_samples(config: EvaluateConfig, state: PartialState) -> dict:
         result = _result(config, samples, own, measured, learned, state)
     result |= _fid(result, extractor.record["features_are_inception"])
     result |= _settings(config, state, samples, reference, train, extractor)
+    among = (train or reference).images
+    draw_result(Path(config.output_dir), result, FIGURES, samples, among, nearest_name=NEAREST_NAME)
     write_json(result, Path(config.output_dir) / RESULT_NAME)
     _print(result, config)
     return result
 
 
-def _open_references(config: EvaluateConfig, samples: SampleSet) -> tuple[OpenedReference, OpenedReference | None]:
-    """Open what samples are compared with, and the training images where they are others."""
-    size, crop = samples.image_size, config.reference_crop
+def open_references(
+    config: EvaluateConfig, size: tuple[int, int]
+) -> tuple[OpenedReference, OpenedReference | None]:
+    """Open what samples of a size (H, W) are compared with, and the training images where they are others."""
+    crop = config.reference_crop
     if crop is None and config.preset is not None:
         crop = preset_of(config.preset).crop
     train = None

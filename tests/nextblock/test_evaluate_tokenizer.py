@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from nextblock.evaluate_tokenizer import main
 from nextblock.evaluation.codebook import code_counts, perplexity, usage
 from nextblock.evaluation.features import load_features
 from nextblock.evaluation.metrics import frechet_distance, psnr
+from nextblock.evaluation.presets import PRESETS
+from nextblock.files.atomic import file_sha256
 from nextblock.files.fingerprints import model_fingerprint
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
@@ -139,6 +142,27 @@ def test_images_are_cropped_as_adm_does(tokenizer_dir, tmp_path):
     assert result["psnr"] == pytest.approx(expected.item(), abs=1e-4) and result["crop"] == "adm"
 
 
+def test_what_breaks_the_preset_is_named(tokenizer_dir, features_file, pictures, tmp_path, monkeypatch):
+    arguments = ["--tokenizer", str(tokenizer_dir), *pictures, "--output_dir", str(tmp_path / "out")]
+    arguments += ["--features", str(features_file), "--preset", "rfid-imagenet-256"]
+    message = (
+        "preset is 'rfid-imagenet-256', which is broken: the tokenizer's images are 32x32; expected 256x256; "
+        "there are 23 images; expected 50000; crop is 'center'; expected 'adm'; expected the 50 000 images of ImageNet"
+    )
+    with pytest.raises(ValueError, match=message):
+        main([*arguments, "--crop", "center"])
+    smaller = replace(PRESETS["rfid-imagenet-256"], num_reference_images=23, image_size=(32, 32))
+    monkeypatch.setitem(PRESETS, "rfid-imagenet-256", smaller)
+    with pytest.raises(ValueError, match="features is .*tiny.pt.*; expected, for the preset 'rfid-imagenet-256'"):
+        main(arguments)
+    monkeypatch.setitem(
+        PRESETS, "rfid-imagenet-256", replace(smaller, features_sha256=file_sha256(features_file))
+    )
+    main(arguments)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["preset"], result["crop"]) == ("rfid-imagenet-256", "adm") and result["rfid"] > 0
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tokenizer_dir, features_file, pictures, tmp_path, launch_two):
     arguments = ["--tokenizer", str(tokenizer_dir), *pictures, "--num_pictures", "9", "--cpu", "true"]
@@ -153,12 +177,14 @@ def test_two_processes_measure_what_one_does(tokenizer_dir, features_file, pictu
     assert drawn[0] == drawn[1]
 
 
-def test_options_are_checked(tokenizer_dir, tmp_path, capsys):
+def test_options_are_checked(tokenizer_dir, tmp_path, capsys, monkeypatch):
     arguments = ["--tokenizer", str(tokenizer_dir), "--output_dir", str(tmp_path), "--data.source", "digits"]
     for wrong, message in (
         (["--data.eval_split", "null"], "split and data.eval_split are both null"),
         (["--batch_size", "0"], "batch_size is 0"),
+        (["--num_threads", "0"], "num_threads is 0"),
         (["--features_variant", "clean-fid"], "features_variant is 'clean-fid', but features is null"),
+        (["--preset", "rfid-imagenet-256"], "preset is 'rfid-imagenet-256', but features is null"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, *wrong])
@@ -169,5 +195,13 @@ def test_options_are_checked(tokenizer_dir, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             main([*arguments, *wrong])
+
+    class Subtraction(torch.nn.Conv2d):
+        def forward(self, x, y):
+            return super().forward(x) - super().forward(y)
+
+    monkeypatch.setattr("nextblock.evaluate_tokenizer.load_lpips", lambda *given: Subtraction(3, 1, 33))
+    with pytest.raises(ValueError, match=r"lpips_network is 'alex'; expected one that takes images of \[32, 32\]"):
+        main([*arguments, "--lpips_network", "alex"])
     with pytest.raises(ValueError, match="nowhere"):
         main([*arguments, "--split", "nowhere"])
