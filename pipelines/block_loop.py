@@ -1,7 +1,7 @@
 """What happens after each sampled block: the caller's callback, the progress bar, the map so far.
 
-Legend: n images of a batch, R rows (the images, then padding), K blocks, L_k tokens of block k, V codes, C code
-channels, h×w latent cells.
+Legend: n images of a batch, R rows (the images, then padding), K blocks, L_k tokens of block k, V codes, S scores of a
+token, C code channels, h×w latent cells.
 """
 
 from dataclasses import replace
@@ -9,7 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nextblock.prior.family import Prior
 from nextblock.prior.generation import BlockStep
+from nextblock.prior.head_plan import plan_of
 
 from .sampling_request import SamplingRequest
 
@@ -58,7 +60,7 @@ class BlockLoop:
         given |= returned
         for name, like in (("logits", logits), ("idx", idx)):
             if name in given:
-                _check_returned(name, given[name], like[:n], logits.shape[-1])
+                _check_returned(name, given[name], like[:n], self._pipe.prior)
         if "logits" in given and not torch.equal(given["logits"], logits[:n]):
             step.redraw(torch.cat([given["logits"], logits[n:]]))
         if "idx" in given:
@@ -75,16 +77,17 @@ class BlockLoop:
         step.scales[step.block + 1 :] = options.scales(len(step.scales))[step.block + 1 :]
 
 
-def _check_returned(name: str, tensor: Tensor, like: Tensor, vocab_size: int) -> None:
+def _check_returned(name: str, tensor: Tensor, like: Tensor, prior: Prior) -> None:
     """Refuse what cannot stand in for a block's tensor."""
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype != like.dtype:
         got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         raise ValueError(f"callback_on_step_end returned {name} of {got}; expected {like.dtype} {tuple(like.shape)}")
     if name == "logits":
-        if not (tensor < torch.inf).all() or (tensor == -torch.inf).all(-1).any():
+        scores = [each for _, each in plan_of(prior).by_base(tensor)]
+        if not (tensor < torch.inf).all() or any((each == -torch.inf).all(-1).any() for each in scores):
             raise ValueError("callback_on_step_end returned logits that are no distribution; expected finite numbers")
-    elif not 0 <= tensor.min().item() <= tensor.max().item() < vocab_size:
+    elif not 0 <= tensor.min().item() <= tensor.max().item() < prior.vocab_size:
         raise ValueError(
             f"callback_on_step_end returned idx from {tensor.min().item()} to {tensor.max().item()}; "
-            f"expected 0 to {vocab_size - 1}"
+            f"expected 0 to {prior.vocab_size - 1}"
         )

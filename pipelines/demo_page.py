@@ -8,6 +8,7 @@ from dataclasses import fields
 import gradio as gr
 from starlette.middleware import Middleware
 
+from nextblock.prior.head_plan import plan_of
 from nextblock.prior.sampling import GUIDANCE_SCHEDULES, SamplingOptions
 
 from . import demo_handlers as handlers
@@ -206,9 +207,8 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
     with gr.Accordion("Truncation", open=False):
         heat = sampling.temperature
         temperature = gr.Slider(min(0.05, heat), max(2, heat), heat, step=0.05, label="Temperature")
-        top_k = gr.Number(
-            sampling.top_k, precision=0, minimum=0, maximum=pipe.prior.vocab_size, label="Top k", info="0 is off"
-        )
+        most = plan_of(pipe.prior).largest_base
+        top_k = gr.Number(sampling.top_k, precision=0, minimum=0, maximum=most, label="Top k", info="0 is off")
         top_p = gr.Slider(min(0.05, sampling.top_p), 1, sampling.top_p, step=0.01, label="Top p", info="1 is off")
         min_p = gr.Slider(0, 1, sampling.min_p, step=0.01, label="Min p", info="0 is off")
         smooth = gr.Checkbox(

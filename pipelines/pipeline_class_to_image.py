@@ -166,7 +166,8 @@ class ClassToImagePipeline(DiffusionPipeline):
             return_dict: False returns a tuple.
             callback_on_step_end: called after each block with the pipeline, the block twice (as step and as timestep),
                 and a dict of tensors; returns a dict of those it replaces. It may set `_guidance_scale`, `_interrupt`.
-            callback_on_step_end_tensor_inputs: "idx" (n, L_k); "logits" (n, L_k, V), redrawn by the same numbers.
+            callback_on_step_end_tensor_inputs: "idx" (n, L_k); "logits" (n, L_k, V), redrawn by the same numbers; of a
+                prior of digits (n, L_k, S), the scores of all digits side by side.
             decode_batch_size: images decoded at a time; None decodes in the batches that were sampled.
             batch_size: images sampled at a time, the last batch padded: an image is then the same to the bit in all
                 requests. None samples up to 64 at a time, and no more than was asked for: the same but for rounding.

@@ -4,6 +4,9 @@ The gradient of a chunk is formed while its logits are there, so nothing is comp
 arXiv:2410.10989). Legend: B batch, L all tokens, N = B·L, n tokens of a chunk, V codes, D width.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,10 +45,31 @@ def chunked_head_loss(
         factors = [None if factor is None else in_run_precision(factor) for factor in given]
         with outside_autocast(hidden_states.device):
             return chunked_cross_entropy(*factors, labels, **options)
+    return in_chunks(partial(_chunk_loss, head, label_smoothing), (hidden_states, labels), labels, chunk_size)
+
+
+def in_chunks(
+    chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]], given: tuple[Tensor, ...], labels: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a loss a chunk of tokens at a time, and once more in the backward pass.
+
+    Args:
+        chunk_loss: takes a chunk (n, …) of each tensor given; returns the summed loss, and its tokens' losses and hits
+            (n,) without gradient.
+        given: tensors (B, L, …).
+        labels: (B, L) int64, −100 for tokens to ignore.
+        chunk_size: n.
+
+    Returns:
+        What `chunked_cross_entropy` does.
+
+    Raises:
+        ValueError: if `chunk_size` is below 1.
+    """
     _check_chunk_size(chunk_size)
     smooth_sum, token_loss, token_correct = 0.0, [], []
-    for x, y in zip(hidden_states.flatten(0, 1).split(chunk_size), labels.flatten().split(chunk_size), strict=True):
-        chunk_sum, *of_tokens = checkpoint(_chunk_loss, head, x, y, label_smoothing, use_reentrant=False)
+    for chunk in zip(*(tensor.flatten(0, 1).split(chunk_size) for tensor in given), strict=True):
+        chunk_sum, *of_tokens = checkpoint(chunk_loss, *chunk, use_reentrant=False)
         smooth_sum = smooth_sum + chunk_sum
         for parts, part in zip((token_loss, token_correct), of_tokens, strict=True):
             parts.append(part)
@@ -60,7 +84,7 @@ def _is_bare_linear(head: nn.Module) -> bool:
     return is_linear and "forward" not in vars(head) and not any(hooks)
 
 
-def _chunk_loss(head: nn.Module, x: Tensor, y: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_loss(head: nn.Module, label_smoothing: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss of a chunk (n, D), and without gradient its tokens' losses and hits (n,)."""
     logits = full_precision(head(x))
     loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED_LABEL)

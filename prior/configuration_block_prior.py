@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.code_digits import MAX_CODES
 from nextblock.files.config_fields import (
     check_counts,
     check_flags,
@@ -16,7 +17,9 @@ from nextblock.files.config_fields import (
     refuse_unknown_fields,
 )
 
-from .prior_fields import MAX_CLASSES, MAX_CODES, MAX_LAYERS, MAX_WIDTH, check_names
+from .head_plan import HeadKind
+from .heads import num_head_parameters
+from .prior_fields import MAX_CLASSES, MAX_LAYERS, MAX_WIDTH, check_names, set_fields
 
 
 class BlockPriorConfig(PreTrainedConfig):
@@ -47,8 +50,19 @@ class BlockPriorConfig(PreTrainedConfig):
         drop_path: stochastic-depth rate of the last layer, rising linearly from 0.
         label_smoothing: of the cross-entropy, in [0, 1).
         adaln_gamma_init: factor on the initial AdaLN gates.
+        head: what is predicted of a token: "softmax", a probability of each of the V codes; or its digits, where the
+            codebook has any (FSQ, LFQ, BSQ): "digits" all at once (Infinity), "digits_in_turn" each given those before
+            it, or "masked_digits" in a few passes, learned with digits hidden at random (BAR). Memory then grows with
+            the digits and not with V.
+        head_groups: how many neighbouring digits of the codebook are predicted together by one softmax, a count each,
+            such as [6, 12] for 18 bits; None predicts every digit by itself. Not for "softmax".
+        head_width: width of the network of "digits_in_turn" and "masked_digits"; None takes D.
+        head_layers: feed-forward layers of that network; None takes 2.
+        head_passes: passes in which "masked_digits" draws a token, the later the more digits at once; None takes 4, or
+            one a digit where there are fewer. Weights do not depend on it.
         tokenizer_fingerprint: of the tokenizer whose tokens the prior has learned, see
             `nextblock.files.fingerprints.model_fingerprint`; None where it is not known.
+        code_bases: bases of the digits of the tokenizer's codes, lowest first; None where they have none.
     """
 
     model_type = "nextblock_block_prior"
@@ -78,35 +92,19 @@ class BlockPriorConfig(PreTrainedConfig):
         drop_path: float = 0.0,
         label_smoothing: float = 0.0,
         adaln_gamma_init: float = 1e-3,
+        head: HeadKind = "softmax",
+        head_groups: list[int] | None = None,
+        head_width: int | None = None,
+        head_layers: int | None = None,
+        head_passes: int | None = None,
         tokenizer_fingerprint: str | None = None,
+        code_bases: list[int] | None = None,
         **kwargs,
     ):
+        set_fields(self, locals())
         self.layout = (BlockLayout.tiles(1, 8) if layout is None else BlockLayout.from_dict(layout)).to_dict()
-        self.vocab_size = vocab_size
-        self.embedding_dim = embedding_dim
-        self.num_classes = num_classes
-        self.class_names = list(class_names) if isinstance(class_names, tuple) else class_names
-        self.text_dim, self.max_text_positions, self.num_empty_positions = (
-            text_dim,
-            max_text_positions,
-            num_empty_positions,
-        )
-        self.has_text_prefix, self.has_text_vector = has_text_prefix, has_text_vector
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.mlp_ratio = mlp_ratio
         is_tiles = not self.block_layout().is_scales
         self.input_embedding = input_embedding or ("tokens" if is_tiles else "codes")
-        self.use_shared_adaln = use_shared_adaln
-        self.use_normalized_attention = use_normalized_attention
-        self.attention_scale = attention_scale
-        self.norm_eps = norm_eps
-        self.dropout = dropout
-        self.drop_path = drop_path
-        self.label_smoothing = label_smoothing
-        self.adaln_gamma_init = adaln_gamma_init
-        self.tokenizer_fingerprint = tokenizer_fingerprint
         refuse_unknown_fields(type(self), kwargs)
         self._check()
         super().__init__(**kwargs)
@@ -141,8 +139,9 @@ class BlockPriorConfig(PreTrainedConfig):
             check_number(self, field, lambda value: value > 0, "a finite number above 0")
         check_number(self, "adaln_gamma_init", lambda value: True, "a finite number")
         D = self.hidden_size
+        num_of_head = num_head_parameters(self, D)
         check_num_parameters(
-            self.num_layers * int(4 + 2 * self.mlp_ratio) * D**2 + (self.vocab_size + self.num_classes) * D,
+            self.num_layers * int(4 + 2 * self.mlp_ratio) * D**2 + num_of_head + self.num_classes * D,
             f"num_layers {self.num_layers}, hidden_size {D}, mlp_ratio {self.mlp_ratio}, vocab_size {self.vocab_size} "
             f"and num_classes {self.num_classes}",
         )

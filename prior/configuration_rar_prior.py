@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.files.config_fields import check_counts, check_number, refuse_unknown_fields
 
+from .head_plan import HeadKind
 from .prior_fields import MAX_WIDTH, check_names, check_sizes, stored_layout
 
 # Of a table: more than any layout has tokens.
@@ -33,8 +34,19 @@ class RARPriorConfig(PreTrainedConfig):
         num_position_rows: rows of the two tables of positions; None is L + 2, all that are used. Published models have
             L + 1024.
         num_step_rows: rows of the table of steps; None is L + 1, all that are used. Published models have L + 100.
+        head: what is predicted of a token: "softmax", a probability of each of the V codes; or its digits, where the
+            codebook has any (FSQ, LFQ, BSQ): "digits" all at once (Infinity), "digits_in_turn" each given those before
+            it, or "masked_digits" in a few passes, learned with digits hidden at random (BAR). Memory then grows with
+            the digits and not with V.
+        head_groups: how many neighbouring digits of the codebook are predicted together by one softmax, a count each,
+            such as [6, 12] for 18 bits; None predicts every digit by itself. Not for "softmax".
+        head_width: width of the network of "digits_in_turn" and "masked_digits"; None takes D.
+        head_layers: feed-forward layers of that network; None takes 2.
+        head_passes: passes in which "masked_digits" draws a token, the later the more digits at once; None takes 4, or
+            one a digit where there are fewer. Weights do not depend on it.
         tokenizer_fingerprint: of the tokenizer whose tokens the prior has learned, see
             `nextblock.files.fingerprints.model_fingerprint`; None where it is not known.
+        code_bases: bases of the digits of the tokenizer's codes, lowest first; None where they have none.
     """
 
     model_type = "nextblock_rar_prior"
@@ -55,7 +67,13 @@ class RARPriorConfig(PreTrainedConfig):
         label_smoothing: float = 0.0,
         num_position_rows: int | None = None,
         num_step_rows: int | None = None,
+        head: HeadKind = "softmax",
+        head_groups: list[int] | None = None,
+        head_width: int | None = None,
+        head_layers: int | None = None,
+        head_passes: int | None = None,
         tokenizer_fingerprint: str | None = None,
+        code_bases: list[int] | None = None,
         **kwargs,
     ):
         self.layout = stored_layout(layout)
@@ -73,7 +91,13 @@ class RARPriorConfig(PreTrainedConfig):
         self.label_smoothing = label_smoothing
         self.num_position_rows = L + 2 if num_position_rows is None else num_position_rows
         self.num_step_rows = L + 1 if num_step_rows is None else num_step_rows
+        self.head = head
+        self.head_groups = list(head_groups) if isinstance(head_groups, tuple) else head_groups
+        self.head_width = head_width
+        self.head_layers = head_layers
+        self.head_passes = head_passes
         self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.code_bases = list(code_bases) if isinstance(code_bases, tuple) else code_bases
         refuse_unknown_fields(type(self), kwargs)
         self._check(L)
         super().__init__(**kwargs)

@@ -25,7 +25,7 @@ FAMILIES: dict[str, type[StoredModel]] = {
 }
 # What the tokens decide is no option of a run; nor are texts, of which token shards have none.
 _OF_THE_DATA = ("layout", "vocab_size", "embedding_dim", "num_classes", "class_names", "tokenizer_fingerprint")
-_OF_THE_DATA += ("text_dim", "max_text_positions")
+_OF_THE_DATA += ("code_bases", "text_dim", "max_text_positions")
 _ABOUT = (
     'kind of prior, which has the other options: "block" predicts blocks of tokens at once (VAR); one token at a time '
     'do "llama" (LlamaGen), "gpt" (taming-transformers) and "rar" (RAR, in any order)'

@@ -1,7 +1,7 @@
 """What a family of priors offers: the protocol that generation, training and pipelines touch, and nothing else of it.
 
 Legend: B images, R rows (conditional, then unconditional), K blocks, L_k tokens of block k, L all tokens, P positions
-before the first token, V codes, C code channels, D width.
+before the first token, V codes, S scores of a token, n digits of a code, C code channels, D width.
 """
 
 from typing import Any, ClassVar, Protocol
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.code_digits import CodeDigits
 from nextblock.data.given import check_offers
 
 from .conditioning import Condition, Conditions, Context
+from .head_plan import HeadPlan, plan_of
 from .losses import PriorOutput
 from .orders import takes_orders
 
@@ -33,6 +35,8 @@ class Prior(Protocol):
     """The blocks predicted."""
     vocab_size: int
     """V."""
+    head_plan: HeadPlan
+    """What is predicted of a token, and in which passes; a family that has none predicts by one softmax over V."""
     embedding_dim: int
     """C, where code vectors are taken."""
     conditions: Conditions
@@ -59,7 +63,8 @@ class Prior(Protocol):
             labels: (B, L) int64 indices to predict, in block order; gives the loss.
             options: `loss_chunk_size`, tokens whose logits exist at a time, where `can_chunk_loss`; `orders` where
                 `takes_orders`, (B, L) int64, see `orders`: var_input, labels and what is returned stay in block order;
-                a family's own.
+                `known_digits` (B, L, n) bool where `head_plan.is_masked`, the digits shown while learning; a family's
+                own.
 
         Returns:
             A `PriorOutput`; see `losses.prior_output`.
@@ -91,8 +96,19 @@ class Prior(Protocol):
             (R, L_k, D).
         """
 
-    def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
-        """Return scores of all codes, (R, L_k, D) → (R, L_k, V), at least float32."""
+    def logits(self, hidden_states: Tensor, context: Context, digits: Tensor | None = None) -> Tensor:
+        """Return scores of all codes, or of all digits side by side, at least float32.
+
+        Args:
+            hidden_states: (R, L_k, D).
+            context: of the R rows.
+            digits: (R, L_k, n) int64, those that are known of each token and −1 for the others; given only where
+                `head_plan` has more than one pass, and None before the first.
+
+        Returns:
+            (R, L_k, S): S = V for one softmax; else the scores of digit i are the columns after those of the digits
+            before it, as many as its base. They are not normalised.
+        """
 
 
 def check_prior(prior: Prior) -> None:
@@ -109,6 +125,9 @@ def check_prior(prior: Prior) -> None:
     for field, kind in {"layout": BlockLayout, "takes_indices": bool, "vocab_size": int, "embedding_dim": int}.items():
         if type(getattr(prior, field)) is not kind:
             raise ValueError(f"prior.{field} is {getattr(prior, field)!r:.80}; expected a {kind.__name__}")
+    plan = plan_of(prior)
+    if not isinstance(plan, HeadPlan) or plan.digits.num_codes != prior.vocab_size:
+        raise ValueError(f"prior.head_plan is {plan!r:.80}; expected a HeadPlan of {prior.vocab_size} codes")
     if prior.takes_indices and prior.layout.is_scales:
         raise ValueError("prior.takes_indices is True; expected False for a scale layout, whose input is no code")
     if takes_orders(prior) and not (prior.takes_indices and prior.layout.is_single_tokens):
@@ -143,6 +162,10 @@ def try_out(prior: Prior) -> None:
             raise ValueError(f"prior.decode_block fails for block {k}, given what {taken} say: {error}") from error
         check_hidden(prior, k, hidden_states, 1)
         check_logits(prior, k, prior.logits(hidden_states, context), 1)
+        plan = plan_of(prior)
+        if len(plan.passes) > 1:
+            digits = torch.zeros(1, lengths[k], plan.num_digits, dtype=torch.int64, device=device)
+            check_logits(prior, k, prior.logits(hidden_states, context, digits), 1)
     prior.train(was_training)
 
 
@@ -161,8 +184,8 @@ def check_hidden(prior: Prior, k: int, hidden_states: Tensor, num_rows: int) -> 
 
 
 def check_logits(prior: Prior, k: int, logits: Tensor, num_rows: int) -> None:
-    """Refuse what a family's `logits` gave for block k, unless it is (R, L_k, V) and at least float32."""
-    expected = (num_rows, prior.layout.block_lengths[k], prior.vocab_size)
+    """Refuse what a family's `logits` gave for block k, unless it is (R, L_k, S) and at least float32."""
+    expected = (num_rows, prior.layout.block_lengths[k], plan_of(prior).num_scores)
     if getattr(logits, "shape", ()) != expected or logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"prior.logits gives {_described(logits)} for block {k}; expected {expected} in float32")
 
@@ -196,17 +219,33 @@ def check_quantizer(prior: Prior, quantizer: nn.Module) -> None:
         quantizer: a tokenizer's.
 
     Raises:
-        ValueError: if it is none, or naming what differs: layout, number of codes, or, where code vectors are taken,
-            their channels.
+        ValueError: if it is none, or naming what differs: layout, number of codes, their digits where the prior
+            predicts those, or, where code vectors are taken, their channels.
     """
     check_offers("quantizer", quantizer, QUANTIZER_PARTS, "a tokenizer's quantizer")
     if quantizer.num_codes != prior.vocab_size:
         raise ValueError(f"quantizer has {quantizer.num_codes} codes; expected {prior.vocab_size}")
+    _check_digits(plan_of(prior), getattr(quantizer, "digits", None))
     if not prior.takes_indices and quantizer.dim != prior.embedding_dim:
         raise ValueError(f"quantizer has codes of {quantizer.dim} channels; expected {prior.embedding_dim}")
     if quantizer.layout != prior.layout:
         got = quantizer.layout and quantizer.layout.to_dict()
         raise ValueError(f"quantizer has layout {got}; expected {prior.layout.to_dict()}")
+
+
+def _check_digits(plan: HeadPlan, digits: CodeDigits | None) -> None:
+    """Refuse a quantizer's digits that are not those that a prior predicts, by themselves or joined."""
+    if plan.num_digits == 1:
+        return
+    if digits is None:
+        raise ValueError(f"quantizer has codes without digits; expected some of the bases {list(plan.bases)}")
+    try:
+        digits.sizes_of(plan.bases)
+    except ValueError as error:
+        raise ValueError(
+            f"quantizer has codes of digits of the bases {list(digits.bases)}; expected {list(plan.bases)}, or digits "
+            "that make these"
+        ) from error
 
 
 def check_given(prior: Prior, given_idx_Bl: list[Tensor], num_images: int) -> None:

@@ -1,11 +1,12 @@
 """Block-by-block sampling with classifier-free guidance, for every family of priors.
 
 Legend: B images, R rows (conditional, then unconditional), K blocks, L_k tokens of block k, L all tokens, V codes,
-C code channels, h×w latent cells.
+n digits of a code, S scores of a token, C code channels, h×w latent cells.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,9 +17,19 @@ from nextblock.training.offload import run_offload_hook
 
 from .conditioning import Condition, Context
 from .family import Prior, check_context, check_hidden, check_logits
+from .head_plan import HeadPlan, plan_of
+from .heads import UNKNOWN
 from .linear import PackedWeights
 from .orders import in_block_order, in_order, sampling_orders
-from .sampling import SamplingOptions, draw_gumbels, draw_uniforms, mix_codes, sample_tokens, truncate_logits
+from .sampling import (
+    SamplingOptions,
+    draw_gumbels,
+    draw_uniforms,
+    mix_codes,
+    sample_digits,
+    sample_tokens,
+    truncate_logits,
+)
 
 
 @dataclass
@@ -26,6 +37,7 @@ class _TokenSource:
     """Draws a batch's tokens: single codes by uniform numbers, or mixtures of codes by Gumbel noise."""
 
     prior: Prior
+    plan: HeadPlan
     quantizer: nn.Module
     options: SamplingOptions
     uniforms: Tensor
@@ -33,12 +45,12 @@ class _TokenSource:
     smooth_generators: list[Generator] | None
     orders: Tensor | None
 
-    def noise(self, k: int, logits: Tensor) -> Tensor:
+    def noise(self, k: int) -> Tensor:
         """Return the random numbers of block k."""
         start, end = self.prior.layout.bounds[k]
         if self.smooth_generators is None:
             return self.uniforms[:, start:end]
-        return draw_gumbels(self.smooth_generators, end - start, logits.shape[-1]).to(logits.device)
+        return draw_gumbels(self.smooth_generators, end - start, self.plan.num_scores).to(self.uniforms.device)
 
     def given(self, k: int) -> Tensor | None:
         """Return block k's known tokens (B, L_k)."""
@@ -47,10 +59,21 @@ class _TokenSource:
 
     def draw(self, k: int, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """Draw block k's tokens (B, L_k), and mixtures (B, L_k, C) where sampling is smooth."""
+        if self.plan.num_digits > 1:
+            return self.plan.digits.join(sample_digits(logits, noise, self.options, self.plan)), None
         if self.smooth_generators is None:
             return sample_tokens(logits, noise, self.options), None
         progress = k / max(self.prior.layout.num_blocks - 1, 1)
         return mix_codes(truncate_logits(logits, self.options), noise, self.quantizer.get_codebook(), progress)
+
+    def draw_in_passes(self, score: Callable[[Tensor | None], Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a block's digits pass by pass; return what each was drawn from, (B, L_k, S), and the tokens."""
+        plan, logits, digits = self.plan, [], torch.full_like(noise, UNKNOWN, dtype=torch.int64)
+        for start, end in plan.pass_bounds:
+            of_pass, (low, high) = score(digits if start else None), plan.columns(start, end)
+            logits.append(of_pass[..., low:high])
+            digits[..., start:end] = sample_digits(of_pass, noise, self.options, plan, start, end)
+        return torch.cat(logits, dim=-1), plan.digits.join(digits)
 
 
 class BlockStep:
@@ -60,7 +83,8 @@ class BlockStep:
         block: k, from 0; in another order than the layout's, the k-th token predicted.
         idx: (B, L_k) int64.
         places: (B, 1) int64, which token of the layout it is in each image; None where it is block k itself.
-        logits: (B, L_k, V), guided, neither tempered nor truncated.
+        logits: (B, L_k, S), guided, neither tempered nor truncated: scores of the V codes, or of all digits side by
+            side, each given the digits that were drawn in the passes before.
         vectors: (B, L_k, C) mixtures of codes, the codes themselves where tokens are set; None unless smooth.
         scales: K guidance scales; those of later blocks may be set.
         is_last: whether to stop after this block.
@@ -68,21 +92,35 @@ class BlockStep:
         next_input: (B, L_{k+1}, C) for the next block, after `advance`; None after the last block.
     """
 
-    def __init__(self, block: int, scales: list[float], logits: Tensor, source: _TokenSource, canvas: Tensor):
+    def __init__(
+        self,
+        block: int,
+        scales: list[float],
+        score: Callable[[Tensor | None], Tensor],
+        source: _TokenSource,
+        canvas: Tensor,
+    ):
         self.block = block
         self.scales = scales
         self.is_last = False
         self.places = None if source.orders is None else source.orders[:, block : block + 1]
-        self._source, self._noise, self._canvas_before = source, source.noise(block, logits), canvas
-        self.redraw(logits)
+        self._source, self._noise, self._canvas_before = source, source.noise(block), canvas
+        if len(source.plan.passes) == 1:
+            self.redraw(score(None))
+        else:
+            self.logits, idx = source.draw_in_passes(score, self._noise)
+            self._take(idx, None)
+            self._keep_given()
 
     def redraw(self, logits: Tensor) -> None:
-        """Draw the tokens from these logits, always with the same random numbers; known tokens stay."""
+        """Draw the tokens from these logits, always with the same random numbers; known tokens stay.
+
+        Args:
+            logits: as the attribute; every digit is drawn from them as they stand.
+        """
         self.logits = logits
         self._take(*self._source.draw(self.block, logits, self._noise))
-        given = self._source.given(self.block)
-        if given is not None:
-            self.set_tokens(given, given >= 0)
+        self._keep_given()
 
     def set_tokens(self, idx: Tensor, is_set: Tensor) -> None:
         """Put single codes where a mask (B, L_k) says so."""
@@ -99,6 +137,12 @@ class BlockStep:
             advance = self._source.quantizer.advance
             self.canvas, self.next_input = advance(self._canvas_before, content, self.block, **places)
             self._is_advanced = True
+
+    def _keep_given(self) -> None:
+        """Put the known tokens of the block in their places."""
+        given = self._source.given(self.block)
+        if given is not None:
+            self.set_tokens(given, given >= 0)
 
     def _take(self, idx: Tensor, vectors: Tensor | None) -> None:
         """Hold these tokens, which are not on the map yet."""
@@ -146,12 +190,14 @@ def generate(
     run_offload_hook(prior)
     quantizer.check_finite()
     given = None if given_idx_BL is None else given_idx_BL.to(prior.device)
+    L, num_digits = prior.layout.num_tokens, plan_of(prior).num_digits
+    uniforms = draw_uniforms(generators, L * num_digits)
     return generate_blocks(
         prior,
         condition.to(prior.device),
         quantizer,
         options,
-        draw_uniforms(generators, prior.layout.num_tokens).to(prior.device),
+        (uniforms if num_digits == 1 else uniforms.view(-1, L, num_digits)).to(prior.device),
         given_idx_BL=given,
         orders=sampling_orders(prior, options.order, given, len(condition)),
         smooth_generators=generators if options.is_smooth else None,
@@ -184,7 +230,7 @@ def generate_blocks(
         condition: of B images, on the prior's device.
         quantizer: the tokenizer's quantizer.
         options: how tokens are drawn.
-        uniforms: (B, L) float64 in [0, 1), one a token.
+        uniforms: (B, L) float64 in [0, 1), one a token; (B, L, n), one a digit, where the prior predicts digits.
         given_idx_BL: (B, L) int64 tokens that are not sampled, −1 where they are; None samples all.
         orders: (B, L) int64 order in which a prior that `takes_orders` predicts the tokens; None is block order.
         smooth_generators: B generators of Gumbel noise for mixtures of codes; None draws single codes.
@@ -201,7 +247,7 @@ def generate_blocks(
     """
     # A token's random number and known value are its own in whatever order it is drawn.
     own = in_order(uniforms, orders), given_idx_BL if given_idx_BL is None else in_order(given_idx_BL, orders)
-    source = _TokenSource(prior, quantizer, options, *own, smooth_generators, orders)
+    source = _TokenSource(prior, plan_of(prior), quantizer, options, *own, smooth_generators, orders)
     idx_Bl: list[Tensor] = []
     seen: dict[int, Tensor] = {}
     # A prior that takes indices needs no map; a receiver may look at it.
@@ -252,9 +298,8 @@ def _block_steps(
         with packed_weights.used():
             hidden_states = prior.decode_block(content, k, rows, cache)
             check_hidden(prior, k, hidden_states, len(rows))
-            logits = _guided_logits(prior, hidden_states, rows, conditional, scales[k])
-        check_logits(prior, k, logits, B)
-        step = BlockStep(k, scales, logits, source, canvas)
+            score = partial(_guided_logits, prior, k, hidden_states, rows, conditional, scales[k])
+            step = BlockStep(k, scales, score, source, canvas)
         yield step
         if k + 1 < K:
             if keeps_map:
@@ -262,9 +307,24 @@ def _block_steps(
             canvas, content = step.canvas, step.idx if prior.takes_indices else step.next_input
 
 
-def _guided_logits(prior: Prior, hidden_states: Tensor, rows: Context, conditional: Context, scale: float) -> Tensor:
-    """Return logits (B, l, V), guided where the scale is not 1."""
+def _guided_logits(
+    prior: Prior,
+    k: int,
+    hidden_states: Tensor,
+    rows: Context,
+    conditional: Context,
+    scale: float,
+    digits: Tensor | None = None,
+) -> Tensor:
+    """Return logits (B, L_k, S) given known digits (B, L_k, n), guided where the scale is not 1."""
+    B = len(conditional)
     if scale == 1:
-        return prior.logits(hidden_states[: len(conditional)], conditional)
-    with_class, without = prior.logits(hidden_states, rows).chunk(2)
+        hidden_states, rows = hidden_states[:B], conditional
+    # Unconditional rows are told the same digits as the conditional ones.
+    known = () if digits is None else (digits.repeat(len(rows) // B, 1, 1),)
+    logits = prior.logits(hidden_states, rows, *known)
+    check_logits(prior, k, logits, len(rows))
+    if scale == 1:
+        return logits
+    with_class, without = logits.chunk(2)
     return torch.lerp(without, with_class, scale)

@@ -1,4 +1,4 @@
-"""What the calls of every family of priors share: looking at arguments, the loss behind a head, sampling.
+"""What the calls of every family of priors share: looking at arguments, the end of a forward pass, sampling.
 
 Legend: B batch, K blocks, L_k tokens of block k, L all tokens, V codes, C code channels, D width.
 """
@@ -11,13 +11,12 @@ from torch import Generator, Tensor, nn
 from transformers import PreTrainedConfig
 
 from nextblock.data.given import FLOAT_DTYPES, check_tensor
-from nextblock.training.precision import full_precision
 
-from .chunked_loss import chunked_head_loss
 from .conditioning import Condition
 from .family import Prior, check_given, check_quantizer
 from .generation import BlockStep, generate
-from .losses import IGNORED_LABEL, PriorOutput, prior_output
+from .head_losses import head_output
+from .losses import IGNORED_LABEL, PriorOutput
 from .sampling import SamplingOptions, image_generators
 from .text_condition import TextConditions
 
@@ -63,33 +62,40 @@ def check_loss_options(labels: Tensor | None, loss_chunk_size: int | None) -> No
         raise ValueError(f"loss_chunk_size is {loss_chunk_size} but labels is None; expected None, or labels")
 
 
-def head_scores(head: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Apply a head to normalised hidden states, (…, D) → (…, V) in float32; the product is in the run's precision."""
-    # Sharded weights come in the run's half type, while hidden states are float32.
-    dtype = torch.promote_types(head.weight.dtype, hidden_states.dtype)
-    return full_precision(head(hidden_states.to(dtype)))
-
-
-def head_output(
-    head: nn.Module, hidden_states: Tensor, labels: Tensor | None, label_smoothing: float, chunk_size: int | None
-) -> PriorOutput:
-    """Apply a head and compare with labels, all at once or a chunk of tokens at a time.
+def predicted(
+    prior: Prior,
+    head: nn.Module,
+    hidden_states: Tensor,
+    labels: Tensor | None,
+    return_dict: bool | None,
+    loss_chunk_size: int | None,
+    known_digits: Tensor | None,
+) -> PriorOutput | tuple:
+    """End a forward pass: scores, the loss, and the output as it was asked for.
 
     Args:
-        head: maps (…, D) to (…, V).
-        hidden_states: (B, L, D), normalised.
-        labels: (B, L), or None.
-        label_smoothing: of the loss.
-        chunk_size: tokens whose logits exist at a time; None computes those of all.
+        prior: that is called, with its `head_plan`, and `label_smoothing` in its configuration.
+        head: its head.
+        hidden_states: (B, L, D), what the head takes.
+        labels: (B, L) int64, or None.
+        return_dict: False returns a tuple of what is not None.
+        loss_chunk_size: tokens whose logits exist at a time; None computes those of all.
+        known_digits: see `head_output`.
 
     Returns:
-        A `PriorOutput`, without logits where in chunks.
+        What `head_output` does, by name or as a tuple.
     """
-    if chunk_size is None:
-        return prior_output(head_scores(head, hidden_states), labels, label_smoothing)
-    options = {"label_smoothing": label_smoothing, "chunk_size": chunk_size}
-    loss, token_loss, token_correct = chunked_head_loss(head, hidden_states, labels, **options)
-    return PriorOutput(loss=loss, token_loss=token_loss, token_correct=token_correct)
+    output = head_output(
+        head,
+        prior.head_plan,
+        hidden_states,
+        labels,
+        label_smoothing=prior.config.label_smoothing,
+        chunk_size=loss_chunk_size,
+        known_digits=known_digits,
+        is_training=prior.training,
+    )
+    return returned(output, return_dict, prior.config)
 
 
 def returned(output: PriorOutput, return_dict: bool | None, config: PreTrainedConfig) -> PriorOutput | tuple:

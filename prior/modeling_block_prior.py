@@ -15,17 +15,18 @@ from transformers import initialization as init
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.files.stored_model import StoredModel
-from nextblock.training.precision import full_precision, outside_autocast
+from nextblock.training.precision import outside_autocast
 
 from .attention import block_causal_attention, prefixed_attention
-from .chunked_loss import chunked_head_loss
 from .conditioning import ClassCondition, ClassConditions, Condition, Context
 from .configuration_block_prior import BlockPriorConfig
 from .generation import BlockStep
+from .head_plan import HeadOptions, configured_plan
+from .heads import build_head, build_token_embedding, head_scores, output_projection
 from .layers import BlockAttention, KeyValueCache, LayerStack, ModulatedHead, PriorLayer
 from .linear import Linear
-from .losses import PriorOutput, prior_output
-from .model_calls import as_labels, check_loss_options, check_teacher_input, read_condition, sample_blocks
+from .losses import PriorOutput
+from .model_calls import as_labels, check_loss_options, check_teacher_input, predicted, read_condition, sample_blocks
 from .orders import refuse_orders
 from .text_condition import TextCondition, TextConditions
 from .text_embedder import TextEmbedder
@@ -52,7 +53,7 @@ class BlockPrior(StoredModel):
 
     def __init__(self, config: BlockPriorConfig):
         super().__init__(config)
-        D, V = config.hidden_size, config.vocab_size
+        D = config.hidden_size
         self.layout: BlockLayout = config.block_layout()
         if config.text_dim is None:
             self.class_emb = nn.Embedding(config.num_classes + 1, D)
@@ -65,7 +66,7 @@ class BlockPrior(StoredModel):
                 num_empty_positions=config.num_empty_positions,
             )
         if config.input_embedding == "tokens":
-            self.word_embed = nn.Embedding(V, D)
+            self.word_embed = build_token_embedding(config, D)
         else:
             self.word_embed = Linear(config.embedding_dim, D)
         self.pos_start = nn.Parameter(torch.empty(1, self.layout.block_lengths[0], D))
@@ -88,8 +89,15 @@ class BlockPrior(StoredModel):
             for i in range(config.num_layers)
         )
         self.head_nm = ModulatedHead(D, config.norm_eps)
-        self.head = Linear(D, V)
+        self.head_plan = configured_plan(config)
+        self.head = build_head(config, D)
         self.post_init()
+
+    @staticmethod
+    def as_fingerprinted(options: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+        """Leave out fields of the head at their defaults: what was saved before there were any keeps its hash."""
+        defaults = HeadOptions()._asdict()
+        return {n: value for n, value in options.items() if defaults.get(n, ...) != value}, state
 
     @property
     def conditions(self) -> ClassConditions | TextConditions:
@@ -145,7 +153,7 @@ class BlockPrior(StoredModel):
         elif isinstance(module, BlockPrior):
             init.trunc_normal_(module.pos_start, std=std)
             init.trunc_normal_(module.pos_1LC, std=std)
-            init.trunc_normal_(module.head.weight, std=0.02 * std)
+            init.trunc_normal_(output_projection(module.head).weight, std=0.02 * std)
             # Not in a branch of their own: transformers passes over modules that hold no parameter directly.
             init.trunc_normal_(module.head_nm.ada_lin[1].weight, std=0.5 * std)
             for layer in module.blocks:
@@ -175,6 +183,7 @@ class BlockPrior(StoredModel):
         orders: None = None,
         text_embeds: Tensor | None = None,
         text_mask: Tensor | None = None,
+        known_digits: Tensor | None = None,
     ) -> PriorOutput | tuple:
         """Predict all blocks under teacher forcing.
 
@@ -189,6 +198,9 @@ class BlockPrior(StoredModel):
             orders: None alone: blocks come in the layout's order.
             text_embeds: (B, T, E) text features in place of labels, of a prior that is conditioned on text.
             text_mask: (B, T) which of them are valid; None says all.
+            known_digits: (B, L, n) bool, the digits that a head of "masked_digits" is shown while it learns; None hides
+                digits at random in training mode, with torch's default generator, and in evaluation mode gives the
+                likelihood of the passes that sampling takes.
 
         Returns:
             A `PriorOutput`.
@@ -215,25 +227,8 @@ class BlockPrior(StoredModel):
         for layer in self.blocks:
             # Its modulation is its own affair: where weights are sharded, they are there in its forward pass alone.
             hidden_states = layer(hidden_states, shared, attend)
-        hidden_states = hidden_states[:, num_prefix:]
-        head_modulation = self.head_nm.modulation(vector)
-        if loss_chunk_size is not None:
-            output = self._chunked_loss(hidden_states, head_modulation, labels, loss_chunk_size)
-        else:
-            output = prior_output(self._scores(hidden_states, head_modulation), labels, self.config.label_smoothing)
-        is_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
-        return output.to_tuple() if is_tuple else output
-
-    def _chunked_loss(self, hidden_states: Tensor, head_modulation, labels: Tensor, chunk_size: int) -> PriorOutput:
-        """Compare with labels a chunk of tokens at a time."""
-        loss, token_loss, token_correct = chunked_head_loss(
-            self.head,
-            self._head_input(hidden_states, head_modulation),
-            labels,
-            label_smoothing=self.config.label_smoothing,
-            chunk_size=chunk_size,
-        )
-        return PriorOutput(loss=loss, token_loss=token_loss, token_correct=token_correct)
+        hidden_states = self._head_input(hidden_states[:, num_prefix:], self.head_nm.modulation(vector))
+        return predicted(self, self.head, hidden_states, labels, return_dict, loss_chunk_size, known_digits)
 
     def context(self, condition: Condition) -> Context:
         """Compute all that depends on the condition alone: its embedding, each layer's modulation, and the head's."""
@@ -274,18 +269,14 @@ class BlockPrior(StoredModel):
             )[span[1] : span[2]]
         return self.blocks(x, context.modulations[:-1], cache, span, positions, context.prefix_mask)
 
-    def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
-        """Return scores of all codes, (R, l, D) → (R, l, V), in float32; the product is in the run's precision."""
-        return self._scores(hidden_states, context.modulations[-1])
-
-    def _scores(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
-        """Apply the head to (R, l, D)."""
-        return full_precision(self.head(self._head_input(hidden_states, head_modulation)))
+    def logits(self, hidden_states: Tensor, context: Context, digits: Tensor | None = None) -> Tensor:
+        """Return scores, (R, l, D) → (R, l, S), in float32; see `family.Prior`."""
+        return head_scores(self.head, self._head_input(hidden_states, context.modulations[-1]), digits)
 
     def _head_input(self, hidden_states: Tensor, head_modulation: tuple[Tensor, Tensor]) -> Tensor:
         """Return what the output projection takes, normalised in the model's precision and not in autocast's."""
         # Sharded weights come in the run's half type, while hidden states are float32.
-        dtype = torch.promote_types(self.head.weight.dtype, hidden_states.dtype)
+        dtype = torch.promote_types(output_projection(self.head).weight.dtype, hidden_states.dtype)
         with outside_autocast(hidden_states.device):
             return self.head_nm(hidden_states.to(dtype), tuple(part.to(dtype) for part in head_modulation))
 

@@ -22,18 +22,12 @@ from .causal_layers import CausalStack
 from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_gpt_prior import GPTPriorConfig
 from .generation import BlockStep
+from .head_plan import configured_plan
+from .heads import build_head, build_token_embedding, head_scores
 from .layers import KeyValueCache, LayerNorm
 from .linear import Linear
 from .losses import PriorOutput
-from .model_calls import (
-    as_labels,
-    check_loss_options,
-    check_teacher_input,
-    head_output,
-    head_scores,
-    returned,
-    sample_blocks,
-)
+from .model_calls import as_labels, check_loss_options, check_teacher_input, predicted, sample_blocks
 from .orders import refuse_orders
 
 # As published.
@@ -110,14 +104,15 @@ class GPTPrior(StoredModel):
 
     def __init__(self, config: GPTPriorConfig):
         super().__init__(config)
-        D, V = config.hidden_size, config.vocab_size
+        D = config.hidden_size
         self.layout: BlockLayout = config.block_layout()
-        self.tok_emb = nn.Embedding(V, D)
+        self.tok_emb = build_token_embedding(config, D)
         self.pos_emb = nn.Parameter(torch.empty(1, config.num_positions or self.layout.num_tokens, D))
         self.drop = nn.Dropout(config.embedding_dropout)
         self.blocks = CausalStack(GPTLayer(config) for _ in range(config.num_layers))
         self.ln_f = LayerNorm(D, eps=config.norm_eps)
-        self.head = Linear(D, V, bias=False)
+        self.head_plan = configured_plan(config)
+        self.head = build_head(config, D, has_bias=False)
         self.post_init()
 
     @property
@@ -150,6 +145,7 @@ class GPTPrior(StoredModel):
         return_dict: bool | None = None,
         loss_chunk_size: int | None = None,
         orders: None = None,
+        known_digits: Tensor | None = None,
     ) -> PriorOutput | tuple:
         """Predict all tokens under teacher forcing.
 
@@ -161,6 +157,7 @@ class GPTPrior(StoredModel):
             loss_chunk_size: compute the loss this many tokens at a time and return no logits; needs labels. None
                 computes all at once.
             orders: None alone: tokens come in raster order.
+            known_digits: (B, L, n) bool, see `head_losses.head_output`.
 
         Returns:
             A `PriorOutput`.
@@ -181,8 +178,7 @@ class GPTPrior(StoredModel):
         attend = partial(causal_attention, scale=scale, dropout=dropout)
         for layer in self.blocks:
             x = layer(x, None, attend)
-        output = head_output(self.head, self.ln_f(x), labels, self.config.label_smoothing, loss_chunk_size)
-        return returned(output, return_dict, self.config)
+        return predicted(self, self.head, self.ln_f(x), labels, return_dict, loss_chunk_size, known_digits)
 
     def context(self, condition: ClassCondition) -> Context:
         """Embed the class, or the start token, as the position before the first token."""
@@ -203,9 +199,9 @@ class GPTPrior(StoredModel):
         positions = self.layout.positions(x.device)[k : k + 1]
         return self.blocks(x, None, cache, (0, k, k + 1), positions, None)
 
-    def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
-        """Return scores of all codes, (R, l, D) → (R, l, V), in float32; the product is in the run's precision."""
-        return head_scores(self.head, self.ln_f(hidden_states))
+    def logits(self, hidden_states: Tensor, context: Context, digits: Tensor | None = None) -> Tensor:
+        """Return scores, (R, l, D) → (R, l, S), in float32; see `family.Prior`."""
+        return head_scores(self.head, self.ln_f(hidden_states), digits)
 
     def generate(
         self,

@@ -18,18 +18,17 @@ from .causal_layers import CausalStack
 from .conditioning import ClassCondition, ClassConditions, Condition, Context
 from .configuration_llama_prior import LlamaPriorConfig
 from .generation import BlockStep
+from .head_plan import configured_plan
+from .heads import build_head, build_token_embedding, head_scores, output_projection
 from .layers import KeyValueCache
-from .linear import Linear
 from .llama_layers import CaptionEmbedding, ClassEmbedding, LlamaLayer, RMSNorm
 from .losses import PriorOutput
 from .model_calls import (
     as_labels,
     check_loss_options,
     check_teacher_input,
-    head_output,
-    head_scores,
+    predicted,
     read_condition,
-    returned,
     sample_blocks,
 )
 from .orders import refuse_orders
@@ -68,14 +67,15 @@ class LlamaPrior(StoredModel):
             self.cls_embedding = ClassEmbedding(config.num_classes + 1, D)
         else:
             self.cls_embedding = CaptionEmbedding(config.text_dim, config.max_text_positions, D)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, D)
+        self.tok_embeddings = build_token_embedding(config, D)
         self.tok_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = CausalStack(
             LlamaLayer(config, drop_path=config.drop_path * i / max(config.num_layers - 1, 1))
             for i in range(config.num_layers)
         )
         self.norm = RMSNorm(D, config.norm_eps)
-        self.output = Linear(D, config.vocab_size, bias=False)
+        self.head_plan = configured_plan(config)
+        self.output = build_head(config, D, has_bias=False)
         self.post_init()
 
     @property
@@ -98,10 +98,11 @@ class LlamaPrior(StoredModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as published: all maps and tables alike, the head at zero."""
-        if module is self.output:
-            init.zeros_(module.weight)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=_INIT_STD)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=0 if module is output_projection(self.output) else _INIT_STD)
+            # Of a network for digits alone.
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, CaptionEmbedding):
@@ -117,6 +118,7 @@ class LlamaPrior(StoredModel):
         text_embeds: Tensor | None = None,
         text_mask: Tensor | None = None,
         orders: None = None,
+        known_digits: Tensor | None = None,
     ) -> PriorOutput | tuple:
         """Predict all tokens under teacher forcing.
 
@@ -130,6 +132,7 @@ class LlamaPrior(StoredModel):
             text_embeds: (B, T, E) text features in place of labels, of a prior that is conditioned on text.
             text_mask: (B, T) which of them are valid; None says all.
             orders: None alone: tokens come in raster order.
+            known_digits: (B, L, n) bool, see `head_losses.head_output`.
 
         Returns:
             A `PriorOutput`.
@@ -158,8 +161,7 @@ class LlamaPrior(StoredModel):
         for layer in self.layers:
             x = layer(x, rotation, attend)
         hidden_states = self.norm(x[:, P - 1 :])
-        output = head_output(self.output, hidden_states, labels, self.config.label_smoothing, loss_chunk_size)
-        return returned(output, return_dict, self.config)
+        return predicted(self, self.output, hidden_states, labels, return_dict, loss_chunk_size, known_digits)
 
     def context(self, condition: ClassCondition | TextCondition) -> Context:
         """Embed the condition as the positions before the first token."""
@@ -172,7 +174,7 @@ class LlamaPrior(StoredModel):
         """Allocate keys and values of all layers, P prefix positions and L tokens."""
         config, length = self.config, self.num_prefix + self.layout.num_tokens
         shape = (num_rows, config.key_value_heads, length, config.hidden_size // config.num_heads)
-        weight = self.tok_embeddings.weight
+        weight = self.norm.weight
         return KeyValueCache(config.num_layers, shape, weight.dtype, weight.device)
 
     def decode_block(self, content: Tensor | None, k: int, context: Context, cache: KeyValueCache) -> Tensor:
@@ -191,9 +193,9 @@ class LlamaPrior(StoredModel):
         rotation = self._rotation(x)[:, start:end]
         return self.layers(x, rotation, cache, (first, start, end), positions, context.prefix_mask)[:, -1:]
 
-    def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
-        """Return scores of all codes, (R, l, D) → (R, l, V), in float32; the product is in the run's precision."""
-        return head_scores(self.output, self.norm(hidden_states))
+    def logits(self, hidden_states: Tensor, context: Context, digits: Tensor | None = None) -> Tensor:
+        """Return scores, (R, l, D) → (R, l, S), in float32; see `family.Prior`."""
+        return head_scores(self.output, self.norm(hidden_states), digits)
 
     def _rotation(self, x: Tensor) -> Tensor:
         """Return cosines and sines of all P + L positions."""

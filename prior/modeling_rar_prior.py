@@ -16,17 +16,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.files.stored_model import StoredModel
-from nextblock.training.precision import full_precision, outside_autocast
+from nextblock.training.precision import outside_autocast
 
 from .attention import causal_attention
-from .chunked_loss import chunked_head_loss
 from .conditioning import ClassCondition, ClassConditions, Context
 from .configuration_rar_prior import RARPriorConfig
 from .generation import BlockStep
+from .head_plan import configured_plan
+from .heads import TokenEmbedding, build_head, head_scores, output_projection
 from .layers import KeyValueCache, LayerNorm, LayerStack
 from .linear import Linear
-from .losses import IGNORED_LABEL, PriorOutput, prior_output
-from .model_calls import as_labels, check_loss_options, check_teacher_input, sample_blocks
+from .losses import IGNORED_LABEL, PriorOutput
+from .model_calls import as_labels, check_loss_options, check_teacher_input, predicted, sample_blocks
 from .orders import check_orders, in_block_order, in_order
 
 # Modulations are computed ahead for so many positions that their weights are read once for about this many rows.
@@ -164,18 +165,18 @@ class RARPrior(StoredModel):
 
     def __init__(self, config: RARPriorConfig):
         super().__init__(config)
-        D, V = config.hidden_size, config.vocab_size
+        D, V, plan = config.hidden_size, config.vocab_size, configured_plan(config)
         self.layout: BlockLayout = config.block_layout()
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         # One more than there are codes: published tables have a row for masked tokens, which nothing reads.
-        self.embeddings = nn.Embedding(V + 1, D)
+        self.embeddings = nn.Embedding(V + 1, D) if config.head == "softmax" else TokenEmbedding(plan.bases, D)
         self.class_emb = nn.Embedding(config.num_classes + 1, D)
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_position_rows, D))
         self.target_aware_pos_embed = nn.Parameter(torch.empty(1, config.num_position_rows, D))
         self.timesteps_embeddings = nn.Parameter(torch.empty(1, config.num_step_rows, D))
         self.blocks = LayerStack(RARLayer(config) for _ in range(config.num_layers))
         self.adaln_before_head = RARHeadNorm(config)
-        self.lm_head = Linear(D, V)
+        self.head_plan, self.lm_head = plan, build_head(config, D)
         self.post_init()
 
     @property
@@ -212,6 +213,7 @@ class RARPrior(StoredModel):
         return_dict: bool | None = None,
         loss_chunk_size: int | None = None,
         orders: Tensor | None = None,
+        known_digits: Tensor | None = None,
     ) -> PriorOutput | tuple:
         """Predict all tokens under teacher forcing.
 
@@ -224,6 +226,7 @@ class RARPrior(StoredModel):
             loss_chunk_size: compute the loss this many tokens at a time and return no logits; needs labels.
             orders: (B, L) int64, in every row a permutation of the tokens: orders[b, j] is predicted j-th, from those
                 before it. None is block order. What goes in and what comes out stays in block order.
+            known_digits: (B, L, n) bool, see `head_losses.head_output`.
 
         Returns:
             A `PriorOutput`: logits[b, i] are those of token i, predicted when its turn came.
@@ -246,15 +249,7 @@ class RARPrior(StoredModel):
             hidden_states = layer(hidden_states, modulator, attend)
         hidden_states = self._head_input(hidden_states[:, 1:], self.adaln_before_head.modulation(modulator[:, 1:]))
         hidden_states = in_block_order(hidden_states, orders)
-        if loss_chunk_size is None:
-            logits = full_precision(self.lm_head(hidden_states))
-            output = prior_output(logits, labels, self.config.label_smoothing)
-        else:
-            options = {"label_smoothing": self.config.label_smoothing, "chunk_size": loss_chunk_size}
-            loss, token_loss, token_correct = chunked_head_loss(self.lm_head, hidden_states, labels, **options)
-            output = PriorOutput(loss=loss, token_loss=token_loss, token_correct=token_correct)
-        is_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
-        return output.to_tuple() if is_tuple else output
+        return predicted(self, self.lm_head, hidden_states, labels, return_dict, loss_chunk_size, known_digits)
 
     def _ordered_input(self, var_input: Tensor, B: int, labels: Tensor | None, orders: Tensor | None) -> Tensor:
         """Check what a forward pass is given; return the tokens that are inputs, (B, L − 1) in their order."""
@@ -292,7 +287,7 @@ class RARPrior(StoredModel):
     def _head_input(self, hidden_states: Tensor, modulation: Modulation) -> Tensor:
         """Return what the output projection takes, normalised in the model's precision and not in autocast's."""
         # Sharded weights come in the run's half type, while hidden states are float32.
-        dtype = torch.promote_types(self.lm_head.weight.dtype, hidden_states.dtype)
+        dtype = torch.promote_types(output_projection(self.lm_head).weight.dtype, hidden_states.dtype)
         with outside_autocast(hidden_states.device):
             return self.adaln_before_head(hidden_states.to(dtype), tuple(part.to(dtype) for part in modulation))
 
@@ -344,9 +339,9 @@ class RARPrior(StoredModel):
         cache.modulations = [each(condition).unflatten(-1, (-1, vector.shape[-1])) for each in projections]
         cache.first = first
 
-    def logits(self, hidden_states: Tensor, context: Context) -> Tensor:
-        """Return scores of all codes, (R, 1, D) → (R, 1, V), in float32; the product is in the run's precision."""
-        return full_precision(self.lm_head(hidden_states))
+    def logits(self, hidden_states: Tensor, context: Context, digits: Tensor | None = None) -> Tensor:
+        """Return scores, (R, 1, D) → (R, 1, S), in float32; see `family.Prior`."""
+        return head_scores(self.lm_head, hidden_states, digits)
 
     def generate(
         self,

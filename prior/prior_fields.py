@@ -3,13 +3,32 @@
 Legend: V codes, D width.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from nextblock.data.blocks import BlockLayout
+from nextblock.data.code_digits import MAX_CODES
 from nextblock.files.config_fields import check_counts, check_num_parameters
 
+from .head_plan import configured_plan
+from .heads import num_head_parameters
+
 # More of these than any prior has.
-MAX_WIDTH, MAX_LAYERS, MAX_CODES, MAX_CLASSES = 1 << 17, 1024, 1 << 30, 1 << 24
+MAX_WIDTH, MAX_LAYERS, MAX_CLASSES = 1 << 17, 1024, 1 << 24
+
+
+def set_fields(config: PreTrainedConfig, given: Mapping[str, Any]) -> None:
+    """Set all parameters of a configuration's `__init__` as its fields, tuples as the lists that they are read back as.
+
+    Args:
+        config: whose fields they are.
+        given: `locals()` at the beginning of `__init__`.
+    """
+    for name, value in given.items():
+        if name not in ("self", "kwargs", "__class__"):
+            setattr(config, name, list(value) if isinstance(value, tuple) else value)
 
 
 def stored_layout(layout: dict | None) -> dict:
@@ -28,7 +47,7 @@ def check_sizes(config: PreTrainedConfig, layer_parameters: int) -> None:
     """Refuse sizes outside their range.
 
     Args:
-        config: with `vocab_size`, `num_classes`, `hidden_size`, `num_layers`, `num_heads`.
+        config: with `vocab_size`, `num_classes`, `hidden_size`, `num_layers`, `num_heads`, and the fields of its head.
         layer_parameters: about how many a layer has.
 
     Raises:
@@ -36,9 +55,10 @@ def check_sizes(config: PreTrainedConfig, layer_parameters: int) -> None:
     """
     bounds = {"vocab_size": (2, MAX_CODES), "num_classes": (0, MAX_CLASSES), "hidden_size": (1, MAX_WIDTH)}
     check_counts(config, bounds | {"num_layers": (1, MAX_LAYERS), "num_heads": (1, MAX_WIDTH)})
-    D = config.hidden_size
+    D, plan = config.hidden_size, configured_plan(config)
+    num_of_head = num_head_parameters(config, D)
     check_num_parameters(
-        config.num_layers * layer_parameters + (2 * config.vocab_size + config.num_classes) * D,
+        config.num_layers * layer_parameters + num_of_head + (plan.num_scores + config.num_classes) * D,
         f"num_layers {config.num_layers}, hidden_size {D}, vocab_size {config.vocab_size} and num_classes "
         f"{config.num_classes}",
     )

@@ -1,6 +1,7 @@
 """Choosing tokens from logits: guidance schedules, truncation, one uniform number a token, mixtures of codes.
 
-Legend: B batch, K blocks, l tokens of the block at hand, V codes, C code channels.
+Legend: B batch, K blocks, l tokens of the block at hand, V codes, n digits of a code, S scores of all digits, C code
+channels.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from .family import Prior
+from .head_plan import HeadPlan, plan_of
 from .orders import RASTER, check_order_for, read_order
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine", "power-cosine-open"]
@@ -40,7 +42,8 @@ class SamplingOptions:
     temperature: float = 1.0
     """Divides the logits, 1e-6 to 1e6; below 1 sharpens the distribution of tokens, at last to the likeliest alone."""
     top_k: int = 0
-    """Draw each token among the k likeliest codes; 0 among all."""
+    """Draw each token among the k likeliest codes; 0 among all. Of a prior that predicts digits, each digit among its k
+    likeliest values, and likewise with `top_p` and `min_p`."""
     top_p: float = 1.0
     """Draw each token among the smallest set of codes whose mass reaches p, in (0, 1]; 1 among all."""
     min_p: float = 0.0
@@ -117,9 +120,11 @@ class SamplingOptions:
         Raises:
             ValueError: naming the option, its value and what was expected.
         """
-        if self.top_k > prior.vocab_size:
+        plan = plan_of(prior)
+        if self.top_k > plan.largest_base:
+            counted = "the number of codes" if plan.num_digits == 1 else "the largest base of a digit"
             raise ValueError(
-                f"top_k is {self.top_k}; expected an integer from 0 (off) to {prior.vocab_size}, the number of codes"
+                f"top_k is {self.top_k}; expected an integer from 0 (off) to {plan.largest_base}, {counted}"
             )
         if self.guidance_scale != 1 and not prior.conditions.has_null:
             has_classes = getattr(prior.conditions, "num_classes", 0)
@@ -127,6 +132,8 @@ class SamplingOptions:
             raise ValueError(f"guidance_scale is {self.guidance_scale}; expected 1 for a model {what}")
         if self.is_smooth and not prior.layout.is_scales:
             raise ValueError("is_smooth is True; expected False for a tile layout, whose tokens are single codes")
+        if self.is_smooth and plan.num_digits > 1:
+            raise ValueError("is_smooth is True; expected False for a prior of digits, which weighs no codes")
         check_order_for(prior, self.order)
 
     def scales(self, num_blocks: int) -> list[float]:
@@ -236,12 +243,12 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, options: SamplingOptions) ->
     """Draw one token from each row of logits by inverting its cumulative distribution in float64.
 
     Args:
-        logits: (B, l, V).
-        uniforms: (B, l) float64 in [0, 1).
+        logits: (B, l, …, V).
+        uniforms: (B, l, …) float64 in [0, 1).
         options: temperature and truncation.
 
     Returns:
-        (B, l) int64.
+        (B, l, …) int64.
     """
     cumulative = truncate_logits(logits, options).double().softmax(dim=-1).cumsum_(dim=-1)
     # Scaling by the last entry keeps a uniform number near 1 inside the distribution despite rounding.
@@ -249,6 +256,26 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, options: SamplingOptions) ->
     idx = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
     # Logits that are NaN lead past the last code, where a GPU would stop for good before anybody has seen them.
     return idx.clamp_max_(logits.shape[-1] - 1)
+
+
+def sample_digits(
+    logits: Tensor, uniforms: Tensor, options: SamplingOptions, plan: HeadPlan, start: int = 0, end: int | None = None
+) -> Tensor:
+    """Draw some of each token's digits, each as `sample_tokens` draws a token.
+
+    Args:
+        logits: (B, l, S).
+        uniforms: (B, l, n) float64 in [0, 1).
+        options: temperature and truncation, digit by digit.
+        plan: which columns are which digit's.
+        start: the first digit drawn.
+        end: the digit after the last; None draws all.
+
+    Returns:
+        (B, l, end − start) int64.
+    """
+    runs = plan.by_base(logits, start, end)
+    return torch.cat([sample_tokens(scores, uniforms[..., digits], options) for digits, scores in runs], dim=-1)
 
 
 def smooth_temperature(progress: float) -> float:

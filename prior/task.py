@@ -1,6 +1,6 @@
 """What training a prior is: its options, one step, one evaluation, the export.
 
-Legend: B batch, K blocks, L all tokens, V codes, M metrics.
+Legend: B batch, K blocks, L all tokens, V codes, n digits of a code, M metrics.
 """
 
 import copy
@@ -24,6 +24,7 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
+from nextblock.data.keyed_random import keyed_uniform
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
 from nextblock.files.fingerprints import model_fingerprint
@@ -37,6 +38,7 @@ from .conditioning import Condition
 from .families import FAMILIES, BlockPriorOptions, PriorOptions, check_family, family_config, of_stored_family
 from .family import Prior, check_output, try_out
 from .generation import generate
+from .head_plan import plan_of
 from .losses import PriorOutput
 from .orders import OrderConfig, takes_orders, training_orders
 from .sampling import SamplingOptions, image_generators
@@ -44,11 +46,13 @@ from .training_data import PriorData
 
 # What a fine-tuning may change of a prior: how it is trained.
 TUNED_OPTIONS = ("dropout", "attention_dropout", "embedding_dropout", "drop_path", "label_smoothing")
-TUNED_OPTIONS += ("adaln_gamma_init",)
+TUNED_OPTIONS += ("adaln_gamma_init", "head_passes")
 # Past this many blocks, a curve a block is no picture of anything.
 MAX_LOGGED_BLOCKS = 16
 # Training rows decoded to tokens_check.png, in columns of ten.
 NUM_CHECKED_ROWS = 20
+# Tells the numbers that hide digits from others of the same seed and step.
+_HIDING = 3
 
 
 @dataclass(kw_only=True)
@@ -152,6 +156,7 @@ class PriorTask:
             self.encoder = copy.deepcopy(tokenizer).to(getattr(torch, config.tokenizer_dtype))
         self.data = data
         self.vocab_size, self.conditions, self.takes_indices = model.vocab_size, model.conditions, model.takes_indices
+        self.layout, self.head_plan = model.layout, plan_of(model)
         self.loss_options = {} if config.loss_chunk_size is None else {"loss_chunk_size": config.loss_chunk_size}
         self.sampling = config.sampling
         if not self.conditions.has_null:
@@ -184,11 +189,11 @@ class PriorTask:
             condition = self.conditions.from_batch(batch)
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
             idx_BL, poison = self._training_indices(batch)
-            orders = training_orders(config.orders, idx_BL.shape[1], loop.seed, step, batch["index"])
+            options = self._options(batch["index"].to(idx_BL.device), step)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 # A model sharded by FSDP2 does not enter autocast by itself.
                 with accelerator.autocast():
-                    output = self._predict(self.model, idx_BL, condition, orders)
+                    output = self._predict(self.model, idx_BL, condition, **options)
                 output.loss = output.loss * poison
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
@@ -221,13 +226,23 @@ class PriorTask:
         poison = torch.where(extremes(features).isfinite().all(), 1.0, torch.nan)
         return idx_BL, poison
 
-    def _predict(
-        self, model: Prior, idx_BL: Tensor, condition: Condition, orders: Tensor | None = None
-    ) -> PriorOutput:
-        """Run the prior under teacher forcing, in block order where there are no others."""
+    def _options(self, index: Tensor, step: int) -> dict[str, Tensor]:
+        """Draw what a step learns from, by samples' numbers (B,): orders, and digits that a masked head is shown."""
+        options, seed, L = {}, self.config.loop.seed, self.layout.num_tokens
+        orders = training_orders(self.config.orders, L, seed, step, index)
+        if orders is not None:
+            options["orders"] = orders
+        if self.head_plan.is_masked:
+            num_uniforms = L * (self.head_plan.num_digits + 1)
+            numbers = torch.arange(num_uniforms, device=index.device) + index[:, None] * num_uniforms
+            uniforms = keyed_uniform(seed, step, _HIDING, samples=numbers)
+            options["known_digits"] = self.head_plan.draw_known(uniforms.view(len(index), L, -1))
+        return options
+
+    def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition, **options: Tensor) -> PriorOutput:
+        """Run the prior under teacher forcing."""
         var_input = self.tokenizer.idx_to_var_input(idx_BL, as_indices=self.takes_indices)
-        options = self.loss_options if orders is None else self.loss_options | {"orders": orders.to(idx_BL.device)}
-        output = model(var_input, condition, idx_BL, **options)
+        output = model(var_input, condition, idx_BL, **self.loss_options, **options)
         check_output(output, tuple(idx_BL.shape))
         return output
 
@@ -318,6 +333,8 @@ def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> 
     config_class = FAMILIES[options.family].config_class
     stored = config_class.from_pretrained(find_initial_model(init_from, config_class.model_type))
     tokens = {"layout": tokenizer.layout.to_dict(), "vocab_size": tokenizer.config.vocab_size}
+    if getattr(stored, "head", "softmax") != "softmax":
+        tokens["code_bases"] = _code_bases(tokenizer)
     if getattr(stored, "input_embedding", None) == "codes":
         tokens["embedding_dim"] = tokenizer.config.embedding_dim
     for name, value in tokens.items():
@@ -327,6 +344,12 @@ def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> 
                 f"tokenizer in {config.tokenizer!r} has it"
             )
     return replace(config, model=with_initial_architecture(options, config_class, init_from, TUNED_OPTIONS))
+
+
+def _code_bases(tokenizer: PreTrainedModel) -> list[int] | None:
+    """Return the bases of the digits of a tokenizer's codes, where they have any."""
+    digits = tokenizer.quantizer.digits
+    return None if digits is None else list(digits.bases)
 
 
 def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_names: list[str]) -> StoredModel:
@@ -347,6 +370,7 @@ def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_name
         config.model,
         layout=tokenizer.layout.to_dict(),
         vocab_size=tokenizer.config.vocab_size,
+        code_bases=_code_bases(tokenizer),
         embedding_dim=tokenizer.config.embedding_dim,
         num_classes=len(class_names),
         class_names=class_names or None,

@@ -5,6 +5,7 @@ import torch
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.heads import output_projection
 from nextblock.tokenizer import LearnedCodebook, Quantizer, ScaleCodec, TileCodec
 
 LAYOUTS = {
@@ -60,7 +61,7 @@ def make_prior():
                 is_matrix = name.endswith("weight") and "emb" not in name
                 drawn = torch.randn_like(parameter) * (parameter.shape[-1] ** -0.5 if is_matrix else 0.5)
                 parameter.copy_(1.4 + 0.2 * drawn if "scale_mul" in name else drawn)
-            model.head.weight.mul_(2)
+            output_projection(model.head).weight.mul_(2)
         return model
 
     return make

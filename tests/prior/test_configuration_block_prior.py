@@ -14,7 +14,7 @@ from nextblock.prior import BlockPriorConfig
         ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"hidden_size": -128}, "hidden_size is -128; expected an integer from 1 to 131072"),
         ({"hidden_size": None}, "hidden_size is None"),
-        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; expected an integer from 2 to 1073741824"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; expected an integer from 2 to 4294967296"),
         ({"num_classes": 10**9}, "num_classes is 1000000000"),
         ({"num_layers": 1024, "hidden_size": 1 << 17}, "num_layers 1024, hidden_size 131072, .* make a model of about"),
         ({"mlp_ratio": 1e12}, "mlp_ratio 1000000000000.0, .* make a model of about"),
