@@ -98,11 +98,13 @@ class LlamaPrior(StoredModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as published: all maps and tables alike, the head at zero."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=0 if module is output_projection(self.output) else _INIT_STD)
-            # Of a network for digits alone.
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+        # Of a network for digits alone.
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+        if module is output_projection(self.output):
+            init.zeros_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=_INIT_STD)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, CaptionEmbedding):
