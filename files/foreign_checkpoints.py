@@ -135,9 +135,12 @@ def _contained(content: Any, path: Path) -> Any:
     if not isinstance(content, dict):
         return content
     found = [name for name in _CONTAINERS if isinstance(content.get(name), dict)]
+    # A trainer may also keep a model's options under such a name.
+    found = [name for name in found if any(isinstance(value, Tensor) for value in content[name].values())] or found[:1]
     if not found:
         return content
-    beside = [name for name, value in content.items() if isinstance(value, Tensor)]
+    # A number, such as the best loss so far, is no weight.
+    beside = [name for name, value in content.items() if isinstance(value, Tensor) and value.ndim > 0]
     if len(found) > 1 or beside:
         raise ValueError(
             f"checkpoint {str(path)!r} holds tensors in {found} and beside them {beside[:MAX_LISTED]}; expected them "

@@ -46,7 +46,8 @@ def save(content, path, is_zipped, **options):
 @formats
 @pytest.mark.parametrize("container", ["state_dict", "model", "module", None])
 def test_tensors_come_out_of_their_container(container, is_zipped, tmp_path):
-    content = STATE if container is None else {container: STATE, "epoch": 3, "lr": [0.1], "optimizer": {"s": {}}}
+    beside = {"model": {"width": 3}, "state_dict": {}, "epoch": 3, "optimizer": {"s": {}}, "best": torch.tensor(0.5)}
+    content = STATE if container is None else beside | {container: STATE}
     save(content, tmp_path / "x.ckpt", is_zipped)
     assert_held(read_foreign(tmp_path / "x.ckpt"))
 
