@@ -100,7 +100,7 @@ MORE_TOKENS = [
 ]
 SAMPLES = [
     ("{missing}", "images.npz does not exist; expected what `nextblock sample` writes"),
-    ("{samples_text}", "expected what `nextblock sample` writes"),
+    ("{samples_text}", "cannot be read: File is not a zip file; expected an .npz file that is whole"),
     ("{samples_names}", "it has no arr_0"),
     ("{samples_size}", "images of 8x8; expected 16x16"),
     ("{samples_labels}", "expected 0 to 2, the pipeline's"),
