@@ -32,8 +32,7 @@ def image_grid(images: np.ndarray, num_columns: int) -> Image.Image:
     _check_images(images)
     if num_columns < 1:
         raise ValueError(f"num_columns is {num_columns}; expected a positive integer")
-    zoom = max(1, round(_MIN_SHOWN_SIDE / max(images.shape[1:3])))
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    images = _enlarged(images)
     height, width = images.shape[1] + _PADDING, images.shape[2] + _PADDING
     num_rows = -(-len(images) // num_columns)
     shape = (num_rows * height + _PADDING, num_columns * width + _PADDING, 3)
@@ -111,9 +110,16 @@ def neighbour_grid(samples: np.ndarray, nearest: np.ndarray, num_columns: int = 
     if samples.shape != nearest.shape:
         size = samples.shape[2], samples.shape[1]
         nearest = np.stack([Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in nearest])
+    samples, nearest = _enlarged(samples), _enlarged(nearest)
     gap = np.full((len(samples), samples.shape[1], max(1, samples.shape[2] // 8), 3), _BACKGROUND, np.uint8)
     # The two touch; pairs are apart.
     return image_grid(np.concatenate([samples, nearest, gap], axis=2), min(num_columns, len(samples)))
+
+
+def _enlarged(images: np.ndarray) -> np.ndarray:
+    """Enlarge small images by a whole factor."""
+    zoom = max(1, round(_MIN_SHOWN_SIDE / max(images.shape[1:3])))
+    return images.repeat(zoom, axis=1).repeat(zoom, axis=2)
 
 
 def save_curves(

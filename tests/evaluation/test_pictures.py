@@ -73,5 +73,7 @@ def test_neighbour_grid_puts_each_image_beside_what_is_nearest_to_it():
     columns = [2 + x * width + middle for x in range(2) for middle in (32, 96, 132)]
     middles = picture[np.ix_([34, 34 + height], columns, [0])][..., 0].tolist()
     assert middles == [[10, 11, 255, 20, 21, 255], [30, 31, 255, 255, 255, 255]]
+    small = neighbour_grid(_flat_images(10, side=16), _flat_images(11, side=32))
+    assert small.size == (64 + 64 + 8 + 4, 64 + 4)
     with pytest.raises(ValueError, match="2 samples and 1 nearest images"):
         neighbour_grid(_flat_images(1, 2), _flat_images(1))

@@ -95,6 +95,8 @@ def test_each_value_is_drawn_and_measured_once(given, tmp_path, capsys, monkeypa
         main([*arguments, *(f"--{name}={given[name]}" for name in ("features", "reference"))])
         alone = json.loads((tmp_path / folder.name / "result.json").read_text())
         assert {name: row[name] for name in alone} == alone
+        assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png") == 2
+        assert {path.name for path in folder.glob("*.png")} == {"samples.png", "neighbours.png"}
     assert first["results"][0]["fid"] != first["results"][1]["fid"]
 
     # What is finished stays; what is not, or new, is done.
