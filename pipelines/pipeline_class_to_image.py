@@ -378,16 +378,18 @@ class ClassToImagePipeline(DiffusionPipeline):
         commit = {"commit_message": commit_message, "create_pr": create_pr}
         return storage.publish_pipeline(self, repo_id, saving, private=private, token=token, **commit)
 
-    def compile(self, **options) -> None:
+    def compile(self, captures_graphs: bool | None = None, **options) -> None:
         """Compile a block's step, as one graph, and the decoder; the calls that meet a new shape take long.
 
         Args:
+            captures_graphs: whether steps of tiles on CUDA are captured as a graph in each call, and replayed; None
+                does unless the options let inductor capture its own.
             options: of `torch.compile`: `mode`, `backend`, `fullgraph`, `dynamic`, ….
 
         Raises:
-            ValueError: if `torch.compile` does not take the options; the pipeline then stays as it was.
+            ValueError: if `torch.compile` does not take the options, or graphs would lie in graphs; nothing is changed.
         """
-        compile_pipeline(self, options)
+        compile_pipeline(self, captures_graphs, options)
 
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""

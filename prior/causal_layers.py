@@ -5,11 +5,11 @@ Legend: R rows, S positions of the cache, P prefix positions, l new positions, D
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import attention, causal_bias, seen_keys
 from .layers import KeyValueCache
+from .step_graphs import StepStack, is_whole_cache_read
 
 
 class NewPositions:
@@ -58,7 +58,7 @@ class NewPositionsOfAll:
         return attention(q, keys, values, self.scale, self.bias)
 
 
-class CausalStack(nn.ModuleList):
+class CausalStack(StepStack):
     """All layers; a call of them is one step of sampling, which compiles into one graph.
 
     A layer takes (R, l, D), what `of_layer` is, and a function that attends; its `scale` is that of its scores.
@@ -88,7 +88,7 @@ class CausalStack(nn.ModuleList):
         """
         first, _, end = span
         # By itself, a part of the cache is faster than all of it.
-        is_whole = torch.compiler.is_compiling()
+        is_whole = is_whole_cache_read(x)
         bias, num_keys = None, cache.keys[0].shape[2] if is_whole else end - first
         if is_whole or prefix_mask is not None or x.shape[1] > 1:
             places = positions if is_whole else positions - first

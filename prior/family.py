@@ -17,6 +17,7 @@ from .conditioning import Condition, Conditions, Context
 from .head_plan import HeadPlan, plan_of
 from .losses import PriorOutput
 from .orders import takes_orders
+from .step_graphs import StepStack
 
 QUANTIZER_PARTS = ("layout", "num_codes", "dim", "start", "advance", "lookup", "check_finite")
 PRIOR_PARTS = (
@@ -270,15 +271,18 @@ def check_given(prior: Prior, given_idx_Bl: list[Tensor], num_images: int) -> No
             )
 
 
-def compile_step(prior: Prior, **options: Any) -> None:
+def compile_step(prior: Prior, captures_graphs: bool = False, **options: Any) -> None:
     """Compile in place what a block's step runs through; names of weights stay what they are.
 
     Args:
         prior: whose `step_modules`, classes of modules that hold many layers, are compiled as one graph each; of a
             family that names none, each layer.
+        captures_graphs: whether modules that can (`StepStack`) run steps on CUDA as graphs captured once a request.
         options: of `torch.compile`.
     """
     class_names = getattr(prior, "step_modules", prior._no_split_modules)
     for module in prior.modules():
         if type(module).__name__ in class_names:
             module.compile(**options)
+            if isinstance(module, StepStack):
+                module.captures_graphs = captures_graphs

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attention, key_bias, seen_keys
 from .linear import BiasedLinear, Linear
+from .step_graphs import StepGraphs, StepStack, is_whole_cache_read
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
 
@@ -31,6 +32,7 @@ class KeyValueCache:
         # Zeros, not what the memory held: a masked value of NaN would still be one.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.step_graphs = StepGraphs()
 
 
 class CachedAttention:
@@ -232,7 +234,7 @@ def dropped_path(branch: Tensor, rate: float) -> Tensor:
     return branch * mask / keep
 
 
-class LayerStack(nn.ModuleList):
+class LayerStack(StepStack):
     """All layers; a call of them is one block's step, which compiles into one graph."""
 
     def forward(
@@ -258,7 +260,7 @@ class LayerStack(nn.ModuleList):
             (R, L_k, D).
         """
         # By itself, a part of the cache is faster than all of it.
-        is_masked = positions is not None and torch.compiler.is_compiling()
+        is_masked = positions is not None and is_whole_cache_read(x)
         first, _, end = span
         num_keys = cache.keys[0].shape[2] if is_masked else end - first
         is_seen, bias = seen_keys(prefix_mask, first if is_masked else 0, num_keys, x.device), None

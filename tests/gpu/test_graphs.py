@@ -1,10 +1,12 @@
-"""Compiled on a GPU, sampling gives what it gave before, at every call."""
+"""Compiled on a GPU, sampling gives what it gave before, at every call; steps of tiles are captured as graphs."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from nextblock.data.blocks import BlockLayout
-from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior import BlockPrior, BlockPriorConfig, step_graphs
 from nextblock.prior.family import compile_step
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
@@ -44,7 +46,16 @@ def share_equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     return equal.float().mean().item()
 
 
-def test_two_calls_of_compiled_layers_are_those_before(models):
+@pytest.fixture
+def captures(monkeypatch) -> list[torch.device]:
+    """Devices on which graphs were captured."""
+    captures, capture = [], step_graphs._captured
+    monkeypatch.setattr(step_graphs, "_captured", lambda run, device: captures.append(device) or capture(run, device))
+    return captures
+
+
+@pytest.mark.parametrize("captures_graphs", [False, True], ids=["launched", "captured"])
+def test_two_calls_of_compiled_layers_are_those_before(models, captures_graphs, captures):
     tokenizer, prior = models
     calls = [torch.tensor([0, 1, 2, 3], device=CUDA), torch.tensor([3, 3, 0, 2], device=CUDA)]
 
@@ -53,15 +64,16 @@ def test_two_calls_of_compiled_layers_are_those_before(models):
         return prior.generate(class_labels, tokenizer.quantizer, generator=generators, guidance_scale=2.0)
 
     expected = [sample(class_labels) for class_labels in calls]
-    compile_step(prior)
+    compile_step(prior, captures_graphs=captures_graphs)
     for _ in range(2):
         got = [sample(class_labels) for class_labels in calls]
         # The first call's tokens must not be what the second wrote over them.
         for tokens, own in zip(got, expected, strict=True):
             assert share_equal(tokens, own) >= MIN_AGREEMENT
+    assert len(captures) == (4 if captures_graphs and not prior.layout.is_scales else 0)
 
 
-def test_two_calls_of_a_compiled_pipeline_are_those_before(models):
+def test_two_calls_of_a_compiled_pipeline_are_those_before_and_so_are_threads(models, captures):
     pipelines = pytest.importorskip("nextblock.pipelines", reason="diffusers is not installed", exc_type=ImportError)
     tokenizer, prior = models
     pipe = pipelines.ClassToImagePipeline(tokenizer=tokenizer, prior=prior)
@@ -78,3 +90,8 @@ def test_two_calls_of_a_compiled_pipeline_are_those_before(models):
         got = [sample(labels) for labels in calls]
         for tokens, own in zip(got, expected, strict=True):
             assert share_equal(tokens, own) >= MIN_AGREEMENT
+    num_requests = 0 if prior.layout.is_scales else 4
+    assert len(captures) == num_requests
+    with ThreadPoolExecutor(2) as threads:
+        for got, own in zip(threads.map(sample, calls), expected, strict=True):
+            assert all(share_equal(*pair) >= MIN_AGREEMENT for pair in zip(got, own, strict=True))

@@ -1,9 +1,14 @@
 """A compiled pipeline samples what it sampled before, and compiles few graphs for all its blocks and layers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+
+from nextblock.prior import step_graphs
+from nextblock.prior.step_graphs import StepStack
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +71,45 @@ def test_a_compiled_pipeline_is_saved_as_before(build_pipeline, tmp_path):
         got = getattr(loaded, name).state_dict()
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
+
+
+@torch.no_grad()
+def test_compiled_steps_that_are_captured_give_the_same_in_every_call_and_thread(build_pipeline, seeds, monkeypatch):
+    captures = []
+
+    def captured(launch, device):  # A CPU's stand-in: runs the step as it was at its capture.
+        result = launch()
+        captures.append(device)
+        return lambda: result.copy_(launch()), result
+
+    monkeypatch.setattr(step_graphs, "_captured", captured)
+    monkeypatch.setattr(StepStack, "_can_capture", lambda self, x: True)
+    pipe, options = build_pipeline("rows"), {"guidance_scale": 2.0, "output_type": "np"}
+
+    def sample(labels):
+        return pipe(labels, generator=seeds(2), **options).images
+
+    calls = [0, 2], [1, 1]
+    expected = [sample(labels) for labels in calls]
+    pipe.compile(backend="eager", fullgraph=True)
+    for labels, images in zip(calls * 2, expected * 2, strict=True):
+        assert np.array_equal(sample(labels), images)
+    assert len(captures) == 4
+    with ThreadPoolExecutor(2) as threads:
+        for got, images in zip(threads.map(sample, calls * 3), expected * 3, strict=True):
+            assert np.array_equal(got, images)
+    assert len(captures) == 10
+
+
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}])
+def test_graphs_are_not_captured_inside_of_inductors(options, build_pipeline):
+    pipe = build_pipeline("rows")
+    with pytest.raises(ValueError, match="captures_graphs is True, options are .*; expected None, False, or True"):
+        pipe.compile(captures_graphs=True, **options)
+    assert pipe.prior.blocks._compiled_call_impl is None
+    pipe.compile(**options)
+    assert not pipe.prior.blocks.captures_graphs
+    pipe.compile(backend="eager")
+    assert pipe.prior.blocks.captures_graphs
+    pipe.compile(captures_graphs=False, backend="eager")
+    assert not pipe.prior.blocks.captures_graphs
