@@ -81,7 +81,11 @@ def sampling_call(prior, tokenizer) -> tuple[str, Callable[[torch.Tensor], objec
             idx_Bl = prior.generate(class_labels, tokenizer.quantizer, **options)
             return ((tokenizer.idxBl_to_img(idx_Bl) + 1) / 2).cpu()
 
-        return "generate and decode", sample, lambda: (compile_step(prior, captures_graphs=True), tokenizer.decoder.compile())
+        def compile_all():
+            compile_step(prior, captures_graphs=True)
+            tokenizer.decoder.compile()
+
+        return "generate and decode", sample, compile_all
     pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=OPTIONS["var"])
     pipe.set_progress_bar_config(disable=True)
     return "pipe(...)", lambda labels: pipe(labels.tolist(), output_type="pt"), pipe.compile
