@@ -382,8 +382,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         """Compile a block's step, as one graph, and the decoder; the calls that meet a new shape take long.
 
         Args:
-            captures_graphs: whether steps of tiles on CUDA are captured as a graph in each call, and replayed; None
-                does unless the options let inductor capture its own.
+            captures_graphs: whether a call captures steps of tiles as a CUDA graph; None: unless inductor captures.
             options: of `torch.compile`: `mode`, `backend`, `fullgraph`, `dynamic`, ….
 
         Raises:
