@@ -72,6 +72,16 @@ class PackedWeights:
 _packed_weights: ContextVar[PackedWeights | None] = ContextVar("packed_weights", default=None)
 
 
+@contextmanager
+def weights_used(num_uses: int) -> Iterator[None]:
+    """Keep `linear` from packing meanwhile, if a request uses the weights at hand too seldom, `num_uses` times."""
+    token = _packed_weights.set(_packed_weights.get() if num_uses >= MIN_PACKED_USES else None)
+    try:
+        yield
+    finally:
+        _packed_weights.reset(token)
+
+
 class Linear(nn.Linear):
     """Linear map that is fast for few rows where no gradient is wanted."""
 

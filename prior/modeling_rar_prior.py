@@ -25,7 +25,7 @@ from .generation import BlockStep
 from .head_plan import configured_plan
 from .heads import TokenEmbedding, build_head, head_scores, output_projection
 from .layers import KeyValueCache, LayerNorm, LayerStack
-from .linear import Linear
+from .linear import Linear, weights_used
 from .losses import IGNORED_LABEL, PriorOutput
 from .model_calls import as_labels, check_loss_options, check_teacher_input, predicted, sample_blocks
 from .orders import check_orders, in_block_order, in_order
@@ -336,7 +336,8 @@ class RARPrior(StoredModel):
         first = min(position, length - num_positions)
         condition = F.silu(vector[:, None] + self.timesteps_embeddings[:, first : first + num_positions])
         projections = [modulated.adaLN_modulation[1] for modulated in (*self.blocks, self.adaln_before_head)]
-        cache.modulations = [each(condition).unflatten(-1, (-1, vector.shape[-1])) for each in projections]
+        with weights_used(num_uses=-(-length // num_positions)):
+            cache.modulations = [each(condition).unflatten(-1, (-1, vector.shape[-1])) for each in projections]
         cache.first = first
 
     def logits(self, hidden_states: Tensor, context: Context, digits: Tensor | None = None) -> Tensor:
