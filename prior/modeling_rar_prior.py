@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel  # noqa: F401  diffusers asks a component's module for this name.
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.files.stored_model import StoredModel
@@ -24,120 +23,15 @@ from .configuration_rar_prior import RARPriorConfig
 from .generation import BlockStep
 from .head_plan import configured_plan
 from .heads import TokenEmbedding, build_head, head_scores, output_projection
-from .layers import KeyValueCache, LayerNorm, LayerStack
-from .linear import Linear, weights_used
+from .layers import LayerStack
+from .linear import weights_used
 from .losses import IGNORED_LABEL, PriorOutput
 from .model_calls import as_labels, check_loss_options, check_teacher_input, predicted, sample_blocks
 from .orders import check_orders, in_block_order, in_order
+from .rar_layers import Modulation, RARCache, RARHeadNorm, RARLayer
 
 # Modulations are computed ahead for so many positions that their weights are read once for about this many rows.
 MODULATED_ROWS = 64
-Modulation = tuple[Tensor, ...]
-
-
-class RARAttention(nn.Module):
-    """Multi-head attention whose queries and keys pass a layer norm of the head's width."""
-
-    def __init__(self, config: RARPriorConfig):
-        super().__init__()
-        D, head_width = config.hidden_size, config.hidden_size // config.num_heads
-        self.num_heads, self.scale = config.num_heads, head_width**-0.5
-        self.qkv = Linear(D, 3 * D)
-        self.q_norm = LayerNorm(head_width, eps=config.norm_eps)
-        self.k_norm = LayerNorm(head_width, eps=config.norm_eps)
-        self.proj = Linear(D, D)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project (B, T, D) to three (B, heads, T, head width)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
-
-    def merge_heads(self, out: Tensor) -> Tensor:
-        """Project (B, heads, T, head width) back to (B, T, D)."""
-        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
-
-
-class RARFeedForward(nn.Module):
-    """Linear, exact GELU, Linear."""
-
-    def __init__(self, config: RARPriorConfig):
-        super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.inner_size)
-        self.fc2 = Linear(config.inner_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
-
-
-class RARLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each shifted, scaled and gated by the class and the number of the position."""
-
-    def __init__(self, config: RARPriorConfig):
-        super().__init__()
-        D = config.hidden_size
-        self.norm1 = LayerNorm(D, eps=config.norm_eps)
-        self.attn = RARAttention(config)
-        self.norm2 = LayerNorm(D, eps=config.norm_eps)
-        self.mlp = RARFeedForward(config)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
-
-    def modulation(self, condition: Tensor) -> Modulation:
-        """Turn the condition (B, T, D) into shift1, scale1, gate1, shift2, scale2, gate2, each (B, T, D)."""
-        return self.adaLN_modulation(condition).chunk(6, dim=-1)
-
-    def forward(self, x: Tensor, modulation: Tensor | Modulation, attend: Callable) -> Tensor:
-        """Apply the layer.
-
-        Args:
-            x: (B, T, D).
-            modulation: what `modulation` returned, or what it takes.
-            attend: function of queries, keys and values (B, heads, T, head width) that returns the attention's output.
-
-        Returns:
-            (B, T, D).
-        """
-        if isinstance(modulation, Tensor):
-            modulation = self.modulation(modulation)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        attended = attend(*self.attn.queries_keys_values(torch.addcmul(shift1, self.norm1(x), 1 + scale1)))
-        x = x + self.attn.merge_heads(attended) * gate1
-        return x + self.mlp(torch.addcmul(shift2, self.norm2(x), 1 + scale2)) * gate2
-
-
-class RARHeadNorm(nn.Module):
-    """Layer norm scaled and shifted by the condition, before the output projection."""
-
-    def __init__(self, config: RARPriorConfig):
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
-
-    def modulation(self, condition: Tensor) -> Modulation:
-        """Turn the condition (B, T, D) into scale and shift, each (B, T, D)."""
-        return self.adaLN_modulation(condition).chunk(2, dim=-1)
-
-    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
-        scale, shift = modulation
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
-
-
-class RARCache(KeyValueCache):
-    """Keys and values of L + 1 positions, and the modulations of the positions that come next.
-
-    Attributes:
-        modulations: of each layer, then of the head, (R, T, parts, D).
-        first: the position that they begin with.
-    """
-
-    modulations: list[Tensor] = []
-    first = 0
-
-    def of_position(self, position: int, num_rows: int) -> tuple[Modulation, ...]:
-        """Return the modulations of one position for the first rows, each (R, 1, D)."""
-        t = position - self.first
-        return tuple(of_layer[:num_rows, t : t + 1].unbind(2) for of_layer in self.modulations)
 
 
 class RARPrior(StoredModel):
@@ -338,6 +232,10 @@ class RARPrior(StoredModel):
         projections = [modulated.adaLN_modulation[1] for modulated in (*self.blocks, self.adaln_before_head)]
         with weights_used(num_uses=-(-length // num_positions)):
             cache.modulations = [each(condition).unflatten(-1, (-1, vector.shape[-1])) for each in projections]
+        # Scales become factors: of six parts the second and the fifth, of the head's two the first.
+        *of_layers, of_head = cache.modulations
+        for parts in [each[:, :, 1::3] for each in of_layers] + [of_head[:, :, :1]]:
+            parts += 1
         cache.first = first
 
     def logits(self, hidden_states: Tensor, context: Context, digits: Tensor | None = None) -> Tensor:
