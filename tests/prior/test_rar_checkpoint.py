@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from nextblock.convert_prior import main
+from nextblock.convert_tokenizer import main as convert_tokenizer
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import RARPrior, RARPriorConfig, SamplingOptions
 from nextblock.prior.rar_checkpoint import prior_from_rar, prior_to_rar, rar_sampling
-from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 from ..parity import WHOLE, load_case
 
@@ -30,21 +30,16 @@ def small_state(**options) -> dict[str, torch.Tensor]:
     return prior_to_rar(RARPrior(RARPriorConfig(layout=layout, **sizes | options)))
 
 
-def make_tokenizer(case) -> VQVAE:
-    """A tokenizer whose tokens are the case's: only their number and grid matter here."""
-    V, side = case.facts["gpt"]["codebook_size"], int(case.facts["gpt"]["image_seq_len"] ** 0.5)
-    sizes = {"vocab_size": V, "embedding_dim": 4, "hidden_dim": 4, "image_size": 4 * side}
-    return VQVAE(VQVAEConfig(layout="tiles", tile=1, **sizes))
-
-
 @pytest.mark.skipif(not WHOLE.is_dir(), reason="the parity cases are not there")
 @pytest.mark.parametrize("name", CASES)
 def test_a_converted_model_computes_what_the_reference_does(name, tmp_path):
     case = load_case(name, is_whole=True)
     state, sampling = case.state_dict("gpt", "gpt."), case.facts["sampling"]
     torch.save(state, tmp_path / "rar.bin")
-    tokenizer = make_tokenizer(case)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    torch.save(case.content("vq"), tmp_path / "maskgit.bin")
+    size = ["--image_size", str(case.facts["vq"]["resolution"])]
+    paths = ["--checkpoint", str(tmp_path / "maskgit.bin"), "--output_dir", str(tmp_path / "tokenizer")]
+    convert_tokenizer([*paths, *size])
     convert(tmp_path / "rar.bin", tmp_path / "pipeline", "--to_pipeline", "--tokenizer", tmp_path / "tokenizer")
     pipe = ClassToImagePipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -64,8 +59,10 @@ def test_a_converted_model_computes_what_the_reference_does(name, tmp_path):
     assert pipe.sampling.guidance_schedule == "power-cosine-open"
     scales = pipe.sampling.changed(**options).scales(prior.layout.num_tokens)
     assert scales == pytest.approx(sampling["scales"], abs=1e-5)
-    greedy = pipe(labels, top_k=1, output_type="latent", temperature=sampling["randomize_temperature"], **options)
-    assert torch.equal(torch.cat(greedy.images, dim=1), given["greedy_idx"])
+    options |= {"top_k": 1, "temperature": sampling["randomize_temperature"]}
+    greedy = pipe(labels, output_type="latent", **options).images
+    assert torch.equal(torch.cat(greedy, dim=1), given["greedy_idx"])
+    assert case.image_error(pipe(labels, output_type="pt", **options).images, "greedy_img") < TOLERANCE
     convert(tmp_path / "pipeline" / "prior", tmp_path / "back", "--format", "rar", "--export")
     back = torch.load(tmp_path / "back" / "rar.bin")
     assert back.keys() == state.keys() and all(torch.equal(back[key], tensor) for key, tensor in state.items())
