@@ -62,7 +62,8 @@ def test_a_converted_model_computes_what_the_reference_does(name, tmp_path):
     options |= {"top_k": 1, "temperature": sampling["randomize_temperature"]}
     greedy = pipe(labels, output_type="latent", **options).images
     assert torch.equal(torch.cat(greedy, dim=1), given["greedy_idx"])
-    assert case.image_error(pipe(labels, output_type="pt", **options).images, "greedy_img") < TOLERANCE
+    images = pipe(labels, output_type="pt", **options).images
+    assert (images - given["greedy_img"].clamp(0, 1)).abs().max() < TOLERANCE
     convert(tmp_path / "pipeline" / "prior", tmp_path / "back", "--format", "rar", "--export")
     back = torch.load(tmp_path / "back" / "rar.bin")
     assert back.keys() == state.keys() and all(torch.equal(back[key], tensor) for key, tensor in state.items())
