@@ -42,6 +42,7 @@ def token_card(manifest: TokenManifest) -> str:
             "",
             f"- `idx`: {layout.num_tokens} indices below {manifest.vocab_size} ({index_dtype(manifest.vocab_size)}), "
             f"{layout.num_blocks} blocks one after the other",
+            *_digits(manifest),
             "- `label`: the class" if manifest.class_names else "- `label`: always 0, the images have no classes",
             "- `image_id`: the image's name in its source",
             "- `view`: which view of the image, as listed below",
@@ -58,6 +59,14 @@ def token_card(manifest: TokenManifest) -> str:
             "",
         ]
     )
+
+
+def _digits(manifest: TokenManifest) -> list[str]:
+    """Say how an index is read as digits, where it has any."""
+    if not manifest.code_bases:
+        return []
+    bases = ", ".join(map(str, manifest.code_bases))
+    return [f"- the digits of an index have the bases {bases}, the first for ones"]
 
 
 def _texts(manifest: TokenManifest) -> list[str]:

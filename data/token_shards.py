@@ -20,6 +20,7 @@ from nextblock.files.atomic import file_sha256, write_whole
 from nextblock.files.regular import check_regular
 
 from .blocks import BlockLayout
+from .code_digits import MAX_CODES
 from .text_columns import check_texts, text_arrays, text_features
 
 if TYPE_CHECKING:
@@ -49,7 +50,16 @@ class ShardRows(NamedTuple):
 
 
 def index_dtype(vocab_size: int) -> str:
-    """Return the narrowest Parquet type for indices: "uint16", or "uint32" for more than 65 536 codes."""
+    """Return the narrowest Parquet type for indices: "uint16", or "uint32" for more than 65 536 codes.
+
+    Args:
+        vocab_size: V.
+
+    Raises:
+        ValueError: for more than 2^32 codes, whose indices would need uint64.
+    """
+    if vocab_size > MAX_CODES:
+        raise ValueError(f"vocab_size is {vocab_size}; expected at most {MAX_CODES}: uint64 indices are not stored")
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 

@@ -22,9 +22,10 @@ from nextblock.files.regular import read_json
 
 from .blocks import BlockLayout
 from .captions import draw_captions
+from .code_digits import CodeDigits
 from .keyed_random import keyed_uniform
 from .text_columns import CAPTION, EMBEDS, caption_embeds, padded_embeds
-from .token_shards import open_rows
+from .token_shards import index_dtype, open_rows
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -71,6 +72,9 @@ class TokenManifest:
     """What the images are conditioned on: "text" where they have captions, else "class" or "none"."""
     text_encoder: dict = field(default_factory=dict)
     """What made the stored features of captions: {"name", "sha256", "width", "max_length"}; empty where none are."""
+    code_bases: list[int] = field(default_factory=list)
+    """Bases of the digits of an index, lowest first (`data.code_digits`), where the codebook is a product of smaller
+    ones; empty where it is none, and in folders of versions that knew of none."""
     format_version: int = FORMAT_VERSION
     """Version of this format."""
 
@@ -89,8 +93,9 @@ class TokenManifest:
         return self.text_encoder.get("width")
 
     def as_job(self) -> dict:
-        """Return what tells a job from others; what came with captions leaves no trace in jobs without."""
-        return {name: value for name, value in asdict(self).items() if self.text_names or name not in _TEXT_FIELDS}
+        """Return what tells a job from others; what came with captions or digits leaves no trace in jobs without."""
+        left_out = {*(() if self.text_names else _TEXT_FIELDS), *(() if self.code_bases else ["code_bases"])}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder of tokens; it comes last, so a folder without one is unfinished."""
@@ -117,6 +122,7 @@ class TokenManifest:
             for split, entry in found.get("splits", {}).items():
                 _check_split(entry, f"splits[{split!r}]")
             BlockLayout.from_dict(found["layout"])
+            _check_codes(found["vocab_size"], found.get("code_bases", []))
         except ValueError as error:
             raise ValueError(f"{path} is no manifest of a folder of tokens: {error}") from error
         return cls(**found)
@@ -133,12 +139,15 @@ class TokenManifest:
             "image_size": self.image_size,
             "weights": self.tokenizer_sha256,
         }
+        digits = model.quantizer.digits
         got = {
             "layout": model.layout.to_dict(),
             "vocab_size": model.config.vocab_size,
             "image_size": list(model.config.image_size),
             "weights": model_fingerprint(model),
         }
+        if self.code_bases:
+            expected["code_bases"], got["code_bases"] = self.code_bases, list(digits.bases if digits else [])
         for name, value in expected.items():
             if got[name] != value:
                 raise ValueError(
@@ -193,6 +202,13 @@ def _is_a(kind: Any, value: Any, is_signed: bool = False) -> bool:
         return False
     entries = value.values() if isinstance(value, dict) else value
     return not inner or all(_is_a(inner[-1], entry) for entry in entries)
+
+
+def _check_codes(vocab_size: int, code_bases: list[int]) -> None:
+    """Refuse more codes than shards can hold, and digits that do not make them."""
+    index_dtype(vocab_size)
+    if code_bases and CodeDigits(code_bases).num_codes != vocab_size:
+        raise ValueError(f"code_bases is {code_bases}; expected bases that make {vocab_size} codes")
 
 
 def _check_split(entry: dict, where: str) -> None:

@@ -270,6 +270,7 @@ def _describe(
         layout=model.layout.to_dict(),
         vocab_size=model.config.vocab_size,
         embedding_dim=model.config.embedding_dim,
+        code_bases=[] if model.quantizer.digits is None else list(model.quantizer.digits.bases),
         tokenizer_sha256=model_fingerprint(model),
         image_size=list(model.config.image_size),
         class_names=list(plans[config.data.split][0].source.class_names),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nextblock.data.code_digits import CodeDigits
+from nextblock.data.keyed_random import keyed_uniform
 
 HeadKind = Literal["softmax", "digits", "digits_in_turn", "masked_digits"]
 HEAD_KINDS = get_args(HeadKind)
@@ -23,6 +24,8 @@ HEAD_KINDS = get_args(HeadKind)
 NETWORK_KINDS = ("digits_in_turn", "masked_digits")
 DEFAULT_LAYERS, DEFAULT_PASSES = 2, 4
 MAX_HEAD_WIDTH, MAX_HEAD_LAYERS = 1 << 17, 1024
+# Apart from other numbers that are drawn of seed, step and sample.
+_HIDING_KEY = 3
 # The heads that each option belongs to.
 _KINDS_OF_FIELDS = {
     "head_groups": HEAD_KINDS[1:],
@@ -180,6 +183,39 @@ def configured_plan(config: PreTrainedConfig) -> HeadPlan:
     _check_count("head_passes", options.head_passes, len(bases))
     num_passes = options.head_passes or min(DEFAULT_PASSES, len(bases))
     return HeadPlan(bases, cosine_passes(len(bases), num_passes), is_masked=len(bases) > 1)
+
+
+def training_digits(plan: HeadPlan, num_tokens: int, seed: int, step: int, samples: Tensor) -> Tensor:
+    """Choose the digits that a masked head is shown, a function of seed, step and the samples' numbers alone.
+
+    Args:
+        plan: of the head.
+        num_tokens: L.
+        seed: of the run.
+        step: number of the training step, from 0.
+        samples: (B,) int64 numbers of the samples in the data set.
+
+    Returns:
+        (B, L, n) bool.
+    """
+    num_uniforms = num_tokens * (plan.num_digits + 1)
+    numbers = torch.arange(num_uniforms, device=samples.device) + samples[:, None] * num_uniforms
+    uniforms = keyed_uniform(seed, step, _HIDING_KEY, samples=numbers)
+    return plan.draw_known(uniforms.view(len(samples), num_tokens, -1))
+
+
+def check_softmax(config: PreTrainedConfig, whose: str) -> None:
+    """Refuse a prior of digits for a format that has none.
+
+    Args:
+        config: of the prior.
+        whose: format, such as "VAR's".
+
+    Raises:
+        ValueError: naming the head.
+    """
+    if config.head != "softmax":
+        raise ValueError(f"head is {config.head!r}; expected 'softmax' in {whose} format")
 
 
 def cosine_passes(num_digits: int, num_passes: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from nextblock.files.state_dicts import (
     take_over,
 )
 from nextblock.prior import LlamaPrior, LlamaPriorConfig, SamplingOptions
+from nextblock.prior.head_plan import check_softmax
 
 _HEAD_WIDTH = 64
 # Of the published sizes the only one with heads of another width.
@@ -87,6 +88,7 @@ def prior_to_llamagen(model: LlamaPrior) -> dict[str, Tensor]:
         ValueError: if LlamaGen cannot express the prior.
     """
     config = model.config
+    check_softmax(config, "LlamaGen's")
     if config.text_dim is None and not config.num_classes:
         raise ValueError("num_classes is 0; expected at least 1 in LlamaGen's format")
     if len(set(config.block_layout().grid)) > 1:

@@ -22,6 +22,7 @@ from nextblock.files.state_dicts import (
     take_over,
 )
 from nextblock.prior import RARPrior, RARPriorConfig, SamplingOptions
+from nextblock.prior.head_plan import check_softmax
 
 # Rows of the published tables beyond the L tokens.
 _SPARE_POSITION_ROWS, _SPARE_STEP_ROWS = 1024, 100
@@ -98,6 +99,7 @@ def prior_to_rar(model: RARPrior) -> dict[str, Tensor]:
         ValueError: if RAR cannot express the prior.
     """
     config, state = model.config, float32_tensors(model)
+    check_softmax(config, "RAR's")
     if config.num_classes == 0:
         raise ValueError("num_classes is 0; expected at least 1 in RAR's format")
     if config.norm_eps != 1e-6:

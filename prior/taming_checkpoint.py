@@ -20,6 +20,7 @@ from nextblock.files.state_dicts import (
     take_over,
 )
 from nextblock.prior import GPTPrior, GPTPriorConfig, SamplingOptions
+from nextblock.prior.head_plan import check_softmax
 
 _PREFIX = "transformer."
 # In a joint file, the tokenizer lies beside the transformer.
@@ -102,6 +103,7 @@ def prior_to_taming(model: GPTPrior) -> dict[str, Tensor]:
         ValueError: if taming cannot express the prior.
     """
     config = model.config
+    check_softmax(config, "taming's")
     if config.feed_forward_size != 4 * config.hidden_size:
         raise ValueError(f"inner_size is {config.inner_size}; expected 4 times hidden_size in taming's format")
     num_positions = model.pos_emb.shape[1]

@@ -24,7 +24,6 @@ from nextblock.data.augment import TransformConfig
 from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
-from nextblock.data.keyed_random import keyed_uniform
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
 from nextblock.files.fingerprints import model_fingerprint
@@ -38,7 +37,7 @@ from .conditioning import Condition
 from .families import FAMILIES, BlockPriorOptions, PriorOptions, check_family, family_config, of_stored_family
 from .family import Prior, check_output, try_out
 from .generation import generate
-from .head_plan import plan_of
+from .head_plan import plan_of, training_digits
 from .losses import PriorOutput
 from .orders import OrderConfig, takes_orders, training_orders
 from .sampling import SamplingOptions, image_generators
@@ -51,8 +50,6 @@ TUNED_OPTIONS += ("adaln_gamma_init", "head_passes")
 MAX_LOGGED_BLOCKS = 16
 # Training rows decoded to tokens_check.png, in columns of ten.
 NUM_CHECKED_ROWS = 20
-# Tells the numbers that hide digits from others of the same seed and step.
-_HIDING = 3
 
 
 @dataclass(kw_only=True)
@@ -233,10 +230,7 @@ class PriorTask:
         if orders is not None:
             options["orders"] = orders
         if self.head_plan.is_masked:
-            num_uniforms = L * (self.head_plan.num_digits + 1)
-            numbers = torch.arange(num_uniforms, device=index.device) + index[:, None] * num_uniforms
-            uniforms = keyed_uniform(seed, step, _HIDING, samples=numbers)
-            options["known_digits"] = self.head_plan.draw_known(uniforms.view(len(index), L, -1))
+            options["known_digits"] = training_digits(self.head_plan, L, seed, step, index)
         return options
 
     def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition, **options: Tensor) -> PriorOutput:

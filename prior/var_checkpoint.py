@@ -21,6 +21,7 @@ from nextblock.files.state_dicts import (
     take_over,
 )
 from nextblock.prior import BlockPrior, BlockPriorConfig, SamplingOptions
+from nextblock.prior.head_plan import check_softmax
 
 _VAR_HEAD_WIDTH = 64
 # The published sampling: cfg 1.5 in VAR's words.
@@ -173,6 +174,7 @@ def _derived_shapes(config: BlockPriorConfig) -> Shapes:
 
 def _check_expressible(config: BlockPriorConfig) -> None:
     """Refuse what VAR's transformer has no form for."""
+    check_softmax(config, "VAR's")
     layout = config.block_layout()
     if not layout.is_scales or any(height != width for height, width in layout.shapes):
         raise ValueError(f"layout is {config.layout}; expected square scales in VAR's format")

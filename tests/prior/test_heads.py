@@ -12,7 +12,7 @@ from nextblock.data.blocks import BlockLayout
 from nextblock.files.fingerprints import model_options
 from nextblock.prior import BlockPriorConfig
 from nextblock.prior.head_losses import head_output
-from nextblock.prior.head_plan import HeadOptions, HeadPlan, configured_plan, cosine_passes
+from nextblock.prior.head_plan import HeadOptions, HeadPlan, configured_plan, cosine_passes, training_digits
 from nextblock.prior.heads import DigitEmbedding, TokenEmbedding, build_head
 
 from .heads_of_digits import BASES, CODES, HEADS, V, columns, digits_of, plain_loss, scores_of
@@ -256,3 +256,12 @@ def test_a_prior_without_digits_keeps_the_fingerprint_of_before(make_prior):
     assert {*HeadOptions._fields} < {*options} and options["head"] == "softmax"
     assert not {*HeadOptions._fields} & {*model.as_fingerprinted(options, {})[0]}
     assert model.as_fingerprinted(model_options(of_digits), {})[0]["code_bases"] == BASES
+
+
+def test_hidden_digits_are_a_function_of_seed_step_and_sample():
+    plan, samples = HeadPlan((2, 3, 2), (1, 2), is_masked=True), torch.tensor([7, 3, 12])
+    known = training_digits(plan, 5, 1, 2, samples)
+    assert known.shape == (3, 5, 3) and known.dtype == torch.bool and known.view(15, 3).unique(dim=0).shape[0] > 3
+    assert torch.equal(training_digits(plan, 5, 1, 2, samples[1:]), known[1:])
+    assert not torch.equal(training_digits(plan, 5, 1, 3, samples), known)
+    assert not torch.equal(training_digits(plan, 5, 2, 2, samples), known)
