@@ -184,7 +184,7 @@ def _evaluate(config: EvaluateTokenizerConfig, state: PartialState) -> dict:
         "tokenizer_sha256": model_fingerprint(tokenizer),
         "image_size": list(image_size),
         "num_tokens": sum(tokenizer.layout.block_lengths),
-        "images_sha256": source_fingerprint(source),
+        "image_names_sha256": source_fingerprint(source),
         "crop": crop,
         "preset": config.preset,
         "batch_size": config.batch_size,

@@ -53,7 +53,8 @@ def sweep_figures(config: EvaluateConfig) -> dict:
         for job in jobs:
             if not sample(job):
                 return {}
-            result = _measured(config, job, state)
+            done = f"{len(results)} of {len(jobs)} values are measured in {output_dir}"
+            result = _measured(config, job, state, done)
             if result is None:
                 return {}
             results.append(result)
@@ -82,7 +83,7 @@ def _describe(config: EvaluateConfig, sweep: Sweep, jobs: Sequence[SampleConfig]
     }
 
 
-def _measured(config: EvaluateConfig, job: SampleConfig, state: PartialState) -> dict | None:
+def _measured(config: EvaluateConfig, job: SampleConfig, state: PartialState, done: str) -> dict | None:
     """Return the result of a value, measured now where it is not there; None where that was stopped."""
     folder = Path(job.output_dir).parent
     if is_regular(folder / RESULT_NAME):
@@ -90,7 +91,8 @@ def _measured(config: EvaluateConfig, job: SampleConfig, state: PartialState) ->
     kept = config.reference_file or str(Path(config.output_dir, REFERENCE_NAME))
     changed = {"samples": job.output_dir, "output_dir": str(folder), "reference_file": kept}
     single = replace(config, **changed, sweep=None, draw=DrawConfig(), pipeline=None, requires_own_tokenizer=False)
-    with stoppable_job(state), claimed(folder, state):
+    with stoppable_job(state) as stoppable, claimed(folder, state):
+        stoppable.done = lambda: done
         return measure_samples(single, state)
     return None
 
