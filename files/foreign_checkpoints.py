@@ -20,6 +20,7 @@ from .state_dicts import MAX_LISTED, check_tensors, load_pickled, reading_tensor
 
 # Where trainers put the weights among their own affairs.
 _CONTAINERS = ("state_dict", "model", "module")
+_WRAPPER = "module."
 _AVERAGED = "model_ema."
 # What an average keeps beside the weights.
 _AVERAGE_COUNTERS = ("decay", "num_updates")
@@ -33,7 +34,7 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
             `state_dict`, `model` or `module` beside whatever a trainer keeps, objects of foreign classes among it.
 
     Returns:
-        All tensors by the file's names, on the CPU.
+        All tensors by the file's names, without a `module.` before all of them, on the CPU.
 
     Raises:
         ValueError: naming the file, if it is missing, cannot be read, or holds no tensors by name, or several
@@ -48,7 +49,9 @@ def read_foreign(path: str | Path) -> dict[str, Tensor]:
         except pickle.UnpicklingError:
             content = load_pickled(path, weights_only=False, pickle_module=_INERT_PICKLE)
     state = check_tensors(_contained(content, path), path)
-    return {name: tensor.detach() for name, tensor in state.items()}
+    # What training on several GPUs puts before every name.
+    wrapper = _WRAPPER if state and all(name.startswith(_WRAPPER) for name in state) else ""
+    return {name.removeprefix(wrapper): tensor.detach() for name, tensor in state.items()}
 
 
 def part_under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -197,6 +200,13 @@ class _InertUnpickler(pickle._Unpickler):
     """Makes tensors and plain values, stand-ins of everything else, and calls nothing that a file names."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load(self) -> Any:
+        """Read one pickle."""
+        try:
+            return super().load()
+        except KeyError as error:
+            raise pickle.UnpicklingError(f"it is no pickle, or a damaged one: it holds {error}") from error
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the name alone; nothing is imported."""

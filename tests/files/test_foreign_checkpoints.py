@@ -52,6 +52,13 @@ def test_tensors_come_out_of_their_container(container, is_zipped, tmp_path):
     assert_held(read_foreign(tmp_path / "x.ckpt"))
 
 
+def test_a_prefix_of_every_name_is_taken_away(tmp_path):
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in STATE.items()}}, tmp_path / "x.pt")
+    assert_held(read_foreign(tmp_path / "x.pt"))
+    torch.save({"module.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "y.pt")
+    assert [*read_foreign(tmp_path / "y.pt")] == ["module.a", "b"]
+
+
 @formats
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_foreign_classes_become_stand_ins(is_zipped, protocol, tmp_path):

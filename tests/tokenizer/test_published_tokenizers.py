@@ -1,5 +1,6 @@
 """Other projects' tokenizers: converted, they compute what the reference does; exported, they are back bit for bit."""
 
+import os
 import re
 
 import pytest
@@ -188,6 +189,26 @@ def test_the_first_stage_comes_out_of_a_joint_file(tmp_path):
     assert torch.equal(model.quantizer.get_codebook(), state["quantize.embedding.weight"])
     with pytest.raises(ValueError, match=r"unexpected: else.z \(1,\)"):
         convert({"state_dict": joint | {"else.z": torch.zeros(1)}}, tmp_path, "--image_size", 8)
+
+
+class Poison:
+    """Pickled, a call that leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_poisoned_file_is_converted_and_nothing_in_it_called(tmp_path):
+    state = FORMATS["magvit2"].write(make("magvit2"))
+    beside = {"callbacks": {Poison: Poison(tmp_path / "mark")}, "epoch": 3}
+    model = convert({"state_dict": state | {"loss.x": torch.zeros(1)}} | beside, tmp_path, "--image_size", 8)
+    assert torch.equal(model.decoder.conv_out.weight, state["decoder.conv_out.weight"])
+    with pytest.raises(ValueError, match=r"holds \['encoder.conv_in.weight'\], no tensors"):
+        convert({"state_dict": state | {"encoder.conv_in.weight": Poison(tmp_path / "mark")}}, tmp_path)
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("project", SOME_PROJECTS)
