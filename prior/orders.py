@@ -119,7 +119,7 @@ def read_order(order: Any) -> Order:
         return RASTER
     # Arrays and tensors alike.
     listed = order.tolist() if hasattr(order, "tolist") else order
-    is_listed = isinstance(listed, (list, tuple)) and all(
+    is_listed = isinstance(listed, (list, tuple, range)) and all(
         isinstance(place, Integral) and not isinstance(place, bool) for place in listed
     )
     if not is_listed or sorted(listed) != list(range(len(listed))) or not listed:

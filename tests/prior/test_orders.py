@@ -94,6 +94,7 @@ def test_orders_that_are_no_permutations_are_refused(orders, message):
 def test_an_order_may_be_a_list_an_array_or_a_tensor(order):
     assert SamplingOptions(order=order).order == (2, 0, 1)
     assert SamplingOptions(order=order) == SamplingOptions().changed(order=order)
+    assert SamplingOptions(order=range(2, -1, -1)).order == (2, 1, 0)
 
 
 @pytest.mark.parametrize("order", ["spiral", [], [1, 2], [0, 0], [0.0, 1.0], [True, False], None, 3, [[0, 1]], "012"])
