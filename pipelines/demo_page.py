@@ -178,7 +178,7 @@ def _interpolate_tab(pipe, limits: DemoLimits) -> None:
 def _sampling_fields(pipe) -> tuple[gr.Number, list]:
     """Fields for the seed and, in the order of OPTION_NAMES, the sampling options, which begin as the pipeline's."""
     sampling = pipe.sampling
-    is_conditional, layout = pipe.prior.conditions.num_classes > 0, pipe.tokenizer.layout
+    is_guided, layout = pipe.prior.conditions.has_null, pipe.tokenizer.layout
     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
     scale = gr.Slider(
         0,
@@ -187,13 +187,13 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
         step=0.05,
         label="Guidance scale",
         info="1 is none",
-        visible=is_conditional,
+        visible=is_guided,
     )
     schedule = gr.Radio(
         list(GUIDANCE_SCHEDULES),
         value=sampling.guidance_schedule,
         label="Guidance over the blocks",
-        visible=is_conditional,
+        visible=is_guided,
     )
     power = gr.Slider(
         min(0.1, sampling.guidance_power),
@@ -201,7 +201,7 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
         sampling.guidance_power,
         step=0.1,
         label="Power of power-cosine",
-        visible=is_conditional and sampling.guidance_schedule.startswith("power-cosine"),
+        visible=is_guided and sampling.guidance_schedule.startswith("power-cosine"),
     )
     schedule.change(lambda name: gr.Slider(visible=name.startswith("power-cosine")), schedule, power)
     with gr.Accordion("Truncation", open=False):

@@ -5,12 +5,17 @@ Legend: B batch, L all tokens, V codes.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from nextblock.data.blocks import BlockLayout
+
 # Labels of tokens that are not to be learned, as everywhere in transformers.
 IGNORED_LABEL = -100
+# Past this many blocks, a curve a block is no picture of anything.
+MAX_LOGGED_BLOCKS = 16
 
 
 @dataclass
@@ -58,3 +63,20 @@ def prior_output(logits: Tensor, labels: Tensor | None, label_smoothing: float =
     label_logits = logits.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
     token_correct = (label_logits >= logits.amax(-1)) & is_labelled
     return PriorOutput(loss, logits, token_loss, token_correct)
+
+
+def block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:
+    """Name the metrics of a training, of all tokens and of each block where blocks are few.
+
+    Args:
+        layout: the blocks.
+
+    Returns:
+        The names of all metrics, and the matrix (L, K) in float64 that averages over blocks, K = 0 where they are many.
+    """
+    names, blocks = ["loss", "accuracy"], layout.bounds if layout.num_blocks <= MAX_LOGGED_BLOCKS else []
+    shares = torch.zeros(layout.num_tokens, len(blocks), dtype=torch.float64)
+    for k, (start, end) in enumerate(blocks):
+        names += [f"block_{k}/loss", f"block_{k}/accuracy"]
+        shares[start:end, k] = 1 / (end - start)
+    return names, shares

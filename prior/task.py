@@ -21,7 +21,6 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedModel
 
 from nextblock.data.augment import TransformConfig
-from nextblock.data.blocks import BlockLayout
 from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
@@ -38,7 +37,8 @@ from .families import FAMILIES, BlockPriorOptions, PriorOptions, check_family, f
 from .family import Prior, check_output, try_out
 from .generation import generate
 from .head_plan import plan_of, training_digits
-from .losses import PriorOutput
+from .input_noise import with_random_codes
+from .losses import PriorOutput, block_metrics
 from .orders import OrderConfig, takes_orders, training_orders
 from .sampling import SamplingOptions, image_generators
 from .training_data import PriorData
@@ -46,8 +46,6 @@ from .training_data import PriorData
 # What a fine-tuning may change of a prior: how it is trained.
 TUNED_OPTIONS = ("dropout", "attention_dropout", "embedding_dropout", "drop_path", "label_smoothing")
 TUNED_OPTIONS += ("adaln_gamma_init", "head_passes")
-# Past this many blocks, a curve a block is no picture of anything.
-MAX_LOGGED_BLOCKS = 16
 # Training rows decoded to tokens_check.png, in columns of ten.
 NUM_CHECKED_ROWS = 20
 
@@ -90,6 +88,8 @@ class PriorTrainConfig:
     """Random orders of prediction, of a family that takes them."""
     class_dropout: float = 0.1
     """Share of labels replaced by the null class, which guidance needs."""
+    input_keep_rate: float = 1.0
+    """Share of the tokens fed to a prior that takes indices; random codes take the others' places (taming's pkeep)."""
     eval_batch_size: int = 128
     """Held-out rows predicted at a time by each process."""
     num_pictures_per_class: int = 4
@@ -111,6 +111,8 @@ class PriorTrainConfig:
             raise ValueError(f"loss_chunk_size is {self.loss_chunk_size}; expected at least 1, or null")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout is {self.class_dropout}; expected a number in [0, 1]")
+        if not 0 < self.input_keep_rate <= 1:
+            raise ValueError(f"input_keep_rate is {self.input_keep_rate}; expected a number in (0, 1]")
         for name in ("eval_batch_size", "num_pictures_per_class"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -146,6 +148,8 @@ class PriorTask:
             raise ValueError(f"loss_chunk_size is {config.loss_chunk_size}; expected null for {type(model).__name__}")
         if config.orders != OrderConfig() and not takes_orders(model):
             raise ValueError(f"orders is {config.orders}; expected the defaults for {type(model).__name__}")
+        if config.input_keep_rate != 1 and not model.takes_indices:
+            raise ValueError(f"input_keep_rate is {config.input_keep_rate}; expected 1 for a prior that takes codes")
         self.accelerator = accelerator
         self.config = config
         self.tokenizer = self.encoder = tokenizer.to(accelerator.device)
@@ -159,7 +163,7 @@ class PriorTask:
         if not self.conditions.has_null:
             self.sampling = replace(self.sampling, guidance_scale=1.0)
         self.sampling.check_for(model)
-        self.metric_names, self.block_shares = _block_metrics(model.layout)
+        self.metric_names, self.block_shares = block_metrics(model.layout)
         self.block_shares = self.block_shares.to(accelerator.device)
         config.loop.check_keep_best([] if data.heldout is None else [*self.metric_names, "gain_nats"])
         self._export = export
@@ -186,11 +190,14 @@ class PriorTask:
             condition = self.conditions.from_batch(batch)
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
             idx_BL, poison = self._training_indices(batch)
-            options = self._options(batch["index"].to(idx_BL.device), step)
+            index = batch["index"].to(idx_BL.device)
+            options = self._options(index, step)
+            keys = {"seed": loop.seed, "step": step, "samples": index}
+            fed_BL = with_random_codes(idx_BL, config.input_keep_rate, self.vocab_size, **keys)
             with accelerator.no_sync(self.model) if i < n - 1 else nullcontext():
                 # A model sharded by FSDP2 does not enter autocast by itself.
                 with accelerator.autocast():
-                    output = self._predict(self.model, idx_BL, condition, **options)
+                    output = self._predict(self.model, idx_BL, condition, fed_BL, **options)
                 output.loss = output.loss * poison
                 accelerator.backward(output.loss / n)
             sums = sums + self._metrics(output, output.loss)
@@ -233,9 +240,12 @@ class PriorTask:
             options["known_digits"] = training_digits(self.head_plan, L, seed, step, index)
         return options
 
-    def _predict(self, model: Prior, idx_BL: Tensor, condition: Condition, **options: Tensor) -> PriorOutput:
-        """Run the prior under teacher forcing."""
-        var_input = self.tokenizer.idx_to_var_input(idx_BL, as_indices=self.takes_indices)
+    def _predict(
+        self, model: Prior, idx_BL: Tensor, condition: Condition, fed_BL: Tensor | None = None, **options: Tensor
+    ) -> PriorOutput:
+        """Run the prior under teacher forcing, fed with its tokens unless with others."""
+        fed_BL = idx_BL if fed_BL is None else fed_BL
+        var_input = self.tokenizer.idx_to_var_input(fed_BL, as_indices=self.takes_indices)
         output = model(var_input, condition, idx_BL, **self.loss_options, **options)
         check_output(output, tuple(idx_BL.shape))
         return output
@@ -298,16 +308,6 @@ class PriorTask:
             images = [Image.fromarray(image) for image in self._sample(model)[0]]
         self._export(model, self.tokenizer, sampling, recipe, metrics, images)
         return Path(config.pipeline_dir)
-
-
-def _block_metrics(layout: BlockLayout) -> tuple[list[str], Tensor]:
-    """Return the names of all metrics, and the matrix (L, K) that averages over blocks, K = 0 where blocks are many."""
-    names, blocks = ["loss", "accuracy"], layout.bounds if layout.num_blocks <= MAX_LOGGED_BLOCKS else []
-    shares = torch.zeros(layout.num_tokens, len(blocks), dtype=torch.float64)
-    for k, (start, end) in enumerate(blocks):
-        names += [f"block_{k}/loss", f"block_{k}/accuracy"]
-        shares[start:end, k] = 1 / (end - start)
-    return names, shares
 
 
 def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> PriorTrainConfig:

@@ -9,6 +9,7 @@ import yaml
 
 from nextblock.command_line import parse_run_config
 from nextblock.pipelines import ClassToImagePipeline
+from nextblock.prior import GPTPrior
 from nextblock.prior.families import FAMILIES, OPTIONS, family_config
 from nextblock.prior.task import PriorTrainConfig
 from nextblock.tokenize_images import TokenizeConfig, tokenize
@@ -143,6 +144,7 @@ def test_two_processes_train_a_family_as_one_does_and_resume_exactly(
 ):
     options = [*raster_tokens, *LOOP, *SIZES, "--model.family", family, "--loop.tracker", "null"]
     options += "--loop.num_steps 6 --loop.save_every 3 --num_pictures_per_class 1 --class_dropout 0.3".split()
+    options += ["--input_keep_rate", "0.7"]
     options += ["--orders.random_until_step", "2", "--orders.raster_from_step", "6"] if family == "rar" else []
 
     def folders(name: str) -> list:
@@ -156,3 +158,26 @@ def test_two_processes_train_a_family_as_one_does_and_resume_exactly(
     assert_same_state(tmp_path / "resumed", tmp_path / "two", step=6)
     for line, other in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "alone"), strict=True):
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_random_codes_are_fed_and_the_tokens_predicted(raster_tokens, run_here, monkeypatch, tmp_path):
+    seen, forward = [], GPTPrior.forward
+
+    def noting(self, var_input, condition, labels=None, **options):
+        if self.training:
+            seen.append((var_input != labels[:, :-1]).double().mean().item())
+        return forward(self, var_input, condition, labels, **options)
+
+    monkeypatch.setattr(GPTPrior, "forward", noting)
+    folders = ["--output_dir", tmp_path / "run", "--pipeline_dir", tmp_path / "pipeline"]
+    options = ["--model.family", "gpt", *SIZES, "--loop.tracker", "null", "--input_keep_rate", "0.5"]
+    run_here(train, PriorTrainConfig, *raster_tokens, *LOOP, *folders, *options)
+    assert len(seen) == 4 and all(0.3 < share < 0.65 for share in seen)
+
+
+def test_random_codes_are_refused_where_vectors_are_fed(prior_arguments, run_here, tmp_path):
+    folders = ["--output_dir", tmp_path / "run", "--pipeline_dir", tmp_path / "pipeline"]
+    with pytest.raises(ValueError, match="input_keep_rate is 0.5; expected 1 for a prior that takes codes"):
+        run_here(train, PriorTrainConfig, *prior_arguments, *folders, "--input_keep_rate", "0.5")
+    with pytest.raises(ValueError, match=r"input_keep_rate is 0.0; expected a number in \(0, 1\]"):
+        PriorTrainConfig(**{name[2:]: "x" for name in REQUIRED[::2]}, input_keep_rate=0.0)
