@@ -34,6 +34,7 @@ BOOKKEEPING = {
             "top_p",
             "min_p",
             "is_smooth",
+            "order",
         )
     ),
     *(
