@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 from nextblock.command_line import parse_run_config
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import GPTPrior
 from nextblock.prior.families import FAMILIES, OPTIONS, family_config
-from nextblock.prior.task import PriorTrainConfig
+from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
 from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.train_prior import main, train
@@ -46,16 +47,20 @@ def raster_tokens(image_folder, run_here, tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_chosen_and_written_down(family, tmp_path):
+def test_a_family_is_chosen(family):
     run = parse("--model.family", family, "--model.num_layers", "7")
     assert type(run) is PriorTrainConfig and type(run.model) is OPTIONS[family]
     assert run.model.family == family and run.model.num_layers == 7 and run.model.given == {"family", "num_layers"}
-    (tmp_path / "run.yaml").write_text(run_config_text(run))
-    assert parse("--config", str(tmp_path / "run.yaml")) == run
     tokens = {"layout": {"kind": "tiles", "tile": 1, "grid": 4}, "vocab_size": 9, "embedding_dim": 4, "num_classes": 3}
     config = family_config(run.model, **tokens)
     assert (config.vocab_size, config.num_classes, config.num_layers) == (9, 3, 7)
     assert config.model_type == f"nextblock_{family}_prior"
+
+
+def test_what_was_chosen_is_written_down(tmp_path):
+    run = parse("--model.family", "llama", "--model.num_layers", "7")
+    (tmp_path / "run.yaml").write_text(run_config_text(run))
+    assert parse("--config", str(tmp_path / "run.yaml")) == run
 
 
 def test_block_is_the_family_of_configs_that_name_none():
@@ -93,16 +98,14 @@ def test_help_shows_the_options_of_the_family(capsys):
 
 
 @pytest.mark.parametrize("family", SINGLE_TOKEN_FAMILIES)
-def test_a_layout_that_a_family_does_not_predict_is_refused(family, run_here, prior_arguments, tmp_path):
+def test_a_layout_that_a_family_does_not_predict_is_refused(family):
+    layout = {"kind": "scales", "scales": [1, 2]}
     with pytest.raises(ValueError, match="layout is .*scales.*; expected tiles of one cell"):
-        folders = ["--output_dir", tmp_path / "run", "--pipeline_dir", tmp_path / "pipeline"]
-        run_here(train, PriorTrainConfig, *prior_arguments, *folders, "--model.family", family)
+        family_config(OPTIONS[family](), layout=layout, vocab_size=9, embedding_dim=4, num_classes=3)
 
 
-OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in SINGLE_TOKEN_FAMILIES if family != "llama"]
-
-
-@pytest.mark.parametrize("family", ["llama", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SINGLE_TOKEN_FAMILIES)
 def test_a_family_is_trained_resumed_exported_and_started_from(
     family, raster_tokens, run_here, read_metrics, assert_same_state, tmp_path
 ):
@@ -160,7 +163,7 @@ def test_two_processes_train_a_family_as_one_does_and_resume_exactly(
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
-def test_random_codes_are_fed_and_the_tokens_predicted(raster_tokens, run_here, monkeypatch, tmp_path):
+def test_a_family_is_trained_on_random_codes_and_makes_a_pipeline(raster_tokens, run_here, monkeypatch, tmp_path):
     seen, forward = [], GPTPrior.forward
 
     def noting(self, var_input, condition, labels=None, **options):
@@ -170,14 +173,20 @@ def test_random_codes_are_fed_and_the_tokens_predicted(raster_tokens, run_here, 
 
     monkeypatch.setattr(GPTPrior, "forward", noting)
     folders = ["--output_dir", tmp_path / "run", "--pipeline_dir", tmp_path / "pipeline"]
-    options = ["--model.family", "gpt", *SIZES, "--loop.tracker", "null", "--input_keep_rate", "0.5"]
-    run_here(train, PriorTrainConfig, *raster_tokens, *LOOP, *folders, *options)
+    options = ["--model.family", "gpt", *SIZES, *LOOP, "--loop.tracker", "null", "--num_pictures_per_class", 1]
+    run_here(train, PriorTrainConfig, *raster_tokens, *folders, *options, "--input_keep_rate", "0.5")
     assert len(seen) == 4 and all(0.3 < share < 0.65 for share in seen)
+    pipe = ClassToImagePipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.prior) is GPTPrior and len(pipe(["wren", 0], output_type="pt").images) == 2
 
 
-def test_random_codes_are_refused_where_vectors_are_fed(prior_arguments, run_here, tmp_path):
-    folders = ["--output_dir", tmp_path / "run", "--pipeline_dir", tmp_path / "pipeline"]
+def test_random_codes_are_refused_where_vectors_are_fed(fresh_accelerate):
+    sizes = {"image_size": 8, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 9, "codebook_init_scale": 1.0}
+    tokenizer = VQVAE(VQVAEConfig(layout="scales", scales=[1, 2], **sizes))
+    needed = {name[2:]: "x" for name in REQUIRED[::2]}
+    config = PriorTrainConfig(**needed, input_keep_rate=0.5)
     with pytest.raises(ValueError, match="input_keep_rate is 0.5; expected 1 for a prior that takes codes"):
-        run_here(train, PriorTrainConfig, *prior_arguments, *folders, "--input_keep_rate", "0.5")
+        PriorTask(Accelerator(cpu=True), config, build_prior(config, tokenizer, []), tokenizer, None, print)
     with pytest.raises(ValueError, match=r"input_keep_rate is 0.0; expected a number in \(0, 1\]"):
-        PriorTrainConfig(**{name[2:]: "x" for name in REQUIRED[::2]}, input_keep_rate=0.0)
+        PriorTrainConfig(**needed, input_keep_rate=0.0)
