@@ -205,7 +205,8 @@ class TokenizerTask:
                 self.model.parameters(), config.optimizer.max_grad_norm
             )
         was_skipped = self._take_step()
-        metrics |= {f"codebook/{name}": value for name, value in codebook_curves(counts).items()}
+        curves = codebook_curves(counts, accelerator.unwrap_model(self.model).quantizer.digits)
+        metrics |= {f"codebook/{name}": value for name, value in curves.items()}
         return reconstructions, metrics | {"learning_rate": learning_rate}, was_skipped
 
     def _fewer_scales(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
