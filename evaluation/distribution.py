@@ -88,12 +88,15 @@ def _discrepancy(x: Tensor, y: Tensor) -> Tensor:
     return within - 2 * kernel(x, y).mean()
 
 
-def inception_score(class_probabilities: Tensor, split_size: int = SPLIT_SIZE) -> InceptionScore:
+def inception_score(
+    class_probabilities: Tensor, split_size: int = SPLIT_SIZE, order: Tensor | None = None
+) -> InceptionScore:
     """Exponential of the mean divergence of an image's classes from those of its split, averaged over the splits.
 
     Args:
         class_probabilities: (N, C) in the order of the images, which matters where there are several splits.
         split_size: images in a row that make a split.
+        order: (N,) int64, the images in the order to be taken; None takes them as they are.
 
     Returns:
         Mean and deviation over the splits.
@@ -104,8 +107,9 @@ def inception_score(class_probabilities: Tensor, split_size: int = SPLIT_SIZE) -
     if class_probabilities.ndim != 2 or not len(class_probabilities):
         raise ValueError(f"class_probabilities are {tuple(class_probabilities.shape)}; expected (images ≥ 1, classes)")
     scores = []
-    for part in class_probabilities.split(split_size):
-        part = part.double()
+    order = torch.arange(len(class_probabilities)) if order is None else order
+    for rows in order.split(split_size):
+        part = class_probabilities[rows].double()
         mean = part.mean(dim=0)
         # As a difference of entropies: no class of probability 0 is a trouble.
         divergence = torch.xlogy(part, part).sum(dim=1).mean() - torch.xlogy(mean, mean).sum()

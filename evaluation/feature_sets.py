@@ -68,7 +68,8 @@ class _Share:
         self._features: np.ndarray | None = None
         self._kept = np.empty((2, self._capacity), np.int64)
         self._num_kept = 0
-        self.columns: dict[str, list[np.ndarray]] = {"all": [], "class_probabilities": [], "spatial": []}
+        self._num_own = num_own
+        self._columns: dict[str, tuple[np.ndarray, int]] = {}
         self.sums: dict[str, MomentSums] = {}
 
     def keep(self, keys: np.ndarray, numbers: np.ndarray, features: np.ndarray) -> None:
@@ -80,7 +81,16 @@ class _Share:
         rows = slice(self._num_kept, self._num_kept + len(keys))
         self._kept[:, rows], self._features[rows] = (keys, numbers), features
         self._num_kept = rows.stop
-        self.columns["all"].append(np.stack([keys, numbers]).T)
+        self.append("all", np.stack([keys, numbers]).T)
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Keep something of every image of a batch."""
+        if name not in self._columns:
+            # Whole at once: joining batches at the end would hold them twice.
+            self._columns[name] = np.empty((self._num_own, *values.shape[1:]), values.dtype), 0
+        column, start = self._columns[name]
+        column[start : start + len(values)] = values
+        self._columns[name] = column, start + len(values)
 
     def sum(self, name: str, features: Tensor) -> None:
         """Add a batch to the moments of that name."""
@@ -102,7 +112,7 @@ class _Share:
         arrays = {"kept": self._kept[:, : self._num_kept].T, "all": np.empty((0, 2), np.int64)}
         if self._features is not None:
             arrays["features"] = self._features[: self._num_kept]
-        arrays |= {name: np.concatenate(parts) for name, parts in self.columns.items() if parts}
+        arrays |= {name: column for name, (column, _) in self._columns.items()}
         for name, sums in self.sums.items():
             arrays |= {f"{name}_count": np.array(sums.num_items), f"{name}_mean": sums.mean.numpy()}
             arrays[f"{name}_scatter"] = sums.scatter.numpy()
@@ -145,9 +155,9 @@ def embed(
         if len(samples) > max_features:
             share.sum("sums", embedded.features)
         if keeps_classes and embedded.class_probabilities is not None:
-            share.columns["class_probabilities"].append(embedded.class_probabilities.numpy())
+            share.append("class_probabilities", embedded.class_probabilities.numpy())
         if embedded.spatial_features is not None and len(samples) <= _MAX_SPATIAL:
-            share.columns["spatial"].append(embedded.spatial_features.numpy())
+            share.append("spatial", embedded.spatial_features.numpy())
         elif embedded.spatial_features is not None:
             share.sum("spatial_sums", embedded.spatial_features)
         on_batch(len(images))
@@ -226,6 +236,9 @@ def _by_number(parts: Sequence, name: str) -> np.ndarray | None:
     """Return a column of all images in the order of their numbers."""
     if not any(name in part for part in parts):
         return None
+    if len(parts) == 1:
+        # One process reads the images in the order of their numbers.
+        return parts[0][name]
     column = None
     num_items = sum(len(part["all"]) for part in parts)
     for part in parts:

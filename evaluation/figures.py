@@ -6,9 +6,8 @@ Legend: N images, F features.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from .distribution import class_frechet_distances, inception_score, kernel_distance
+from .distribution import InceptionScore, class_frechet_distances, kernel_distance
 from .feature_sets import FeatureSet
 from .moments import Moments, frechet_distance_of
 from .neighbours import DENSITY_K, MANIFOLD_K, Nearest, nearest, neighbour_figures
@@ -29,7 +28,7 @@ def sample_figures(
     samples: FeatureSet,
     reference: Reference,
     *,
-    score_order: Tensor | None = None,
+    score: InceptionScore | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Figures:
@@ -38,7 +37,7 @@ def sample_figures(
     Args:
         samples: features of the samples.
         reference: moments, features or both.
-        score_order: (N,) int64, the images' numbers in the order of the inception score's splits; None is as numbered.
+        score: the samples' inception score; None where there are no class probabilities.
         seed: of KID's subsets.
         device: where distances are computed.
 
@@ -53,7 +52,7 @@ def sample_figures(
         figures["num_reference_reason"] = "the reference's file does not say of how many images its statistics are"
     _add_frechet(figures, "fd", samples.moments, reference.moments, "")
     _add_frechet(figures, "sfid", samples.spatial_moments, reference.spatial_moments, " of ADM's spatial features")
-    _add_score(figures, samples, score_order)
+    _add_score(figures, score)
     _add_pairwise(figures, samples, reference.features, seed, device)
     _add_classes(figures, samples, reference.features)
     return figures
@@ -102,14 +101,13 @@ def _add_frechet(figures: Figures, name: str, x: Moments | None, y: Moments | No
         figures[name] = frechet_distance_of(x, y)
 
 
-def _add_score(figures: Figures, samples: FeatureSet, order: Tensor | None) -> None:
+def _add_score(figures: Figures, score: InceptionScore | None) -> None:
     """Add the inception score."""
     names = ("inception_score", "inception_score_std", "inception_score_num_splits")
-    if samples.class_probabilities is None:
+    if score is None:
         figures.leave_out("the features come without class scores, which Inception's state dict has", *names)
         return
-    probabilities = samples.class_probabilities
-    figures.update(zip(names, inception_score(probabilities if order is None else probabilities[order]), strict=True))
+    figures.update(zip(names, score, strict=True))
 
 
 def _add_pairwise(

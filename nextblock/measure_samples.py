@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from nextblock.data.datasets_source import is_saved_to_disk
 from nextblock.data.images import ImageDataConfig
-from nextblock.evaluation.distribution import SPLIT_SIZE
+from nextblock.evaluation.distribution import SPLIT_SIZE, InceptionScore, inception_score
 from nextblock.evaluation.feature_sets import FeatureSet, embed, gathered, save_part
 from nextblock.evaluation.features import FeatureExtractor, load_features
 from nextblock.evaluation.figures import memorisation_figures, sample_figures
@@ -89,13 +89,14 @@ def measure_samples(config: EvaluateConfig, state: PartialState) -> dict:
         check_reference(config.preset, reference)
     with fixed_threads(config.num_threads):
         work = _Work(config, state, extractor, reference)
-        own = work.features_of("samples", samples, keeps_classes=True)
+        own, score = _scored(samples, work.features_of("samples", samples, keeps_classes=True))
         measured = work.reference()
         learned = None if train is None else work.features_of("training", train.images)
         if not state.is_main_process:
             return {}
         work.clean_up()
-        result = _result(config, samples, own, measured, learned, state)
+        result = _result(config, own, score, measured, learned, state)
+    result |= {"inception_score_split_size": SPLIT_SIZE, "inception_score_order": _score_order(samples)}
     result |= _fid(result, extractor.record["features_are_inception"])
     result |= _settings(config, state, samples, reference, train, extractor)
     among = (train or reference).images
@@ -257,20 +258,30 @@ def _check_made_alike(file: Path, wanted: dict) -> None:
             raise ValueError(f"{file} was made with {name} {made[name]}; expected {wanted[name]}, the samples'")
 
 
+def _score_order(samples: SampleSet) -> str:
+    """Name the order of the inception score's splits: pictures in a folder have none that means anything."""
+    return "as stored" if samples.format == "npz" or samples.job is not None else "by content"
+
+
+def _scored(samples: SampleSet, own: FeatureSet | None) -> tuple[FeatureSet | None, InceptionScore | None]:
+    """Take the inception score, and let go of the class probabilities, which are large."""
+    if own is None or own.class_probabilities is None:
+        return own, None
+    order = None if _score_order(samples) == "as stored" else own.content_order
+    return replace(own, class_probabilities=None), inception_score(own.class_probabilities, order=order)
+
+
 def _result(
     config: EvaluateConfig,
-    samples: SampleSet,
     own: FeatureSet,
+    score: InceptionScore | None,
     reference: Reference,
     train: FeatureSet | None,
     state: PartialState,
 ) -> dict:
     """Compute all figures, and write what is not flat to files of its own."""
     output_dir = Path(config.output_dir)
-    # Pictures in a folder have no order that means anything.
-    is_ordered = samples.format == "npz" or samples.job is not None
-    order = None if is_ordered else own.content_order
-    figures = sample_figures(own, reference, score_order=order, seed=config.seed, device=state.device)
+    figures = sample_figures(own, reference, score=score, seed=config.seed, device=state.device)
     real = None if train is None else reference.features
     among = reference.features if train is None else train
     remembered, found = memorisation_figures(own, among, real, state.device)
@@ -287,8 +298,6 @@ def _result(
         write_whole(output_dir / NEAREST_NAME, partial(np.savez, **arrays))
     figures["nearest_train_is_reference"] = train is None
     figures["notes"] = _notes(own, reference)
-    figures["inception_score_split_size"] = SPLIT_SIZE
-    figures["inception_score_order"] = "as stored" if is_ordered else "by content"
     return figures
 
 

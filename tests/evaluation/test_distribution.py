@@ -66,6 +66,8 @@ def test_inception_score_of_known_predictions():
     assert inception_score(sure, split_size=10).mean == pytest.approx(10)
     assert inception_score(sure[sure.argmax(1).argsort()], split_size=10).mean == pytest.approx(1)
     assert inception_score(torch.full((6, 4), 0.25)).mean == pytest.approx(1)
+    mixed = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    assert inception_score(sure[mixed], split_size=10, order=mixed.argsort()).mean == pytest.approx(10)
     with pytest.raises(ValueError, match=r"class_probabilities are \(0, 4\)"):
         inception_score(torch.zeros(0, 4))
 

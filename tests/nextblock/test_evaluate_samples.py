@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 from nextblock.evaluate import main
-from nextblock.evaluation.distribution import class_frechet_distances, kernel_distance
+from nextblock.evaluation.distribution import class_frechet_distances, inception_score, kernel_distance
 from nextblock.evaluation.features import load_features
+from nextblock.evaluation.inception import Inception2015
 from nextblock.evaluation.metrics import frechet_distance
 from nextblock.evaluation.neighbours import nearest, neighbour_figures
 from nextblock.files.atomic import file_sha256
@@ -238,6 +239,22 @@ def test_the_sampling_job_is_in_the_result(given, tmp_path):
     (tmp_path / "job" / "config.yaml").write_text("seed: 8\nsampling:\n  top_k: 5\n")
     result = _evaluate(given, tmp_path / "b", samples=tmp_path / "job")
     assert (result["sampling_seed"], result["sampling_sampling_top_k"]) == (8, 5)
+
+
+@pytest.mark.slow
+def test_inception_has_scores_and_spatial_features(given, tmp_path):
+    torch.manual_seed(0)
+    torch.save(Inception2015().eval().state_dict(), tmp_path / "inception.pth")
+    samples, real = _pictures(9, 0), _pictures(8, 1)
+    np.savez(tmp_path / "samples.npz", samples)
+    np.savez(tmp_path / "real.npz", real)
+    options = {"samples": tmp_path / "samples.npz", "reference": tmp_path / "real.npz"}
+    result = _evaluate(given, tmp_path / "a", "--features", tmp_path / "inception.pth", **options)
+    own, others = (load_features(str(tmp_path / "inception.pth"))(images) for images in (samples, real))
+    assert result["inception_score"] == pytest.approx(inception_score(own.class_probabilities).mean, rel=1e-9)
+    assert result["fid"] == pytest.approx(frechet_distance(own.features, others.features), rel=1e-6)
+    spatial = frechet_distance(own.spatial_features, others.spatial_features)
+    assert result["sfid"] == pytest.approx(spatial, rel=1e-6)
 
 
 @pytest.mark.slow
