@@ -98,6 +98,7 @@ def test_two_processes_train_digits_as_one_does_and_resume_exactly(
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_fit_the_tokens_are_refused(run, prior_arguments, run_here, tmp_path):
     with pytest.raises(ValueError, match="head_groups is .*; expected counts that add up to the 18 digits of a code"):
         run("odd", *SIZES, "--model.head", "digits", "--model.head_groups", "[9, 8]")

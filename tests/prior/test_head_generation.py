@@ -14,7 +14,8 @@ from nextblock.tokenizer import LearnedCodebook, Quantizer, ScaleCodec, TileCode
 
 from .heads_of_digits import BASES, CODES, HEADS, V, columns, digits_of
 
-heads = pytest.mark.parametrize("options", HEADS.values(), ids=HEADS.keys())
+DRAWN = ["grouped", "in turn", "masked, 2 passes", "masked"]
+heads = pytest.mark.parametrize("options", [HEADS[name] for name in DRAWN], ids=DRAWN)
 LAYOUTS = {"scales": BlockLayout.scales([1, 2, 3]), "rows": BlockLayout.tiles((1, 3), (2, 3))}
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 ONE_TOKEN = BlockLayout.tiles(1, 1)
@@ -77,7 +78,7 @@ def test_every_digit_is_drawn_by_its_own_uniform_number(options, truncation, mak
 @heads
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_codes_come_as_often_as_the_likelihood_says(options, scale, make_prior):
-    num_images, guidance = 20000, SamplingOptions(guidance_scale=scale)
+    num_images, guidance = 8000, SamplingOptions(guidance_scale=scale)
     model, quantizer = make_prior(ONE_TOKEN, **CODES | options).float(), make_quantizer(ONE_TOKEN).float()
     condition = ClassCondition(torch.full((num_images,), 1), null_class=3)
     shape = (num_images, 1, plan_of(model).num_digits)
@@ -96,7 +97,7 @@ def test_codes_come_as_often_as_the_likelihood_says(options, scale, make_prior):
     assert abs(probabilities.sum().item() - 1) < 1e-6 and probabilities.max() < 0.97
     deviations = (probabilities * (1 - probabilities) / num_images).sqrt()
     shares = idx.bincount(minlength=V) / num_images
-    assert ((shares - probabilities).abs() <= 4.5 * deviations + 1e-9).all()
+    assert ((shares - probabilities).abs() <= 4.5 * deviations + 4 / num_images).all()
 
 
 @heads
