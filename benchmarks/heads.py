@@ -93,25 +93,11 @@ def nats(model, tokenizer, tokens, labels) -> float:
     return torch.cat(losses).mean().item()
 
 
-def measure(num_bits: int, name: str, num_steps: int, folder: Path) -> dict:
-    """Train a prior and return its figures."""
+def train(model, tokenizer, tokens, num_steps: int) -> dict:
+    """Train a prior and return what it took."""
     import torch
 
-    from nextblock.data.code_digits import CodeDigits
-    from nextblock.data.pixels import to_uint8
-    from nextblock.evaluation.digits_judge import DigitSet, class_accuracy, fit_judge
-    from nextblock.evaluation.metrics import frechet_distance
-    from nextblock.prior import BlockPrior, BlockPriorConfig
-    from nextblock.tokenizer import VQVAE
-
-    tokenizer, tokens = VQVAE.from_pretrained(folder / "tokenizer").eval(), torch.load(folder / "tokens.pt")
-    bases = list(CodeDigits((2,) * num_bits).bases)
-    torch.manual_seed(0)
-    codes = {"vocab_size": 2**num_bits, "embedding_dim": num_bits, "code_bases": bases, "input_embedding": "codes"}
-    config = BlockPriorConfig(
-        layout=tokenizer.layout.to_dict(), num_classes=10, **SIZES, **codes, **options(num_bits, name)
-    )
-    model, generator = BlockPrior(config).train(), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     idx, labels = tokens["train"]
     before, steps, best = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [], math.inf
@@ -126,36 +112,61 @@ def measure(num_bits: int, name: str, num_steps: int, folder: Path) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         steps.append(time.process_time() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         if (step + 1) % max(num_steps // 4, 1) == 0:
             best = min(best, nats(model.eval(), tokenizer, *tokens["test"]))
             model.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    model.eval()
+    return {
+        "heldout_nats_a_token": round(nats(model.eval(), tokenizer, *tokens["test"]), 3),
+        "best_heldout_nats_a_token": round(best, 3),
+        "training_cpu_ms_a_step": round(1e3 * sorted(steps)[len(steps) // 2], 1),
+        "training_memory_mib": round(peak / 1024, 1),
+    }
+
+
+def sample(model, tokenizer, tokens) -> dict:
+    """Draw a hundred digits and compare them with real ones."""
+    import torch
+
+    from nextblock.data.pixels import to_uint8
+    from nextblock.evaluation.digits_judge import DigitSet, class_accuracy, fit_judge
+    from nextblock.evaluation.metrics import frechet_distance
+
     asked, start = torch.arange(10).repeat(10), time.process_time()
     drawn = model.generate(asked, tokenizer.quantizer, generator=torch.Generator().manual_seed(1))
     seconds = (time.process_time() - start) / len(asked)
-    real = {split: tokenizer.idx_to_img(tokens[split][0][:360]) for split in ("train", "test")}
-    sets = {
-        split: DigitSet.from_images(to_uint8(images), tokens[split][1][:360].numpy()) for split, images in real.items()
+    sets = {"samples": DigitSet.from_images(to_uint8(tokenizer.idx_to_img(torch.cat(drawn, 1))), asked.numpy())}
+    for split, (idx, labels) in tokens.items():
+        images = to_uint8(tokenizer.idx_to_img(idx[:360]))
+        sets[split] = DigitSet.from_images(images, labels[:360].numpy())
+    distances = {name: frechet_distance(sets[name].features, sets["test"].features) for name in ("samples", "train")}
+    return {
+        "sampling_cpu_ms_an_image": round(1e3 * seconds, 1),
+        "sample_class_accuracy": round(class_accuracy(fit_judge(sets["test"]), sets["samples"]), 3),
+        "sample_frechet_ratio": round(distances["samples"] / distances["train"], 2),
     }
-    samples = DigitSet.from_images(to_uint8(tokenizer.idx_to_img(torch.cat(drawn, 1))), asked.numpy())
+
+
+def measure(num_bits: int, name: str, num_steps: int, folder: Path) -> dict:
+    """Train a prior and return its figures."""
+    import torch
+
+    from nextblock.prior import BlockPrior, BlockPriorConfig
+    from nextblock.tokenizer import VQVAE
+
+    tokenizer, tokens = VQVAE.from_pretrained(folder / "tokenizer").eval(), torch.load(folder / "tokens.pt")
+    torch.manual_seed(0)
+    codes = {"vocab_size": 2**num_bits, "embedding_dim": num_bits, "code_bases": [2] * num_bits}
+    layout = {"layout": tokenizer.layout.to_dict(), "input_embedding": "codes"}
+    model = BlockPrior(BlockPriorConfig(num_classes=10, **layout, **SIZES, **codes, **options(num_bits, name))).train()
     return {
         "bits": num_bits,
         "head": name,
         "steps": num_steps,
         "parameters_millions": round(model.num_parameters() / 1e6, 3),
-        "heldout_nats_a_token": round(nats(model, tokenizer, *tokens["test"]), 3),
-        "best_heldout_nats_a_token": round(best, 3),
         "guessing_nats_a_token": round(num_bits * math.log(2), 3),
-        "training_cpu_ms_a_step": round(1e3 * sorted(steps)[len(steps) // 2], 1),
-        "training_memory_mib": round(peak / 1024, 1),
-        "sampling_cpu_ms_an_image": round(1e3 * seconds, 1),
-        "sample_class_accuracy": round(class_accuracy(fit_judge(sets["test"]), samples), 3),
-        "sample_frechet_ratio": round(
-            frechet_distance(samples.features, sets["test"].features)
-            / frechet_distance(sets["train"].features, sets["test"].features),
-            2,
-        ),
+        **train(model, tokenizer, tokens, num_steps),
+        **sample(model, tokenizer, tokens),
     }
 
 
@@ -167,14 +178,16 @@ def main() -> None:
     parser.add_argument("--work_dir", default="out/benchmark-heads")
     parser.add_argument("--output", default="benchmarks/heads.json")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--is_for_tokens", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
         num_bits, name = CASES[arguments.case]
         folder = Path(arguments.work_dir) / f"{num_bits}-bits-{arguments.tokenizer_steps}"
-        if not (folder / "tokens.pt").exists():
+        if arguments.is_for_tokens:
             folder.mkdir(parents=True, exist_ok=True)
             make_tokens(num_bits, arguments.tokenizer_steps, folder)
-        print(json.dumps(measure(num_bits, name, arguments.num_steps, folder)))
+        else:
+            print(json.dumps(measure(num_bits, name, arguments.num_steps, folder)))
         return
     output = Path(arguments.output)
     rows = json.loads(output.read_text())["rows"] if output.exists() else []
@@ -184,6 +197,9 @@ def main() -> None:
             continue
         command = [sys.executable, __file__, *sys.argv[1:], "--case", str(case)]
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        # In a process before: its memory would hide that of the row.
+        if not (Path(arguments.work_dir) / f"{num_bits}-bits-{arguments.tokenizer_steps}" / "tokens.pt").exists():
+            subprocess.run([*command, "--is_for_tokens"], env=environment, check=True)
         ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(ran.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from nextblock.evaluation.codebook import code_counts, codebook_curves
 from nextblock.prior.families import OPTIONS
 from nextblock.prior.generation import generate_blocks
+from nextblock.prior.head_plan import HEAD_KINDS
 from nextblock.prior.orders import OrderConfig
 from nextblock.prior.sampling import SamplingOptions, draw_uniforms
 from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
@@ -112,6 +113,14 @@ def of_rar(config: PriorTrainConfig) -> PriorTrainConfig:
     return replace(config, model=options, orders=OrderConfig(random_until_step=5, raster_from_step=5))
 
 
+BITS = {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 16, "codebook": "lfq"}
+
+
+def of_digits(config: PriorTrainConfig, head: str) -> PriorTrainConfig:
+    """Make a run one of a prior of digits."""
+    return replace(config, model=BlockPriorOptions(hidden_size=16, num_layers=1, num_heads=2, head=head))
+
+
 @pytest.mark.parametrize(("layout", "loss"), [("scales", "hinge"), ("quadrants", "non_saturating")])
 def test_a_tokenizers_step_waits_for_nothing(layout, loss, on_meta, tmp_path):
     config = tokenizer_run(layout, loss, tmp_path)
@@ -151,12 +160,17 @@ def test_no_codebook_waits(kind):
 
 @pytest.mark.parametrize(
     ("layout", "kind", "loss_chunk_size"),
-    [("scales", "labels", None), ("raster", "labels", 8), ("quadrants", "pixel_values", None), ("raster", "rar", None)],
+    [
+        *(("scales", "labels", None), ("raster", "labels", 8), ("quadrants", "pixel_values", None)),
+        *(("raster", "rar", None), ("raster", "digits_in_turn", None), ("scales", "masked_digits", 8)),
+    ],
 )
 def test_a_priors_step_waits_for_nothing(layout, kind, loss_chunk_size, on_meta, tmp_path):
     with META:
         config, tokenizer = prior_run(layout, loss_chunk_size)
         config = of_rar(config) if kind == "rar" else config
+        if kind in HEAD_KINDS:
+            config, tokenizer = of_digits(config, kind), VQVAE(VQVAEConfig(**BITS, **LAYOUTS[layout])).eval()
     accelerator = on_meta(config.loop)
     data = PriorData(train=range(8), heldout=None, collate=None, class_names=["a", "b"])
     with META:
@@ -171,11 +185,17 @@ def test_a_priors_step_waits_for_nothing(layout, kind, loss_chunk_size, on_meta,
 
 @pytest.mark.parametrize(
     ("layout", "options"),
-    [("scales", {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.9}), ("quadrants", {}), ("raster", {})],
+    [
+        ("scales", {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.9}),
+        *(("quadrants", {}), ("raster", {}), ("masked digits", {"top_k": 1})),
+    ],
 )
 def test_sampling_waits_at_its_end_alone(layout, options, monkeypatch):
     with META:
-        config, tokenizer = prior_run(layout)
+        config, tokenizer = prior_run("quadrants" if layout == "masked digits" else layout)
+        if layout == "masked digits":
+            config = of_digits(config, "masked_digits")
+            tokenizer = VQVAE(VQVAEConfig(**BITS, **LAYOUTS["quadrants"])).eval()
         config = of_rar(config) if layout == "raster" else config
         prior = build_prior(config, tokenizer, ["a", "b"]).eval()
     looked: list = []
@@ -187,7 +207,9 @@ def test_sampling_waits_at_its_end_alone(layout, options, monkeypatch):
     for _ in range(2):
         looked.clear()
         with HostWaits() as waits:
-            uniforms = draw_uniforms(generators, prior.layout.num_tokens).to(META, non_blocking=True)
+            L, num_digits = prior.layout.num_tokens, prior.head_plan.num_digits
+            uniforms = draw_uniforms(generators, L * num_digits).to(META, non_blocking=True)
+            uniforms = uniforms if num_digits == 1 else uniforms.view(-1, L, num_digits)
             condition = prior.conditions.of(labels, reads_range=False)
             with torch.no_grad():
                 idx_Bl = generate_blocks(prior, condition, tokenizer.quantizer, options, uniforms, orders=orders)
