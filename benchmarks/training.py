@@ -23,8 +23,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from nextblock.data.tokens import collate_tokens
+from nextblock.prior.building import build_prior
 from nextblock.prior.families import BlockPriorOptions
-from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.training.accelerator import build_accelerator

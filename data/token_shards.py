@@ -21,7 +21,7 @@ from nextblock.files.regular import check_regular
 
 from .blocks import BlockLayout
 from .code_digits import MAX_CODES
-from .text_columns import check_texts, text_arrays, text_features
+from .text_columns import EMBEDS, check_texts, text_arrays, text_features
 
 if TYPE_CHECKING:
     import datasets
@@ -245,7 +245,9 @@ def _check_columns(path: Path, schema, text_names: Sequence[str]) -> None:
             raise ValueError(f"shard {path}: column {name} holds {kind}; expected {expected}")
 
 
-def open_rows(folder: Path, manifest: "TokenManifest", split: str, max_memory: int) -> list[ShardRows]:
+def open_rows(
+    folder: Path, manifest: "TokenManifest", split: str, max_memory: int, text_names: Sequence[str] = ()
+) -> list[ShardRows]:
     """Open all rows of a split.
 
     Args:
@@ -253,6 +255,7 @@ def open_rows(folder: Path, manifest: "TokenManifest", split: str, max_memory: i
         manifest: that of the folder.
         split: one of its splits.
         max_memory: largest size in bytes that is read into memory rather than mapped.
+        text_names: columns of captions to open too.
 
     Returns:
         The rows in parts.
@@ -263,13 +266,13 @@ def open_rows(folder: Path, manifest: "TokenManifest", split: str, max_memory: i
     shards = [shard for shard in manifest.splits[split]["shards"] if shard["num_rows"]]
     num_tokens = BlockLayout.from_dict(manifest.layout).num_tokens
     size = sum(shard["num_rows"] for shard in shards) * num_tokens * np.dtype(index_dtype(manifest.vocab_size)).itemsize
-    if manifest.text_encoder:
+    if EMBEDS in text_names:
         # Features do not pack: their share of a file is about their size.
         size += sum((folder / shard["file"]).stat().st_size for shard in shards if (folder / shard["file"]).is_file())
     if size <= max_memory:
-        parts = list(_checked_shards(folder, manifest, split, shards, num_tokens))
+        parts = list(_checked_shards(folder, manifest, split, shards, num_tokens, text_names))
     else:
-        parts = _mapped_shards(folder, manifest, split, shards, num_tokens)
+        parts = _mapped_shards(folder, manifest, split, shards, num_tokens, text_names)
     labels = np.concatenate([part.class_labels for part in parts])
     num_classes = len(manifest.class_names)
     if len(labels) and not 0 <= labels.min() <= labels.max() < max(num_classes, 1):
@@ -281,12 +284,17 @@ def open_rows(folder: Path, manifest: "TokenManifest", split: str, max_memory: i
 
 
 def _checked_shards(
-    folder: Path, manifest: "TokenManifest", split: str, shards: list[dict], num_tokens: int
+    folder: Path,
+    manifest: "TokenManifest",
+    split: str,
+    shards: list[dict],
+    num_tokens: int,
+    text_names: Sequence[str],
 ) -> Iterator[ShardRows]:
     """Read shards one after the other and refuse indices that are no codes."""
     for shard in shards:
         path = folder / shard["file"]
-        rows = read_shard(path, shard["num_rows"], shard["sha256"], manifest.text_names)
+        rows = read_shard(path, shard["num_rows"], shard["sha256"], text_names)
         if rows.texts:
             check_texts(path, rows.texts, manifest.text_width)
         lowest, highest = (rows.idx.min(), rows.idx.max()) if rows.idx.size else (0, 0)
@@ -299,7 +307,12 @@ def _checked_shards(
 
 
 def _mapped_shards(
-    folder: Path, manifest: "TokenManifest", split: str, shards: list[dict], num_tokens: int
+    folder: Path,
+    manifest: "TokenManifest",
+    split: str,
+    shards: list[dict],
+    num_tokens: int,
+    text_names: Sequence[str],
 ) -> list[ShardRows]:
     """Map checked shards into memory, unpacked to one Arrow file of the cache: by one process, once for all."""
     import datasets
@@ -311,16 +324,17 @@ def _mapped_shards(
             "view": datasets.Value("int32"),
         }
     )
-    if manifest.text_names:
-        features.update(text_features(has_embeds=bool(manifest.text_encoder)))
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "nextblock-tokens" / f"{_state_of(folder, shards)}.arrow"
+    if text_names:
+        features.update(text_features(has_embeds=EMBEDS in text_names))
+    name = "-".join([_state_of(folder, shards), *text_names])
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "nextblock-tokens" / f"{name}.arrow"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with _turn(cache.with_suffix(".lock")):
             # The processes that waited for their turn find it done, unless the one before them was killed.
             if not cache.is_file():
                 logger.info(f"unpacking split {split!r} of {folder} to {cache}, once for all processes")
-                rows = _checked_shards(folder, manifest, split, shards, num_tokens)
+                rows = _checked_shards(folder, manifest, split, shards, num_tokens, text_names)
                 write_whole(cache, partial(_unpack, rows, features))
     table = datasets.Dataset.from_file(str(cache)).data.table
     return [
@@ -328,7 +342,7 @@ def _mapped_shards(
             batch.column(0).flatten().to_numpy(zero_copy_only=True).reshape(batch.num_rows, num_tokens),
             batch.column(1).to_numpy(zero_copy_only=True),
             batch.column(2).to_numpy(zero_copy_only=True),
-            {name: batch.column(name) for name in manifest.text_names},
+            {name: batch.column(name) for name in text_names},
         )
         for batch in table.to_batches()
     ]

@@ -232,7 +232,8 @@ class TokenDataset(Dataset):
         split: name of the split.
         samples_views: give every image once an epoch, in a view drawn from (view_seed, epoch, image); otherwise every
             view of every image is a row of its own.
-        view_seed: key of that draw.
+        view_seed: key of that draw, and of that of captions.
+        reads_texts: whether a batch has captions, or the stored features of them.
         max_memory: a split of up to so many bytes is read into memory; a larger one is unpacked once into the cache
             folder of `datasets` (HF_DATASETS_CACHE), by one process while the others of the machine wait, and mapped
             from there by all.
@@ -248,9 +249,10 @@ class TokenDataset(Dataset):
         *,
         samples_views: bool = False,
         view_seed: int = 0,
+        reads_texts: bool = False,
         max_memory: int = 1 << 28,
     ):
-        self._arguments = (folder, split, samples_views, view_seed, max_memory)
+        self._arguments = (folder, split, samples_views, view_seed, reads_texts, max_memory)
         folder = Path(folder)
         self.manifest = TokenManifest.load(folder)
         if split not in self.manifest.splits:
@@ -258,7 +260,10 @@ class TokenDataset(Dataset):
         self.layout = BlockLayout.from_dict(self.manifest.layout)
         self.samples_views = samples_views
         self.view_seed = view_seed
-        parts = open_rows(folder, self.manifest, split, max_memory)
+        if reads_texts and self.manifest.condition != "text":
+            raise ValueError(f"reads_texts is True; expected False for {folder}, whose images have no captions")
+        self.reads_texts = reads_texts
+        parts = open_rows(folder, self.manifest, split, max_memory, self.manifest.text_names if reads_texts else ())
         self._idx, self._texts = [part.idx for part in parts], [part.texts for part in parts]
         self.class_labels, views = (np.concatenate([part[column] for part in parts]) for column in (1, 2))
         self._starts = np.cumsum([0, *(len(part) for part in self._idx)])
@@ -274,8 +279,9 @@ class TokenDataset(Dataset):
         return self._length
 
     def __reduce__(self):
-        folder, split, samples_views, view_seed, max_memory = self._arguments
+        folder, split, samples_views, view_seed, reads_texts, max_memory = self._arguments
         options = {"samples_views": samples_views, "view_seed": view_seed, "max_memory": max_memory}
+        options["reads_texts"] = reads_texts
         return partial(TokenDataset, **options), (folder, split)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
@@ -311,7 +317,7 @@ class TokenDataset(Dataset):
             "class_labels": torch.from_numpy(self.class_labels[rows]),
             "index": torch.from_numpy(index),
         }
-        if self.manifest.condition == "text":
+        if self.reads_texts:
             batch |= self._draw_texts(parts.tolist(), places.tolist(), epochs, index)
         return batch
 

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from nextblock.files.atomic import write_whole
 
 _PADDING = 2
 _BACKGROUND = 255
+_LINE_HEIGHT, _FONT_SIZE = 16, 11
 _MIN_SHOWN_SIDE = 64  # smaller images are enlarged by a whole factor to about this many pixels
 
 
@@ -42,6 +43,37 @@ def image_grid(images: np.ndarray, num_columns: int) -> Image.Image:
         top, left = row * height + _PADDING, column * width + _PADDING
         canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return Image.fromarray(canvas)
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str], num_columns: int) -> Image.Image:
+    """Lay out an image grid a caption, the caption in a line under it; see `image_grid`.
+
+    Args:
+        images: (C·n, H, W, 3) uint8, n of the first caption, then n of the second, and so on.
+        captions: C texts; what does not fit is cut.
+        num_columns: images in a row, a multiple of n ≥ 1.
+
+    Raises:
+        ValueError: if the images are not equally many of each caption.
+    """
+    _check_images(images)
+    if not captions or len(images) % len(captions) or num_columns % (n := len(images) // len(captions)):
+        raise ValueError(
+            f"there are {len(images)} images, {len(captions)} captions and {num_columns} columns; expected equally "
+            "many images of each caption, and columns for all of them"
+        )
+    cells = [image_grid(images[start : start + n], n) for start in range(0, len(images), n)]
+    width, height = cells[0].width, cells[0].height + _LINE_HEIGHT
+    per_row = num_columns // n
+    sheet = Image.new("RGB", (per_row * width, -(-len(cells) // per_row) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+    for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
+        left, top = number % per_row * width, number // per_row * height
+        sheet.paste(cell, (left, top))
+        while caption and font.getlength(caption) > width - 2 * _PADDING:
+            caption = caption.removesuffix("…")[:-1] + "…" if len(caption) > 2 else ""
+        draw.text((left + _PADDING, top + cell.height - 1), caption, "black", font)
+    return sheet
 
 
 def comparison_grid(originals: np.ndarray, reconstructions: np.ndarray, num_columns: int) -> Image.Image:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nextblock.data.blocks import BlockLayout as BlockLayout
     from nextblock.pipelines import ClassToImagePipeline as ClassToImagePipeline
+    from nextblock.pipelines import TextToImagePipeline as TextToImagePipeline
     from nextblock.pipelines import save_animation as save_animation
     from nextblock.prior import BlockPrior as BlockPrior
     from nextblock.prior import BlockPriorConfig as BlockPriorConfig
@@ -33,6 +34,7 @@ _HOMES = {
     "LlamaPrior": "nextblock.prior",
     "LlamaPriorConfig": "nextblock.prior",
     "SamplingOptions": "nextblock.prior",
+    "TextToImagePipeline": "nextblock.pipelines",
     "VQVAE": "nextblock.tokenizer",
     "VQVAEConfig": "nextblock.tokenizer",
     "VectorQuantizer": "nextblock.tokenizer",

@@ -17,11 +17,10 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from nextblock.pipelines import ClassToImagePipeline
 from nextblock.pipelines.demo_limits import DemoLimits
 
 from .command_line import parse_run_config
-from .inputs import load_given
+from .inputs import load_given_pipeline
 
 
 @dataclass(kw_only=True)
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     _check_address(config.host, config.port)
     device = "cuda" if torch.cuda.is_available() and not config.cpu else "cpu"
     options = {"requires_own_tokenizer": config.requires_own_tokenizer}
-    pipe = load_given("pipeline", config.pipeline, ClassToImagePipeline, **options)
+    pipe = load_given_pipeline("pipeline", config.pipeline, **options)
     pipe.to(device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     limits = config.limits

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -12,7 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from nextblock.data.tokens import MANIFEST_NAME
 from nextblock.evaluation.training_log import RECORD_NAME
 from nextblock.files.part_jobs import JOB_NAME
-from nextblock.files.regular import read_json
+from nextblock.files.regular import is_regular, read_json
+from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
 from nextblock.prior.text_encoder import TextEncoder, load_text_encoder
 
 from .mistakes import reading
@@ -50,6 +52,28 @@ def load_given(option: str, source: str, model_class: type, **options) -> Any:
         else:
             options |= _hub_options(source, marker)
         return model_class.from_pretrained(source, **options)
+
+
+def load_given_pipeline(option: str, source: str, **options) -> ClassToImagePipeline | TextToImagePipeline:
+    """Load the pipeline that an option names, of classes or of texts; see `load_given`."""
+    path, kind = Path(source, _PIPELINE), ClassToImagePipeline
+    if is_regular(path):
+        with reading(option, source, "the folder of a pipeline, or its repository on the hub"):
+            name = _content(path).get("_class_name")
+    else:
+        name = _pipeline_on_hub(source)
+    if name == TextToImagePipeline.__name__:
+        kind = TextToImagePipeline
+    return load_given(option, source, kind, **options)
+
+
+def _pipeline_on_hub(source: str) -> str | None:
+    """Return the class that a repository's pipeline names; None where there is no answer, which loading will tell."""
+    if os.path.exists(source):
+        return None
+    with suppress(Exception):
+        return DiffusionPipeline.load_config(source, **_hub_options(source, _PIPELINE)).get("_class_name")
+    return None
 
 
 def load_given_encoder(option: str, source: str, max_length: int) -> TextEncoder:

@@ -27,9 +27,9 @@ from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.part_jobs import JOB_NAME, begin_job
 from nextblock.files.regular import read_json
-from nextblock.pipelines.pipeline_class_to_image import ClassToImagePipeline
 from nextblock.pipelines.sample_files import LOSSY_FORMATS, NpzFile, PictureFolder
-from nextblock.pipelines.sampling_loop import make_request, run
+from nextblock.pipelines.sampling_loop import run
+from nextblock.pipelines.token_pipeline import TokenPipeline
 from nextblock.prior.orders import RASTER
 from nextblock.prior.sampling import GivenSamplingOptions, SamplingOptions
 from nextblock.training.processes import connect_processes
@@ -37,13 +37,15 @@ from nextblock.training.run_config import save_run_config
 
 from .command_line import parse_run_config
 from .cpu import MAX_THREADS, fixed_threads, keep_freed_memory
-from .inputs import load_given
+from .inputs import load_given_pipeline
 from .progress import Progress
+from .sample_conditions import DrawnClasses, DrawnPrompts, drawn_of, write_prompts
 from .stoppable import Job, stoppable_job
 
 _PICTURE_NAME = "samples.png"
 _PICTURE_COLUMNS, _PICTURE_ROWS = 10, 10
 _NUM_WRITERS = 4
+Drawn = DrawnClasses | DrawnPrompts
 # Their classes alone take gigabytes beyond; a mistyped number must not begin to.
 _MAX_IMAGES = 10**8
 
@@ -70,8 +72,12 @@ class SampleConfig:
     """Quality of JPEG and WebP, 1 to 100."""
     class_labels: list[int | str] | int | str | None = None
     """Class or classes to draw, by number or by name; null draws every class, or an unconditional model's images."""
+    prompts: str | None = None
+    """File with a prompt a line, for a pipeline of texts; the number of a prompt, from 0, stands for a class."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, of a pipeline of texts; null leads away from no text."""
     num_images_per_label: int = 10
-    """Images of each class."""
+    """Images of each class or prompt."""
     sampling: GivenSamplingOptions = field(default_factory=GivenSamplingOptions)
     """How tokens are drawn; null takes what the pipeline was saved with."""
     seed: int = 0
@@ -142,13 +148,15 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     """Do the job."""
     folder = Path(config.output_dir)
     options = {"requires_own_tokenizer": config.requires_own_tokenizer}
-    pipe = load_given("pipeline", config.pipeline, ClassToImagePipeline, **options)
+    pipe = load_given_pipeline("pipeline", config.pipeline, **options)
     pipe.set_progress_bar_config(disable=True)
     sampling = pipe.sampling.changed(**asdict(config.sampling))
-    labels = _check_against(pipe, config, sampling)
+    sampling.check_for(pipe.prior)
+    drawn = drawn_of(pipe, config.class_labels, config.prompts, config.negative_prompt)
+    labels = _check_number(drawn.labels, config.num_images_per_label)
     # What is written down beside the images says how they were drawn, whoever chose it.
     config = replace(config, sampling=GivenSamplingOptions(**asdict(sampling)))
-    job, index = _describe(config, pipe, labels, state), None
+    job, index = _describe(config, pipe, drawn, state), None
     N = len(labels) * config.num_images_per_label
     if _is_sorted_by_class(folder):
         job.pop("class_order")
@@ -156,7 +164,7 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
         index = turn_order(config.seed, len(labels), config.num_images_per_label)
     numbers = np.arange(N) if index is None else index
     class_labels = np.asarray(labels, np.int64)[numbers // config.num_images_per_label]
-    files = _open_files(config, pipe, class_labels, index)
+    files = _open_files(config, pipe, drawn, class_labels, index)
     batches = [range(start, min(start + config.batch_size, N)) for start in range(0, N, config.batch_size)]
     begin_job(folder, job, state)
     for problem in files.remove_damaged(batches[state.process_index :: state.num_processes]):
@@ -171,11 +179,12 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     if not is_finished:
         if state.is_main_process:
             save_run_config(config, folder / "config.yaml")
+            write_prompts(drawn, folder)
         if state.device.type == "cpu":
             keep_freed_memory()
         pipe.to(state.device, getattr(torch, config.dtype))
         with fixed_threads(config.num_threads):
-            draw = partial(_draw, pipe, config, sampling, class_labels, numbers)
+            draw = partial(_draw, pipe, config, sampling, drawn, class_labels, numbers)
             _draw_missing(draw, missing, N, files, state)
     if state.is_main_process:
         if not is_finished:
@@ -188,23 +197,17 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
         print(f"{files.path}: {N} images, {'all there already' if is_finished else drawn}")
 
 
-def _check_against(pipe: ClassToImagePipeline, config: SampleConfig, sampling: SamplingOptions) -> list[int]:
-    """Return the labels wanted, once the pipeline is known to serve the configuration."""
-    sampling.check_for(pipe.prior)
-    wanted, num_classes = config.class_labels, pipe.prior.conditions.num_classes
-    if wanted is None and num_classes:
-        wanted = range(num_classes)
-    labels = pipe.resolve_labels(wanted)
-    num_images = len(labels) * config.num_images_per_label
-    if num_images > _MAX_IMAGES:
+def _check_number(labels: list[int], num_images_per_label: int) -> list[int]:
+    """Return the labels, of which no more images are wanted than any job draws."""
+    if len(labels) * num_images_per_label > _MAX_IMAGES:
         raise ValueError(
-            f"num_images_per_label is {config.num_images_per_label}, of {len(labels)} labels; expected at most "
+            f"num_images_per_label is {num_images_per_label}, of {len(labels)} labels; expected at most "
             f"{_MAX_IMAGES} images in all"
         )
     return labels
 
 
-def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int], state: PartialState) -> dict:
+def _describe(config: SampleConfig, pipe: TokenPipeline, drawn: Drawn, state: PartialState) -> dict:
     """All that the bytes of the images depend on."""
     fields = ("num_images_per_label", "seed", "batch_size", "num_threads", "dtype", "output_format")
     return {
@@ -215,7 +218,7 @@ def _describe(config: SampleConfig, pipe: ClassToImagePipeline, labels: list[int
         **{name: value for name, value in asdict(config.sampling).items() if (name, value) != ("order", RASTER)},
         "image_quality": config.image_quality if config.output_format in LOSSY_FORMATS else None,
         "device": state.device.type,
-        "class_labels": labels,
+        **drawn.described(),
         "class_order": IN_TURN,
     }
 
@@ -230,14 +233,13 @@ def _is_sorted_by_class(folder: Path) -> bool:
 
 
 def _open_files(
-    config: SampleConfig, pipe: ClassToImagePipeline, class_labels: np.ndarray, index: np.ndarray | None
+    config: SampleConfig, pipe: TokenPipeline, drawn: Drawn, class_labels: np.ndarray, index: np.ndarray | None
 ) -> NpzFile | PictureFolder:
     """Return what the images are written to."""
-    folder, conditions = Path(config.output_dir), pipe.prior.conditions
+    folder = Path(config.output_dir)
     if config.output_format == "npz":
         return NpzFile(folder, class_labels, pipe.tokenizer.config.image_size, index)
-    classes = conditions.num_classes, conditions.class_names
-    return PictureFolder(folder, class_labels, *classes, config.output_format, config.image_quality, index)
+    return PictureFolder(folder, class_labels, *drawn.folders, config.output_format, config.image_quality, index)
 
 
 def _draw_missing(
@@ -271,23 +273,18 @@ def _draw_missing(
 
 
 def _draw(
-    pipe: ClassToImagePipeline,
+    pipe: TokenPipeline,
     config: SampleConfig,
     sampling: SamplingOptions,
+    drawn: Drawn,
     class_labels: np.ndarray,
     numbers: np.ndarray,
     batch: range,
 ) -> np.ndarray:
     """Draw one batch, (n, H, W, 3) uint8."""
     seeds = [image_seed(config.seed, number) for number in numbers[batch.start : batch.stop].tolist()]
-    is_conditional = pipe.prior.conditions.num_classes > 0
-    request = make_request(
-        pipe,
-        class_labels[batch.start : batch.stop] if is_conditional else len(batch),
-        options=sampling,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        batch_size=config.batch_size,
-    )
+    labels, generators = class_labels[batch.start : batch.stop], [torch.Generator().manual_seed(seed) for seed in seeds]
+    request = drawn.request(labels, generators, sampling, config.batch_size)
     return np.stack([np.asarray(image) for image in run(pipe, request, "pil")])
 
 

@@ -9,9 +9,12 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from nextblock.data.tokens import MANIFEST_NAME
-from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
+from nextblock.prior.building import build_prior, with_initial_prior
 from nextblock.prior.sampling import SamplingOptions
-from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior, with_initial_prior
+from nextblock.prior.task import PriorTask, PriorTrainConfig
+from nextblock.prior.text_encoder import TextEncoder
+from nextblock.prior.text_training import text_length
 from nextblock.prior.training_data import image_data, token_data
 from nextblock.tokenizer import VQVAE
 from nextblock.training.loop import fit
@@ -19,13 +22,14 @@ from nextblock.training.opened_run import opened_run
 from nextblock.training.usable_images import check_run_files, open_training_images
 
 from .command_line import parse_run_config
-from .inputs import TOKENS_EXPECTED, load_given
+from .inputs import TOKENS_EXPECTED, load_given, load_given_encoder
 from .mistakes import reading
 
 
 def export_pipeline(
     folder: str,
     license: str | None,
+    encoder: TextEncoder | None,
     prior: PreTrainedModel,
     tokenizer: PreTrainedModel,
     sampling: SamplingOptions,
@@ -38,6 +42,7 @@ def export_pipeline(
     Args:
         folder: the pipeline's.
         license: of the weights; None states none.
+        encoder: of captions; None for a prior that is not conditioned on text.
         prior: the trained prior.
         tokenizer: whose tokens it predicts.
         sampling: how the pipeline draws tokens where a call does not say.
@@ -45,7 +50,11 @@ def export_pipeline(
         metrics: name → number.
         images: samples.
     """
-    pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=sampling)
+    if encoder is None:
+        pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=sampling)
+    else:
+        texts = {"text_encoder": encoder.model, "text_tokenizer": encoder.tokenizer}
+        pipe = TextToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=sampling, **texts)
     pipe.save_pretrained(folder, recipe=recipe, metrics=metrics, sample_images=images, license=license)
 
 
@@ -61,7 +70,11 @@ def train(config: PriorTrainConfig) -> None:
     """
     if config.data is not None:
         config.data.check_given()
-    output_dir = Path(config.output_dir)
+    output_dir, encoder = Path(config.output_dir), None
+    if config.text.encoder is not None:
+        with reading("tokens", config.tokens, TOKENS_EXPECTED):
+            length = text_length(config.text, config.tokens)
+        encoder = load_given_encoder("text.encoder", config.text.encoder, length)
     tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32).eval().requires_grad_(False)
     with reading("loop.init_from", config.loop.init_from, "the folder of a saved prior, or of a pipeline"):
         config = with_initial_prior(config, tokenizer)
@@ -71,16 +84,16 @@ def train(config: PriorTrainConfig) -> None:
                 if accelerator.is_main_process:
                     files = Path(config.tokens), [MANIFEST_NAME]  # It has the checksums of all others.
                     check_run_files(output_dir, "tokens", *files, "content", config.loop.accepts_changed_options)
-                data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed)
+                data = token_data(config.tokens, tokenizer, config.samples_views, config.loop.seed, encoder)
         else:
             options = {"output_dir": output_dir, "num_workers": config.loop.num_workers}
             options["accepts_changes"] = config.loop.accepts_changed_options
             open_images = partial(open_training_images, accelerator, config.data, **options)
             size = tuple(tokenizer.config.image_size)
-            data = image_data(config.data, config.transform, config.loop.seed, size, open_images)
-        model = build_prior(config, tokenizer, data.class_names)
-        export = partial(export_pipeline, config.pipeline_dir, config.license)
-        task = PriorTask(accelerator, config, model, tokenizer, data, export)
+            data = image_data(config.data, config.transform, config.loop.seed, size, open_images, encoder)
+        model = build_prior(config, tokenizer, data.class_names, encoder)
+        export = partial(export_pipeline, config.pipeline_dir, config.license, encoder)
+        task = PriorTask(accelerator, config, model, tokenizer, data, export, encoder)
         fit(accelerator, task, data.train, data.collate, config, output_dir)
 
 

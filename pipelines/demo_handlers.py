@@ -28,7 +28,7 @@ NO_OTHERS = DemoLimits()
 
 def sample(
     pipe,
-    class_labels: list[int] | None,
+    class_labels: list[int] | list[str] | None,
     num_images_per_label: int,
     seed: int,
     options: Mapping,
@@ -38,16 +38,16 @@ def sample(
     """Sample images.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
-        class_labels: label numbers; None for a model without classes.
+        pipe: of classes or of texts, as for every function here.
+        class_labels: label numbers, or prompts; None for a model without classes.
         num_images_per_label: images of each.
         seed: of the generator that seeds every image's own.
-        options: fields of `prior.sampling.SamplingOptions`.
+        options: fields of `prior.sampling.SamplingOptions`, and of texts `negative_prompt`.
         is_progressive: whether to decode the images after each block too.
         limits: of one request, as for every function here.
 
     Returns:
-        The images with their classes' names; and the images after each block, or nothing.
+        The images with their classes' names or prompts; and the images after each block, or nothing.
 
     Raises:
         ValueError: as the pipeline; or if more is asked for than the limits allow.
@@ -62,7 +62,8 @@ def sample(
                 f"{num_images} images after each of {pipe.num_timesteps} blocks are asked for; expected "
                 f"{limits.max_decoded} pictures at most"
             )
-    arguments = {"num_images_per_label": num_images_per_label, "generator": _generator(seed), **options}
+    count_name = pipe._condition_arguments[1]
+    arguments = {count_name: num_images_per_label, "generator": _generator(seed), **options}
     frames = pipe.progressive(class_labels, **arguments) if is_progressive else []
     images = frames[-1] if is_progressive else pipe(class_labels, **arguments).images
     names = [label_name(pipe, label) for label in class_labels or []]
@@ -74,7 +75,7 @@ def block_pictures(pipe, frames: Sequence[Sequence[Image.Image]], num_columns: i
     """Lay out the images after evenly spaced blocks, the last among them.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: see `sample`.
         frames: the images after each block.
         num_columns: images in a row.
 
@@ -102,8 +103,8 @@ def call_text(pipe, class_labels: list[int] | None, num_images_per_label: int, s
         Python, for a pipeline called `pipe`; options that are the pipeline's own are left out.
     """
     defaults = asdict(pipe.sampling)
-    arguments = {"class_labels": class_labels, "num_images_per_label": num_images_per_label}
-    arguments |= {name: value for name, value in options.items() if value != defaults[name]}
+    arguments = dict(zip(pipe._condition_arguments, (class_labels, num_images_per_label), strict=True))
+    arguments |= {name: value for name, value in options.items() if value != defaults.get(name)}
     lines = [f"    {name}={value!r},\n" for name, value in arguments.items()]
     return f"images = pipe(\n{''.join(lines)}    generator=torch.Generator().manual_seed({seed}),\n).images"
 
@@ -112,7 +113,7 @@ def reconstruct(pipe, image: Image.Image | str | None, limits: DemoLimits = NO_O
     """Show an image beside what the tokenizer keeps of it.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: see `sample`.
         image: any size, or its file; its center is cut out, as for images that are held out of training.
         limits: of one request.
 
@@ -133,7 +134,7 @@ def reconstruct(pipe, image: Image.Image | str | None, limits: DemoLimits = NO_O
 def inpaint(
     pipe,
     drawing: Mapping | None,
-    class_label: int | None,
+    class_label: int | str | None,
     num_images_per_label: int,
     seed: int,
     options: Mapping,
@@ -142,10 +143,10 @@ def inpaint(
     """Paint anew what lies under the strokes of a drawing.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: see `sample`.
         drawing: of Gradio's image editor: "background", an image, and "layers", images that are opaque where there
             are strokes.
-        class_label: what to paint; None for a model without classes.
+        class_label: what to paint, or a prompt; None for a model without classes.
         num_images_per_label: pictures to paint.
         seed: of the generator that seeds every image's own.
         options: fields of `prior.sampling.SamplingOptions`.
@@ -184,7 +185,7 @@ def interpolate(
     """Go from one image to another in code space.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: see `sample`.
         image_a: the first image, of any size, or its file.
         image_b: the last image.
         num_steps: images, the reconstructions of both among them.
@@ -207,10 +208,20 @@ def enlarged(image: Image.Image) -> Image.Image:
     return _repeated(image, factor)
 
 
-def label_name(pipe, label: int) -> str:
-    """Name a class, by its number where it has no name."""
+def label_name(pipe, label: int | str) -> str:
+    """Name a class, by its number where it has no name; a prompt is its own name."""
+    if isinstance(label, str):
+        return label
     names = pipe.prior.conditions.class_names
     return names[label] if names else f"class {label}"
+
+
+def prompts_of(text: str | None) -> list[str]:
+    """Take prompts from a text, one a line."""
+    prompts = [line.strip() for line in (text or "").split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"the prompt is {text!r}; expected a text, or several in lines of their own")
+    return prompts
 
 
 def _generator(seed: int) -> torch.Generator:

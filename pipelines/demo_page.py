@@ -17,6 +17,8 @@ from .demo_limits import BodyLimit, DemoLimits
 
 # The order of single tokens stays the pipeline's.
 OPTION_NAMES = [field.name for field in fields(SamplingOptions) if field.name != "order"]
+# Characters in the box of prompts.
+MAX_PROMPT_LENGTH = 4000
 # Images below this many pixels a side are shown pixel by pixel, and many in a row.
 SMALL_SIDE = 128
 # Gradio's thumbnails are 100 pixels wide at least, which cuts off the last of many; captions would hide small ones.
@@ -38,7 +40,7 @@ def build_page(pipe, limits: DemoLimits = handlers.NO_OTHERS) -> gr.Blocks:
     """Lay out the page of a pipeline, with first samples.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: of classes or of texts.
         limits: of one request.
 
     Returns:
@@ -66,15 +68,15 @@ def launch_limits(limits: DemoLimits) -> dict:
 
 
 def _sample_tab(pipe, limits: DemoLimits) -> None:
-    num_classes = pipe.prior.conditions.num_classes
+    num_classes = _num_classes(pipe)
     num_shown, num_images = (10, 4) if _is_small(pipe) else (4, 1)
     num_shown = min(num_shown, limits.max_images)
     num_images = max(1, min(num_images, limits.max_images // num_shown))
     num_decoded = max(1, min(num_shown, num_classes)) * num_images * pipe.num_timesteps
 
     def draw(labels, count, is_progressive, seed, *values):
-        given = dict(zip(OPTION_NAMES, values, strict=True))
-        labels = labels if num_classes else None
+        given = _given(pipe, values)
+        labels = handlers.prompts_of(labels) if _is_of_text(pipe) else labels if num_classes else None
         drawn, frames = handlers.sample(pipe, labels, count, seed, given, is_progressive, limits)
         num_columns = _num_columns(pipe, len(drawn), count)
         blocks = handlers.block_pictures(pipe, frames, num_columns) if is_progressive else []
@@ -86,7 +88,7 @@ def _sample_tab(pipe, limits: DemoLimits) -> None:
 
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            labels = _class_choice(pipe, "Classes", list(range(min(num_shown, num_classes))))
+            labels = _condition_field(pipe, "Classes", list(range(min(num_shown, num_classes))))
             name = "Images of each class" if num_classes else "Images"
             count = gr.Slider(1, min(16, limits.max_images), num_images, step=1, label=name)
             seed, options = _sampling_fields(pipe)
@@ -140,7 +142,7 @@ def _inpaint_tab(pipe, limits: DemoLimits) -> None:
                 brush=gr.Brush(default_size=64, colors=["#ff7043"], color_mode="fixed"),
             )
             sample_button = gr.Button("Take a sample to paint on")
-            label = _class_choice(pipe, "Class", 0 if pipe.prior.conditions.num_classes else None)
+            label = _condition_field(pipe, "Class", 0 if _num_classes(pipe) else None)
             count = gr.Slider(1, min(16, limits.max_images), min(4, limits.max_images), step=1, label="Images")
             seed, options = _sampling_fields(pipe)
             button = gr.Button("In-paint", variant="primary")
@@ -148,11 +150,11 @@ def _inpaint_tab(pipe, limits: DemoLimits) -> None:
             pictures = _gallery(pipe, num_columns=2)
 
     def paint(drawing, label, count, seed, *values):
-        given = dict(zip(OPTION_NAMES, values, strict=True))
+        given = _given(pipe, values)
         return handlers.inpaint(pipe, drawing, label, count, seed, given, limits)
 
     def take_sample(label, seed, *values):
-        given = dict(zip(OPTION_NAMES, values, strict=True))
+        given = _given(pipe, values)
         drawn, _ = handlers.sample(pipe, None if label is None else [label], 1, seed, given)
         return handlers.enlarged(drawn[0][0])
 
@@ -176,7 +178,10 @@ def _interpolate_tab(pipe, limits: DemoLimits) -> None:
 
 
 def _sampling_fields(pipe) -> tuple[gr.Number, list]:
-    """Fields for the seed and, in the order of OPTION_NAMES, the sampling options, which begin as the pipeline's."""
+    """Fields for the seed and, in the order of OPTION_NAMES, the sampling options, which begin as the pipeline's.
+
+    One for a negative prompt comes last, of a pipeline of texts.
+    """
     sampling = pipe.sampling
     is_guided, layout = pipe.prior.conditions.has_null, pipe.tokenizer.layout
     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
@@ -226,12 +231,28 @@ def _sampling_fields(pipe) -> tuple[gr.Number, list]:
         "min_p": min_p,
         "is_smooth": smooth,
     }
-    return seed, [by_name[name] for name in OPTION_NAMES]
+    fields = [by_name[name] for name in OPTION_NAMES]
+    if _is_of_text(pipe):
+        fields.append(gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT_LENGTH))
+    return seed, fields
 
 
-def _class_choice(pipe, label: str, value: int | list[int] | None) -> gr.Dropdown:
-    """Drop-down of the classes, of several where the value is a list; hidden for a model without classes."""
-    choices = [(handlers.label_name(pipe, n), n) for n in range(pipe.prior.conditions.num_classes)]
+def _given(pipe, values: tuple) -> dict:
+    """Name the values of the fields that `_sampling_fields` made."""
+    if not _is_of_text(pipe):
+        return dict(zip(OPTION_NAMES, values, strict=True))
+    *values, negative_prompt = values
+    return dict(zip(OPTION_NAMES, values, strict=True)) | {"negative_prompt": negative_prompt or None}
+
+
+def _condition_field(pipe, label: str, value: int | list[int] | None) -> gr.Dropdown | gr.Textbox:
+    """Box for prompts, of several where the value is a list; or drop-down of the classes, hidden without any."""
+    if _is_of_text(pipe):
+        is_several = isinstance(value, list)
+        info = "one a line" if is_several else None
+        lines = {"lines": 3 if is_several else 1, "max_length": MAX_PROMPT_LENGTH}
+        return gr.Textbox("a picture", label="Prompt", info=info, **lines)
+    choices = [(handlers.label_name(pipe, n), n) for n in range(_num_classes(pipe))]
     return gr.Dropdown(choices, value=value, multiselect=isinstance(value, list), label=label, visible=bool(choices))
 
 
@@ -253,6 +274,16 @@ def _gallery(
     )
 
 
+def _is_of_text(pipe) -> bool:
+    """Whether the pipeline takes prompts."""
+    return pipe._condition_arguments[0] == "prompt"
+
+
+def _num_classes(pipe) -> int:
+    """Classes of the pipeline; none where it takes prompts."""
+    return 0 if _is_of_text(pipe) else pipe.prior.conditions.num_classes
+
+
 def _num_columns(pipe, num_images: int, num_images_per_label: int) -> int:
     """Pictures in a row: whole classes where they fit."""
     most = 10 if _is_small(pipe) else 5
@@ -269,9 +300,10 @@ def _description(pipe) -> str:
     layout, (H, W) = pipe.tokenizer.layout, pipe.tokenizer.config.image_size
     shape = "×".join(map(str, layout.shapes[-1]))
     kind = "scales up to" if layout.is_scales else "tiles of"
+    kinds = "prompts" if _is_of_text(pipe) else f"{_num_classes(pipe) or 'no'} classes"
     num_parameters = (pipe.prior.num_parameters() + pipe.tokenizer.num_parameters()) / 1e6
     return (
         f"# nextblock\nImages of {H}×{W} pixels as {layout.num_tokens} tokens in {layout.num_blocks} {kind} {shape}; "
-        f"{pipe.tokenizer.config.vocab_size} codes, {pipe.prior.conditions.num_classes or 'no'} classes, "
+        f"{pipe.tokenizer.config.vocab_size} codes, {kinds}, "
         f"{num_parameters:.1f} M parameters."
     )

@@ -118,11 +118,11 @@ def _pixel_values(pipe, name: str, images: list, fit: str) -> Tensor:
 
 def _count_labels(pipe, class_labels: Labels, num_images_per_label: int, **pictures: list) -> int:
     """Count labels; refuse images and masks of which there is neither one nor one a label."""
-    check_count("num_images_per_label", num_images_per_label)
-    num_labels = len(pipe.resolve_labels(class_labels))
+    check_count(pipe._condition_arguments[1], num_images_per_label)
+    num_labels, kind = pipe._count_conditions(class_labels), pipe._condition_arguments[1].rpartition("_")[2]
     for name, given in pictures.items():
         if len(given) not in (1, num_labels):
-            raise ValueError(f"{name} holds {len(given)} images; expected 1 or {num_labels}, one a label")
+            raise ValueError(f"{name} holds {len(given)} images; expected 1 or {num_labels}, one a {kind}")
     return num_labels
 
 
@@ -144,7 +144,8 @@ def _paint(
         for idx, is_inside in zip(pipe.tokenizer.img_to_idxBl(pixel_values), is_inside_Bl, strict=True):
             block = torch.where(is_inside, -1, idx).expand(num_labels, -1)
             given.append(block.repeat_interleave(num_images_per_label, dim=0))
-        return pipe(class_labels, num_images_per_label, idx_Bl=given, **options)
+        asked = zip(pipe._condition_arguments, (class_labels, num_images_per_label), strict=True)
+        return pipe(**dict(asked), idx_Bl=given, **options)
 
 
 def mask_blocks(layout: BlockLayout, mask: Tensor) -> list[Tensor]:

@@ -18,9 +18,9 @@ LOADER_TEXT = '''"""Lets diffusers find the pipeline of this folder: custom_pipe
 Needs nextblock: pip install nextblock
 """
 
-from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines import {name}
 
-__all__ = ["ClassToImagePipeline"]
+__all__ = ["{name}"]
 '''
 _INSTALL = "pip install nextblock"
 # What a prior's configuration may say of its size.
@@ -45,7 +45,7 @@ def pipeline_card(
     """Write the card of a pipeline.
 
     Args:
-        pipe: a `ClassToImagePipeline`.
+        pipe: of classes or of texts.
         recipe: how it was trained, name → value; None leaves the section out.
         metrics: what was measured, name → number; None leaves the section out.
         license: of the weights; None where nobody has stated one.
@@ -56,14 +56,16 @@ def pipeline_card(
         Markdown with the header that the hub reads.
     """
     tokenizer, prior = pipe.tokenizer, pipe.prior
-    layout, num_classes = prior.layout, prior.conditions.num_classes
+    layout, is_of_text = prior.layout, _is_of_text(pipe)
+    num_classes = 0 if is_of_text else prior.conditions.num_classes
     height, width = tokenizer.config.image_size
-    kind = "class-conditional" if num_classes else "unconditional"
+    kind = "text-to-image" if is_of_text else "class-conditional" if num_classes else "unconditional"
     shapes = ", ".join(f"{h}×{w}" for h, w in _shortened(layout.shapes))
     # The hub knows no task of class-conditional generation; this is where such models are filed.
-    lines = ["---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
+    task = "text-to-image" if is_of_text else "unconditional-image-generation"
+    lines = ["---", "library_name: diffusers", f"pipeline_tag: {task}"]
     lines += [f"license: {json.dumps(license or 'unknown')}", "tags:", "- nextblock", "- image-generation", "---"]
-    lines += [f"# Next-block {kind} image generation", ""]
+    lines += [f"# Next-block {kind} {'' if is_of_text else 'image '}generation", ""]
     if has_grid:
         lines += [f"![samples]({GRID_NAME})", ""]
     lines += [
@@ -77,7 +79,7 @@ def pipeline_card(
         f"| layout | {layout.kind}, {layout.num_blocks} blocks, {layout.num_tokens} tokens |",
         f"| latent grid | {layout.grid[0]}×{layout.grid[1]} |",
         f"| codes | {tokenizer.quantizer.num_codes} of {tokenizer.quantizer.dim} channels |",
-        f"| classes | {num_classes or 'none'} |",
+        f"| {'text' if is_of_text else 'classes'} | {_text(pipe) if is_of_text else num_classes or 'none'} |",
         f"| prior | {_sizes(prior.config)} |",
         f"| prior parameters | {_num_parameters(prior):,} |",
         f"| tokenizer parameters | {_num_parameters(tokenizer):,} |",
@@ -97,9 +99,9 @@ def _usage(pipe, address: str) -> list[str]:
         f"```bash\n{_INSTALL}\n```",
         "",
         "```python",
-        "from nextblock.pipelines import ClassToImagePipeline",
+        f"from nextblock.pipelines import {type(pipe).__name__}",
         "",
-        f'pipe = ClassToImagePipeline.from_pretrained("{address}")',
+        f'pipe = {type(pipe).__name__}.from_pretrained("{address}")',
         f"images = {_call_text(pipe)}.images",
         "```",
         "",
@@ -115,9 +117,23 @@ def _call_text(pipe) -> str:
     options = {f.name: getattr(pipe.sampling, f.name) for f in fields(SamplingOptions)}
     options = {name: value for name, value in options.items() if value != getattr(SamplingOptions(), name)}
     arguments = ["4"]
-    if pipe.prior.conditions.num_classes:
+    if _is_of_text(pipe):
+        arguments = ["'a prompt'", "num_images_per_prompt=4"]
+    elif pipe.prior.conditions.num_classes:
         arguments = [repr((pipe.class_names or [0])[0]), "num_images_per_label=4"]
     return f"pipe({', '.join([*arguments, *(f'{name}={value!r}' for name, value in options.items())])})"
+
+
+def _is_of_text(pipe) -> bool:
+    """Whether a pipeline takes prompts."""
+    return hasattr(pipe.prior.conditions, "text_dim")
+
+
+def _text(pipe) -> str:
+    """Say what encodes prompts."""
+    texts = pipe.prior.conditions
+    encoder = "no encoder" if pipe.text_encoder is None else type(pipe.text_encoder).__name__
+    return f"{encoder}, features of {texts.text_dim} channels, {texts.max_positions} tokens at most"
 
 
 def _shortened(shapes) -> list:

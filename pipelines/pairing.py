@@ -1,7 +1,7 @@
 """Whether a pipeline's tokenizer is the one whose tokens its prior has learned: priors keep its fingerprint."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,19 +18,23 @@ logger = logging.getLogger(__name__)
 TOKENIZER_PARTS = ("quantizer", "layout", "config", "img_to_idx", "decode")
 
 
-def check_components(tokenizer: PreTrainedModel, prior: PreTrainedModel, card, is_required) -> None:
-    """Refuse what is no tokenizer or no prior of classes, such as one in the other's place, or two that do not fit.
+def check_components(
+    tokenizer: PreTrainedModel, prior: PreTrainedModel, card, is_required, condition_parts: Sequence[str], expected: str
+) -> None:
+    """Refuse what is no tokenizer or no prior, such as one in the other's place, or two that do not fit.
 
     Args:
         tokenizer, prior, card: of the pipeline.
         is_required: `requires_own_tokenizer` of the pipeline.
+        condition_parts: what conditions of the kind that the pipeline gives offer.
+        expected: the kind, for the message.
 
     Raises:
         ValueError: naming the argument, what it is and what was expected.
     """
     check_offers("tokenizer", tokenizer, TOKENIZER_PARTS, "a VQVAE")
     check_prior(prior)
-    check_offers("prior.conditions", prior.conditions, ("num_classes", "class_names"), "classes")
+    check_offers("prior.conditions", prior.conditions, condition_parts, expected)
     check_quantizer(prior, tokenizer.quantizer)
     if not isinstance(card, Mapping | None):
         raise ValueError(f"card is {card!r:.80}; expected a dict, or None")

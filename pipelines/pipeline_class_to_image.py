@@ -3,33 +3,26 @@
 Legend: B images, n of a batch, K blocks, L_k tokens of block k, V codes, H×W pixels.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
-from PIL import Image
+from diffusers import ImagePipelineOutput
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
-# diffusers loads a saved pipeline's components only from modules that are imported.
-import nextblock.prior
-import nextblock.tokenizer  # noqa: F401
 from nextblock.prior.sampling import SamplingOptions
 
-from . import editing, storage
-from .compiling import compile_pipeline
+from . import editing
 from .editing import Labels, Output
 from .given_images import ImageInput
 from .labels import resolve_labels
-from .pairing import check_components, check_pair, check_stored_pair
 from .sampling_loop import make_request, run, run_progressively
 from .sampling_request import check_counts
+from .token_pipeline import TokenPipeline
 
 
-class ClassToImagePipeline(DiffusionPipeline):
+class ClassToImagePipeline(TokenPipeline):
     """Sample images of given classes, and edit images that are given.
 
     Args:
@@ -46,7 +39,9 @@ class ClassToImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "prior->tokenizer"
-    _callback_tensor_inputs = ["idx", "logits"]
+    _condition_parts = ("num_classes", "class_names")
+    _conditions_expected = "classes"
+    _condition_arguments = ("class_labels", "num_images_per_label")
 
     def __init__(
         self,
@@ -57,18 +52,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         requires_own_tokenizer: bool = False,
     ):
         super().__init__()
-        options = SamplingOptions.stored(sampling)
-        check_components(tokenizer, prior, card, requires_own_tokenizer)
-        options.check_for(prior)
-        check_pair(prior, tokenizer, requires_own_tokenizer)
-        self.register_modules(tokenizer=tokenizer, prior=prior)
-        self.register_to_config(sampling=asdict(options), card=card)
-        self._guidance_scale, self._interrupt = options.guidance_scale, False
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        """How tokens are drawn where a call does not say; saved with the pipeline."""
-        return SamplingOptions.stored(self.config.sampling)
+        self._register(tokenizer, prior, sampling, card, requires_own_tokenizer)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -80,56 +64,6 @@ class ClassToImagePipeline(DiffusionPipeline):
         """Label → class name, or the number where classes have no names; empty for an unconditional model."""
         names = self.class_names or map(str, range(self.prior.conditions.num_classes))
         return dict(enumerate(names))
-
-    @property
-    def guidance_scale(self) -> float:
-        """Scale of the batch at hand; a callback that sets `_guidance_scale` changes that batch's later blocks."""
-        return self._guidance_scale
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether to stop after the block at hand; a callback that sets `_interrupt` stops its call."""
-        return self._interrupt
-
-    @property
-    def num_timesteps(self) -> int:
-        """K, the blocks of a batch: a callback sees as many steps."""
-        return self.prior.layout.num_blocks
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "ClassToImagePipeline":
-        """Load a pipeline from a folder or the hub; weights come from safetensors alone.
-
-        Args:
-            pretrained_model_name_or_path: the folder or the repository.
-            kwargs: of `DiffusionPipeline.from_pretrained`: `dtype`, `variant`, `device_map`, `revision`, `token`, …;
-                and `requires_own_tokenizer`.
-
-        Raises:
-            ValueError: if `use_safetensors` is False, `dtype` is none, or the tokenizer is refused.
-        """
-        storage.check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
-        is_folder = os.path.isdir(pretrained_model_name_or_path)
-        folder = pretrained_model_name_or_path if is_folder else cls.download(pretrained_model_name_or_path, **kwargs)
-        pipe = super().from_pretrained(folder, **kwargs | {"use_safetensors": True})
-        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        storage.keep_grid(pipe, folder)
-        check_stored_pair(pipe, folder, kwargs)
-        return pipe
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """Fetch a pipeline's configuration and safetensors from the hub.
-
-        Args:
-            pretrained_model_name: the repository.
-            kwargs: `cache_dir`, `revision`, `token`, `force_download` and `local_files_only`; others concern the
-                loading that follows.
-
-        Returns:
-            The local folder.
-        """
-        return storage.download_pipeline(pretrained_model_name, kwargs)
 
     def __call__(
         self,
@@ -274,125 +208,13 @@ class ClassToImagePipeline(DiffusionPipeline):
         """
         return editing.outpaint(self, image, box, class_labels, num_images_per_label, fit, options)
 
-    @torch.no_grad()
-    def reconstruct(
-        self, image: ImageInput, decode_batch_size: int | None = None, output_type: str = "pil",
-        return_dict: bool = True, *, fit: str = "crop",
-    ) -> Output:
-        """Encode images to indices and decode them: the best that the tokenizer allows.
-
-        Args:
-            image: one or several, see `inpaint` as for `fit`.
-            decode_batch_size, output_type, return_dict: see `__call__`.
-            fit: how images are brought to size.
-
-        Returns:
-            As `__call__`.
-
-        Raises:
-            ValueError: if the image is none, or an option is outside its range.
-        """
-        return editing.reconstruct(self, image, decode_batch_size, output_type, return_dict, fit)
-
-    @torch.no_grad()
-    def interpolate(
-        self, image_a: ImageInput, image_b: ImageInput, num_steps: int = 8, decode_batch_size: int | None = None,
-        output_type: str = "pil", return_dict: bool = True, *, fit: str = "crop",
-    ) -> Output:
-        """Go from one image to another along the straight line between their quantized maps.
-
-        Args:
-            image_a, image_b: the first and the last image, see `inpaint` as for `fit`.
-            num_steps: images, the reconstructions of both among them; at least 2.
-            decode_batch_size, return_dict: see `__call__`.
-            output_type: "pil", "np" or "pt": between two images there are no indices.
-            fit: how images are brought to size.
-
-        Returns:
-            As `__call__`, with `num_steps` images.
-
-        Raises:
-            ValueError: if there are several images on a side, or an option is outside its range.
-        """
-        sides = image_a, image_b
-        return editing.interpolate(self, *sides, num_steps, decode_batch_size, output_type, return_dict, fit)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        *,
-        recipe: Mapping | None = None,
-        metrics: Mapping[str, float] | None = None,
-        sample_images: Sequence[Image.Image] | None = None,
-        license: str | None = None,
-        **hub_options,
-    ) -> None:
-        """Save configuration, safetensors and a model card.
-
-        Args:
-            save_directory: the folder.
-            safe_serialization: True; there are no pickled weights.
-            variant: such as "bf16", a part of the weights' file names.
-            max_shard_size: largest file of weights.
-            push_to_hub: whether to publish the folder, under its name unless there is a `repo_id`.
-            recipe: how the pipeline was trained, name → value, for the card; None keeps what it was loaded with, as for
-                the next three.
-            metrics: what was measured, name → number, for the card.
-            sample_images: pictures for the card's grid.
-            license: of the weights, such as "apache-2.0"; the card says so where nobody has stated one.
-            hub_options: see `push_to_hub`, and `repo_id`.
-
-        Raises:
-            ValueError: if `safe_serialization` is False, or options for the hub come without `push_to_hub`.
-        """
-        files = save_directory, safe_serialization, variant, max_shard_size, push_to_hub
-        card = {"recipe": recipe, "metrics": metrics, "sample_images": sample_images, "license": license}
-        storage.save_pipeline(self, *files, **card, **hub_options)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload pipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        **saving,
-    ) -> str:
-        """Publish the pipeline with its model card.
-
-        Args:
-            repo_id: the repository, created if there is none.
-            commit_message, create_pr: of the commit, which may be a pull request.
-            private: whether a new repository is private; None leaves it to the hub.
-            token: None takes the stored one.
-            saving: those of `save_pretrained`: `variant`, `recipe`, `metrics`, `sample_images`, `license`, ….
-
-        Returns:
-            The commit's address.
-        """
-        commit = {"commit_message": commit_message, "create_pr": create_pr}
-        return storage.publish_pipeline(self, repo_id, saving, private=private, token=token, **commit)
-
-    def compile(self, captures_graphs: bool | None = None, **options) -> None:
-        """Compile a block's step, as one graph, and the decoder; the calls that meet a new shape take long.
-
-        Args:
-            captures_graphs: whether a call captures steps of tiles as a CUDA graph; None: unless inductor captures.
-            options: of `torch.compile`: `mode`, `backend`, `fullgraph`, `dynamic`, ….
-
-        Raises:
-            ValueError: if `torch.compile` does not take the options, or graphs would lie in graphs; nothing is changed.
-        """
-        compile_pipeline(self, captures_graphs, options)
-
     def resolve_labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None) -> list[int]:
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
         return resolve_labels(class_labels, self.prior.conditions)
+
+    def _count_conditions(self, class_labels: Labels) -> int:
+        """Count labels; refuse those that there are not."""
+        return len(self.resolve_labels(class_labels))
 
 
 # `DiffusionPipeline.from_pretrained` finds the class that a saved pipeline names among diffusers' own attributes.

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from nextblock.data.finite import check_finite
 from nextblock.data.pixels import to_output
+from nextblock.prior.conditioning import Condition
 from nextblock.prior.family import check_given
 from nextblock.prior.generation import generate
 from nextblock.prior.sampling import SamplingOptions, image_generators
@@ -27,6 +28,34 @@ def make_request(
     pipe,
     class_labels: int | str | Sequence[int | str] | Tensor | None = None,
     num_images_per_label: int = 1,
+    **asked,
+) -> SamplingRequest:
+    """Check what is asked of a pipeline of classes as a whole, before anything is computed.
+
+    Args:
+        pipe: the pipeline.
+        class_labels: see the pipeline's `__call__`.
+        num_images_per_label: images of each label.
+        asked: see `request_for`.
+
+    Returns:
+        What `run` takes, once: generators move on.
+
+    Raises:
+        ValueError: if an argument is outside its range or a class name is unknown.
+    """
+    check_count("num_images_per_label", num_images_per_label)
+
+    def make_condition() -> Condition:
+        labels = resolve_labels(class_labels, pipe.prior.conditions)
+        return pipe.prior.conditions.of(torch.tensor(labels).repeat_interleave(num_images_per_label))
+
+    return request_for(pipe, make_condition, **asked)
+
+
+def request_for(
+    pipe,
+    make_condition: Callable[[], Condition],
     *,
     options: SamplingOptions,
     generator: Generator | list[Generator] | None = None,
@@ -35,14 +64,13 @@ def make_request(
     callback: Callable | None = None,
     callback_tensor_inputs: Sequence[str] = (),
 ) -> SamplingRequest:
-    """Check what is asked of a pipeline as a whole, before anything is computed.
+    """Check what is asked of a pipeline besides the condition, then make the condition, which may take long.
 
     Args:
         pipe: the pipeline.
-        class_labels: see the pipeline's `__call__`, as for the other arguments.
-        num_images_per_label: images of each label.
+        make_condition: gives that of all images.
         options: how tokens are drawn.
-        generator: one, or one for each image.
+        generator: one, or one for each image; see the pipeline's `__call__`, as for the arguments after it.
         idx_Bl: known tokens.
         batch_size: images sampled at a time.
         callback: `callback_on_step_end`.
@@ -52,20 +80,19 @@ def make_request(
         What `run` takes, once: generators move on.
 
     Raises:
-        ValueError: if an argument is outside its range or a class name is unknown.
+        ValueError: if an argument is outside its range.
     """
-    check_count("num_images_per_label", num_images_per_label)
     check_counts("pil", batch_size=batch_size)
     prior = pipe.prior
     options.check_for(prior)
     tensor_inputs = check_callback(callback, callback_tensor_inputs, pipe._callback_tensor_inputs)
-    labels = [label for label in resolve_labels(class_labels, prior.conditions) for _ in range(num_images_per_label)]
+    condition = make_condition()
     if idx_Bl is not None:
-        check_given(prior, idx_Bl, len(labels))
+        check_given(prior, idx_Bl, len(condition))
     return SamplingRequest(
-        condition=prior.conditions.of(torch.tensor(labels)),
+        condition=condition,
         # Last: a single generator moves on, which a refused call must not cause.
-        generators=image_generators(generator, len(labels)),
+        generators=image_generators(generator, len(condition)),
         given_idx_BL=None if idx_Bl is None else prior.layout.join(idx_Bl),
         options=options,
         batch=BatchShape() if batch_size is None else BatchShape(num_images=batch_size, is_filled=True),

@@ -113,7 +113,7 @@ def _write_folder(
     facts = {name: card.get(name) for name in _CARD_FACTS}
     text = pipeline_card(pipe, **facts, has_grid=grid is not None, repo_id=repo_id)
     write_text_whole(folder / "README.md", text)
-    write_text_whole(folder / LOADER_NAME, LOADER_TEXT)
+    write_text_whole(folder / LOADER_NAME, LOADER_TEXT.format(name=type(pipe).__name__))
 
 
 def keep_grid(pipe: DiffusionPipeline, folder: str | os.PathLike | None) -> None:

@@ -1,7 +1,7 @@
 """The families of priors that a training chooses from, and each one's options."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from functools import reduce
 from operator import or_
@@ -23,9 +23,9 @@ FAMILIES: dict[str, type[StoredModel]] = {
     "rar": RARPrior,
     "gpt": GPTPrior,
 }
-# What the tokens decide is no option of a run; nor are texts, of which token shards have none.
+# What tokens and captions decide is no option of a run.
 _OF_THE_DATA = ("layout", "vocab_size", "embedding_dim", "num_classes", "class_names", "tokenizer_fingerprint")
-_OF_THE_DATA += ("code_bases", "text_dim", "max_text_positions")
+_OF_THE_DATA += ("code_bases", "text_dim", "max_text_positions", "num_empty_positions")
 _ABOUT = (
     'kind of prior, which has the other options: "block" predicts blocks of tokens at once (VAR); one token at a time '
     'do "llama" (LlamaGen), "gpt" (taming-transformers) and "rar" (RAR, in any order)'
@@ -69,8 +69,18 @@ def family_config(options: PriorOptions, **tokens: Any) -> PreTrainedConfig:
     check_family(options)
     config_class = FAMILIES[options.family].config_class
     names = inspect.signature(config_class).parameters
+    _check_texts(options.family, names, tokens)
     own = {name: value for name, value in asdict(options).items() if name != "family"}
     return config_class(**{name: value for name, value in tokens.items() if name in names}, **own)
+
+
+def _check_texts(family: str, names: Collection[str], tokens: Mapping[str, Any]) -> None:
+    """Refuse to condition a family on texts that it does not take, or to say nothing in a way that it does not."""
+    if tokens.get("text_dim") is not None and "text_dim" not in names:
+        expected = "one that takes texts, such as 'block'"
+        raise ValueError(f"model.family is {family!r} with text.encoder; expected {expected}")
+    if tokens.get("num_empty_positions") and "num_empty_positions" not in names:
+        raise ValueError(f"text.null is 'empty'; expected 'learned' for model.family {family!r}")
 
 
 def of_stored_family(options: PriorOptions, model_types: Collection[str]) -> PriorOptions:

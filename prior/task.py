@@ -5,7 +5,6 @@ Legend: B batch, K blocks, L all tokens, V codes, n digits of a code, M metrics.
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,15 +24,12 @@ from nextblock.data.finite import extremes
 from nextblock.data.images import ImageDataConfig
 from nextblock.data.pixels import to_uint8
 from nextblock.evaluation.pictures import class_grid, image_grid, save_picture
-from nextblock.files.fingerprints import model_fingerprint
-from nextblock.files.stored_model import StoredModel, check_memory
-from nextblock.training.initial_weights import find_initial_model, stored_model_types, with_initial_architecture
 from nextblock.training.loop_config import LoopConfig
 from nextblock.training.optim import OptimizerConfig, build_optimizer, set_schedules
 from nextblock.training.precision import in_float32, outside_autocast
 
 from .conditioning import Condition
-from .families import FAMILIES, BlockPriorOptions, PriorOptions, check_family, family_config, of_stored_family
+from .families import BlockPriorOptions, PriorOptions, check_family
 from .family import Prior, check_output, try_out
 from .generation import generate
 from .head_plan import plan_of, training_digits
@@ -41,11 +37,12 @@ from .input_noise import with_random_codes
 from .losses import PriorOutput, block_metrics
 from .orders import OrderConfig, takes_orders, training_orders
 from .sampling import SamplingOptions, image_generators
+from .text_encoder import TextEncoder
+from .text_training import TextBatches, TextConfig
 from .training_data import PriorData
 
-# What a fine-tuning may change of a prior: how it is trained.
-TUNED_OPTIONS = ("dropout", "attention_dropout", "embedding_dropout", "drop_path", "label_smoothing")
-TUNED_OPTIONS += ("adaln_gamma_init", "head_passes")
+# Classes or captions that pictures are drawn of.
+NUM_PICTURED = 10
 # Training rows decoded to tokens_check.png, in columns of ten.
 NUM_CHECKED_ROWS = 20
 
@@ -84,10 +81,12 @@ class PriorTrainConfig:
     """Keep the input of every layer alone and compute the rest again in the backward pass."""
     torch_compile: bool = False
     """Compile the model's forward and backward pass at the first step."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Captions as the condition, in place of classes."""
     orders: OrderConfig = field(default_factory=OrderConfig)
     """Random orders of prediction, of a family that takes them."""
     class_dropout: float = 0.1
-    """Share of labels replaced by the null class, which guidance needs."""
+    """Share of labels replaced by the null class, or of captions by what stands for none, which guidance needs."""
     input_keep_rate: float = 1.0
     """Share of the tokens fed to a prior that takes indices; random codes take the others' places (taming's pkeep)."""
     eval_batch_size: int = 128
@@ -128,6 +127,7 @@ class PriorTask:
         tokenizer: frozen, in float32; encodes images, turns indices into the prior's input and samples into pictures.
         data: rows to train on and rows held out.
         export: called with the prior, the tokenizer, sampling options, recipe, metrics and sample images.
+        text_encoder: reads the captions of a prior that is conditioned on text.
 
     Raises:
         ValueError: if the prior is none, gives tensors of other shapes than it must, cannot draw samples as the run
@@ -142,6 +142,7 @@ class PriorTask:
         tokenizer: PreTrainedModel,
         data: PriorData,
         export: Callable[..., None],
+        text_encoder: TextEncoder | None = None,
     ):
         try_out(model)
         if config.loss_chunk_size is not None and not model.can_chunk_loss:
@@ -156,6 +157,7 @@ class PriorTask:
         if config.tokenizer_dtype != "float32":
             self.encoder = copy.deepcopy(tokenizer).to(getattr(torch, config.tokenizer_dtype))
         self.data = data
+        self.texts = None if text_encoder is None else TextBatches(text_encoder, accelerator.device)
         self.vocab_size, self.conditions, self.takes_indices = model.vocab_size, model.conditions, model.takes_indices
         self.layout, self.head_plan = model.layout, plan_of(model)
         self.loss_options = {} if config.loss_chunk_size is None else {"loss_chunk_size": config.loss_chunk_size}
@@ -187,7 +189,7 @@ class PriorTask:
         learning_rate = set_schedules(self.optimizer, step, loop.num_steps, loop.batch_size, optimizer)
         sums = 0
         for i, batch in enumerate(micro_batches):
-            condition = self.conditions.from_batch(batch)
+            condition = self._condition(batch)
             condition = condition.dropped(config.class_dropout, loop.seed, step, samples=batch["index"])
             idx_BL, poison = self._training_indices(batch)
             index = batch["index"].to(idx_BL.device)
@@ -207,6 +209,10 @@ class PriorTask:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics | {"learning_rate": learning_rate}
+
+    def _condition(self, batch: dict[str, Tensor]) -> Condition:
+        """Return what a batch is conditioned on."""
+        return self.conditions.from_batch(batch if self.texts is None else self.texts(batch))
 
     def _indices(self, batch: dict[str, Tensor]) -> Tensor:
         """Return a batch's indices (B, L), those of its images where it has no others."""
@@ -272,7 +278,7 @@ class PriorTask:
         sums = torch.zeros(len(self.metric_names), dtype=torch.float64, device=accelerator.device)
         for batch in DataLoader(heldout, batch_sampler=batches, collate_fn=self.data.collate):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            output = self._predict(model, self._indices(batch), self.conditions.from_batch(batch))
+            output = self._predict(model, self._indices(batch), self._condition(batch))
             sums += self._metrics(output, output.token_loss.mean()).double() * (len(batch["index"]) if mine else 0)
         means = (accelerator.reduce(sums) / len(heldout)).tolist()
         metrics = dict(zip(self.metric_names, means, strict=True))
@@ -280,18 +286,25 @@ class PriorTask:
         return metrics | {"gain_nats": math.log(self.vocab_size) - metrics["loss"]}, pictures
 
     def _draw(self, model: Prior) -> Image.Image:
-        """Draw samples of the first classes, a row each; an unconditional model fills one row."""
+        """Draw samples of the first classes or captions, a row each; an unconditional model fills one row."""
         images, class_labels = self._sample(model)
         return class_grid(images, class_labels.numpy(), num_columns=self.config.num_pictures_per_class)
 
     def _sample(self, model: Prior) -> tuple[np.ndarray, Tensor]:
-        """Return images (N, H, W, 3) of the first classes, always with the same random numbers, and their labels."""
-        class_labels = torch.arange(min(max(self.conditions.num_classes, 1), 10))
-        class_labels = class_labels.repeat_interleave(self.config.num_pictures_per_class)
+        """Return images (N, H, W, 3) of the first classes or captions, always by the same numbers, and their labels."""
+        repeats = self.config.num_pictures_per_class
+        if self.texts is None:
+            class_labels = torch.arange(min(max(self.conditions.num_classes, 1), NUM_PICTURED))
+            class_labels = class_labels.repeat_interleave(repeats)
+            condition = self.conditions.of(class_labels)
+        else:
+            batch = self.data.first_rows(NUM_PICTURED, are_held_out=True)
+            batch = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in batch.items()}
+            class_labels, condition = batch["index"], self._condition(batch)
         generator = torch.Generator().manual_seed(self.config.loop.seed)
         idx_Bl = generate(
             model,
-            self.conditions.of(class_labels),
+            condition,
             self.tokenizer.quantizer,
             self.sampling,
             image_generators(generator, len(class_labels)),
@@ -308,76 +321,3 @@ class PriorTask:
             images = [Image.fromarray(image) for image in self._sample(model)[0]]
         self._export(model, self.tokenizer, sampling, recipe, metrics, images)
         return Path(config.pipeline_dir)
-
-
-def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> PriorTrainConfig:
-    """Take the architecture of the prior that a run starts from, if it starts from one.
-
-    Args:
-        config: the run.
-        tokenizer: whose tokens it predicts.
-
-    Raises:
-        ValueError: if the given options are not that prior's, or it predicts other tokens.
-    """
-    init_from = config.loop.init_from
-    if init_from is None:
-        return config
-    options = of_stored_family(config.model, stored_model_types(init_from).values())
-    config_class = FAMILIES[options.family].config_class
-    stored = config_class.from_pretrained(find_initial_model(init_from, config_class.model_type))
-    tokens = {"layout": tokenizer.layout.to_dict(), "vocab_size": tokenizer.config.vocab_size}
-    if getattr(stored, "head", "softmax") != "softmax":
-        tokens["code_bases"] = _code_bases(tokenizer)
-    if getattr(stored, "input_embedding", None) == "codes":
-        tokens["embedding_dim"] = tokenizer.config.embedding_dim
-    for name, value in tokens.items():
-        if getattr(stored, name) != value:
-            raise ValueError(
-                f"init_from is {init_from!r}, a prior of {name} {getattr(stored, name)}; expected {value}, as the "
-                f"tokenizer in {config.tokenizer!r} has it"
-            )
-    return replace(config, model=with_initial_architecture(options, config_class, init_from, TUNED_OPTIONS))
-
-
-def _code_bases(tokenizer: PreTrainedModel) -> list[int] | None:
-    """Return the bases of the digits of a tokenizer's codes, where they have any."""
-    digits = tokenizer.quantizer.digits
-    return None if digits is None else list(digits.bases)
-
-
-def build_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel, class_names: list[str]) -> StoredModel:
-    """Make the untrained prior of a run.
-
-    Args:
-        config: the run.
-        tokenizer: whose tokens it predicts.
-        class_names: names by label; empty for an unconditional prior.
-
-    Returns:
-        The prior, with gradient checkpointing and compilation where the run asks for them.
-
-    Raises:
-        ValueError: if the options do not go together, or ask for more than this machine's memory.
-    """
-    model_config = family_config(
-        config.model,
-        layout=tokenizer.layout.to_dict(),
-        vocab_size=tokenizer.config.vocab_size,
-        code_bases=_code_bases(tokenizer),
-        embedding_dim=tokenizer.config.embedding_dim,
-        num_classes=len(class_names),
-        class_names=class_names or None,
-        tokenizer_fingerprint=model_fingerprint(tokenizer),
-    )
-    model_class = FAMILIES[config.model.family]
-    check_memory(model_class, model_config)
-    model = model_class(model_config)
-    if config.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # Newer versions of transformers have another name for it, which the older ones supported here lack.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.torch_compile:
-        model.compile()  # In place: names of weights, and with them checkpoints, stay what they are.
-    return model

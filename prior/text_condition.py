@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from nextblock.data.given import FLOAT_DTYPES, check_tensor
 from nextblock.data.keyed_random import keyed_uniform
+from nextblock.training.precision import full_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class TextCondition:
         null_embeds: (T_0, E), T_0 ≤ T, features that stand for no text; None where the model has them.
         has_null: whether there is anything that stands for no text.
         is_whole: whether all positions of all samples are known to be valid.
+        negative: of as many samples, what stands in for no text where these are guided; None leaves it at that.
     """
 
     text_embeds: Tensor
@@ -38,6 +40,7 @@ class TextCondition:
     null_embeds: Tensor | None
     has_null: bool
     is_whole: bool
+    negative: TextCondition | None = None
 
     def __len__(self) -> int:
         return len(self.text_mask)
@@ -46,7 +49,9 @@ class TextCondition:
         return self._mapped(lambda tensor: tensor[rows])
 
     def null(self) -> TextCondition:
-        """Return the same samples conditioned on no text."""
+        """Return the same samples conditioned on no text, or on their negative ones."""
+        if self.negative is not None:
+            return self.negative
         return self._nulled(torch.ones_like(self.is_null))
 
     def joined(self, other: TextCondition) -> TextCondition:
@@ -55,6 +60,7 @@ class TextCondition:
         mine, others = self._widened(T), other._widened(T)
         return replace(
             mine,
+            negative=None,
             text_embeds=torch.cat([mine.text_embeds, others.text_embeds]),
             text_mask=torch.cat([mine.text_mask, others.text_mask]),
             is_null=torch.cat([mine.is_null, others.is_null]),
@@ -86,10 +92,15 @@ class TextCondition:
         null = None if self.null_embeds is None else self.null_embeds.to(device)
         return replace(self._mapped(lambda tensor: tensor.to(device)), null_embeds=null)
 
+    def repeated(self, num_times: int) -> TextCondition:
+        """Return each sample so many times, one after the other."""
+        return self._mapped(lambda tensor: tensor.repeat_interleave(num_times, dim=0))
+
     def _mapped(self, change) -> TextCondition:
         """Apply a function to all tensors that have a row a sample."""
         names = ("text_embeds", "text_mask", "is_null")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        negative = None if self.negative is None else self.negative._mapped(change)
+        return replace(self, **{name: change(getattr(self, name)) for name in names}, negative=negative)
 
     def _widened(self, num_positions: int) -> TextCondition:
         """Put positions that are not valid on the left, up to a number of them."""
@@ -161,7 +172,8 @@ class TextConditions:
             embeds, mask, is_whole = embeds[:, -longest:], mask[:, -longest:], bool((num_valid == longest).all())
         # What lies at other positions is never seen, NaN neither.
         return TextCondition(
-            text_embeds=embeds.masked_fill(~mask[..., None], 0),
+            # Autocast to one half type takes no tensors of the other, as which features are stored.
+            text_embeds=full_precision(embeds.masked_fill(~mask[..., None], 0)),
             text_mask=mask,
             is_null=torch.zeros(len(mask), dtype=torch.bool, device=mask.device),
             null_embeds=None if self.null_embeds is None else self.null_embeds.to(mask.device),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from nextblock.prior.building import build_prior
 from nextblock.prior.generation import generate_blocks
 from nextblock.prior.sampling import SamplingOptions
-from nextblock.prior.task import PriorTask, build_prior
+from nextblock.prior.task import PriorTask
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer.task import TokenizerTask, build_tokenizer
 from nextblock.training.accelerator import build_accelerator

@@ -46,7 +46,7 @@ def test_captions_are_kept_and_one_is_drawn_an_epoch(tokenize_captions, captione
     rows = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"), split="train")
     assert [tuple(texts) for texts in rows["caption"][:]] == captions * 2
     assert "- `caption`: the image's captions" in (tmp_path / "tokens" / "README.md").read_text()
-    tokens = TokenDataset(tmp_path / "tokens", "train", samples_views=True, view_seed=5)
+    tokens = TokenDataset(tmp_path / "tokens", "train", samples_views=True, view_seed=5, reads_texts=True)
     drawn = [tokens.__getitems__([(epoch, n) for n in range(12)])["caption"] for epoch in range(12)]
     assert drawn == [tokens.__getitems__([(epoch, n) for n in range(12)])["caption"] for epoch in range(12)]
     # Every caption of every image comes up, and nothing else.
@@ -63,9 +63,9 @@ def test_features_are_those_of_the_encoder(featured_dir, text_encoder_dir, capti
         source = load_source(data, split)
         # Mapped and in memory alike.
         for max_memory in (0, 1 << 28):
-            tokens = TokenDataset(featured_dir, split, max_memory=max_memory)
+            tokens = TokenDataset(featured_dir, split, max_memory=max_memory, reads_texts=True)
             batch = tokens.__getitems__([(0, n) for n in range(len(source))])
-            plain = TokenDataset(featured_dir, split, max_memory=max_memory)
+            plain = TokenDataset(featured_dir, split, max_memory=max_memory, reads_texts=True)
             plain.manifest.text_encoder = {}
             texts = plain.__getitems__([(0, n) for n in range(len(source))])["caption"]
             assert all(text in source.captions[n] for n, text in enumerate(texts))

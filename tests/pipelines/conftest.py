@@ -4,8 +4,9 @@
 import pytest
 import torch
 
-from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
+from nextblock.prior.text_encoder import load_text_encoder
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
 LAYOUTS = {
@@ -60,3 +61,29 @@ def seeds():
         return [torch.Generator().manual_seed(1000 + seed) for seed in range(first, first + count)]
 
     return give
+
+
+@pytest.fixture(scope="session")
+def text_encoder(text_encoder_dir):
+    return load_text_encoder(text_encoder_dir, 7)
+
+
+@pytest.fixture(scope="session")
+def build_text_pipeline(text_encoder):
+    """Build a pipeline whose prior listens to its prompt."""
+
+    def make(has_encoder: bool = True, **options) -> TextToImagePipeline:
+        torch.manual_seed(0)
+        tokenizer = VQVAE(VQVAEConfig(image_size=16, hidden_dim=4, embedding_dim=4, layout="scales", scales=[1, 2, 4]))
+        sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "embedding_dim": 4, "adaln_gamma_init": 1.0}
+        texts = {"text_dim": 8, "max_text_positions": 7}
+        prior = BlockPrior(BlockPriorConfig(layout=tokenizer.layout.to_dict(), **sizes, **(texts | options)))
+        with torch.no_grad():
+            prior.head.weight.normal_()
+            tokenizer.quantizer.codebook.weight.normal_(std=5)
+        given = {"text_encoder": text_encoder.model, "text_tokenizer": text_encoder.tokenizer} if has_encoder else {}
+        pipe = TextToImagePipeline(tokenizer=tokenizer, prior=prior, **given)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

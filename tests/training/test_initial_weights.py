@@ -6,7 +6,8 @@ import yaml
 
 from nextblock.data.blocks import BlockLayout
 from nextblock.prior import BlockPrior, BlockPriorConfig
-from nextblock.prior.task import BlockPriorOptions, PriorTrainConfig, with_initial_prior
+from nextblock.prior.building import with_initial_prior
+from nextblock.prior.task import BlockPriorOptions, PriorTrainConfig
 from nextblock.tokenizer import VQVAE
 from nextblock.tokenizer.task import TokenizerTrainConfig, build_tokenizer, with_initial_tokenizer
 from nextblock.train_prior import train as train_prior
