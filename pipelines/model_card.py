@@ -21,6 +21,9 @@ Needs nextblock: pip install nextblock
 from nextblock.pipelines import {name}
 
 __all__ = ["{name}"]
+# diffusers runs the files of all folders in one module, and takes one pipeline in it.
+for _other in {{"ClassToImagePipeline", "TextToImagePipeline"}} - {{*__all__}}:
+    globals().pop(_other, None)
 '''
 _INSTALL = "pip install nextblock"
 # What a prior's configuration may say of its size.
