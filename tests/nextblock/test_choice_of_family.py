@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from nextblock.command_line import parse_run_config
 from nextblock.pipelines import ClassToImagePipeline
 from nextblock.prior import GPTPrior
+from nextblock.prior.building import build_prior
 from nextblock.prior.families import FAMILIES, OPTIONS, family_config
-from nextblock.prior.task import PriorTask, PriorTrainConfig, build_prior
+from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.tokenize_images import TokenizeConfig, tokenize
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 from nextblock.train_prior import main, train
