@@ -46,6 +46,7 @@ OURS = {
     "cosine": lambda V: LEARNED | {"codebook_metric": "cosine", "has_unit_codes": True},
     "product of two": lambda V: LEARNED | {"codebook_digits": [round(V**0.5)] * 2},
     "simvq": lambda V: {"codebook": "simvq", "embedding_dim": 8},
+    "simvq, rotation": lambda V: {"codebook": "simvq", "embedding_dim": 8, "codebook_gradient": "rotation"},
     "fsq": lambda V: {"codebook": "fsq", "fsq_levels": LEVELS[V], "embedding_dim": 5},
     "lfq": lambda V: {"codebook": "lfq", "embedding_dim": V.bit_length() - 1},
     "bsq": lambda V: {"codebook": "bsq", "embedding_dim": V.bit_length() - 1},
