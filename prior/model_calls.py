@@ -136,9 +136,8 @@ def read_condition(
     """
     is_of_text = isinstance(prior.conditions, TextConditions)
     if text_embeds is None and text_mask is None:
-        if class_labels is None:
-            expected = "text_embeds, text features" if is_of_text else "class_labels"
-            raise ValueError(f"the condition is None; expected {expected}")
+        if class_labels is None and is_of_text:
+            raise ValueError("text_embeds is None; expected text features: the prior is conditioned on text")
         return prior.conditions.of(class_labels, reads_range=reads_range)
     if class_labels is not None:
         raise ValueError("class_labels and text_embeds are both given; expected one of them")

@@ -55,6 +55,7 @@ def digits_pipeline_dir(tmp_path_factory) -> Path:
     ):
         argv = ["--config", f"{stage}/digits-scales", *(f"--{name}={name}" for name in folders)]
         models[stage] = asdict(parse_run_config(config_class, command="test", argv=argv).model)
+    models["prior"].pop("family")
     tokenizer = VQVAE(VQVAEConfig(**models["tokenizer"]))
     sizes = {name: getattr(tokenizer.config, name) for name in ("vocab_size", "embedding_dim")}
     sizes |= {"num_classes": 10, "class_names": list(CLASS_NAMES)}

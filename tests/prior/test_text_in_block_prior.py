@@ -171,7 +171,7 @@ def test_a_saved_model_comes_back_equal(options, layout, make_prior, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "the condition is None; expected text_embeds"),
+        ({}, "text_embeds is None; expected text features"),
         ({"class_labels": torch.zeros(3, dtype=torch.int64)}, "expected text_embeds and text_mask"),
         ({"text_embeds": torch.zeros(3, T, E + 1)}, r"text_embeds is torch.float32 \(3, 5, 7\); expected"),
         ({"text_embeds": torch.zeros(3, T, E).long()}, "text_embeds is torch.int64"),

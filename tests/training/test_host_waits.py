@@ -41,7 +41,7 @@ LOOP = {"num_steps": 10, "gradient_accumulation_steps": 2, "cpu": True, "mixed_p
 @pytest.fixture(autouse=True)
 def fingerprint_of_no_values(monkeypatch):
     """Let a prior be built for a tokenizer whose weights have no values."""
-    monkeypatch.setattr("nextblock.prior.task.model_fingerprint", lambda tokenizer: "0" * 64)
+    monkeypatch.setattr("nextblock.prior.building.model_fingerprint", lambda tokenizer: "0" * 64)
 
 
 @pytest.fixture
