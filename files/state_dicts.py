@@ -178,9 +178,24 @@ def infer_size(state: dict[str, Tensor], *places: tuple[str, int], default: int 
 
 
 def count_numbered(state: dict[str, Tensor], prefix: str) -> int:
-    """Return one more than the highest number i in names `{prefix}{i}.…`, 0 where there are none."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return max((1 + int(match[1]) for match in map(pattern.match, state) if match), default=0)
+    """Return one more than the highest number i in names `{prefix}{i}.…`, 0 where there are none.
+
+    Args:
+        state: tensors by name.
+        prefix: with its last dot.
+
+    Raises:
+        ValueError: if it is more than there are tensors: one name alone would make a model of any size.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,18})\.")
+    numbers = {int(match[1]): name for name in state if (match := pattern.match(name))}
+    count = max(numbers, default=-1) + 1
+    if count > len(state):
+        raise ValueError(
+            f"the checkpoint holds {len(state)} tensors, {numbers[count - 1]} among them; expected numbers after "
+            f"{prefix!r} that count from 0 without a gap"
+        )
+    return count
 
 
 def check_state_dict(state: dict[str, Tensor], expected: Shapes, derived: Shapes) -> None:

@@ -63,6 +63,8 @@ def prior_from_taming(
         ValueError: listing by name what is missing, unexpected or misshapen; if the transformer is conditioned on
             pictures, or its order is not raster; or if sizes do not fit together.
     """
+    if num_classes and start_token:
+        raise ValueError(f"start_token is {start_token}; expected 0 with {num_classes} classes, which stand first")
     state = _own_tensors(state)
     sizes = _infer_sizes(state)
     D, num_positions = sizes["hidden_size"], sizes["num_positions"]

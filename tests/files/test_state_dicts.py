@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from nextblock.files.state_dicts import read_state_dict
+from nextblock.files.state_dicts import count_numbered, read_state_dict
 
 
 @pytest.mark.parametrize("is_zipped", [True, False])
@@ -42,3 +42,10 @@ def test_a_pipe_called_like_a_checkpoint_is_not_waited_for(tmp_path):
         os.mkfifo(tmp_path / name)
         with pytest.raises(ValueError, match=f"checkpoint is .*{name}'; expected a .pth, .pt or .safetensors file"):
             read_state_dict(tmp_path / name)
+
+
+def test_one_high_number_makes_no_model_of_that_size():
+    state = {"layers.0.weight": torch.zeros(1), "layers.99999999.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"2 tensors, layers.99999999.weight among them; expected numbers after 'lay"):
+        count_numbered(state, "layers.")
+    assert count_numbered({"layers.1.weight": torch.zeros(1), "x": torch.zeros(1)}, "layers.") == 2

@@ -90,7 +90,8 @@ def test_a_longer_table_s_first_rows_count_and_a_pipeline_has_the_published_samp
     torch.save({"state_dict": state | {"first_stage_model.x": torch.zeros(1)}, "epoch": 2}, tmp_path / "prior.ckpt")
     sizes = {"image_size": [8, 12], "hidden_dim": 8, "embedding_dim": 4, "vocab_size": 11, "codebook_init_scale": 1.0}
     VQVAE(VQVAEConfig(layout="tiles", tile=1, **sizes)).save_pretrained(tmp_path / "tokenizer")
-    options = ["--to_pipeline", "--tokenizer", tmp_path / "tokenizer", "--num_classes", num_classes, "--start_token", 4]
+    options = ["--to_pipeline", "--tokenizer", tmp_path / "tokenizer", "--num_classes", num_classes]
+    options += [] if num_classes else ["--start_token", 4]
     convert(tmp_path / "prior.ckpt", tmp_path / "pipeline", *options)
     pipe = ClassToImagePipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -126,6 +127,7 @@ PLAIN = ["--num_classes", "0", "--grid", "[2,3]"]
         ({}, ["--num_classes", "12", "--grid", "[2,3]"], "num_classes is 12; expected at most vocab_size, 11"),
         ({}, ["--num_classes", "-1", "--grid", "[2,3]"], "num_classes is -1; expected an integer from 0"),
         ({}, [*PLAIN, "--start_token", "11"], "start_token is 11; expected an integer from 0 to 10"),
+        ({}, ["--num_classes", "3", "--grid", "[2,3]", "--start_token", "1"], "start_token is 1; expected 0 with 3 cl"),
         ({}, [*PLAIN, "--num_heads", "3"], "num_heads is 3; expected a divisor of hidden_size 64"),
         ({}, ["--num_classes", "0", "--grid", "[2,4]"], "num_positions is 7; expected an integer from 8"),
         ({"transformer__ln_f__bias": None}, PLAIN, r"missing: ln_f.bias \(64,\)"),
