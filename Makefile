@@ -56,7 +56,7 @@ quickstart-emoji: .venv/installed-emoji
 	python examples/emoji_pictures.py --output_dir $(EMOJI)/pictures
 	nextblock train-tokenizer --config tokenizer/emoji-32 --output_dir $(EMOJI)/tokenizer
 	nextblock tokenize --config tokenizer/tokenize-emoji --tokenizer $(EMOJI)/tokenizer --text_encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/tokens
-	nextblock train-prior --config prior/emoji-32 --tokens $(EMOJI)/tokens --tokenizer $(EMOJI)/tokenizer --text.encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/prior --pipeline_dir $(EMOJI)/pipeline
+	OMP_NUM_THREADS=1 accelerate launch --config_file $$(nextblock config accelerate/cpu-2-processes) -m nextblock train-prior --config prior/emoji-32 --loop.cpu true --tokens $(EMOJI)/tokens --tokenizer $(EMOJI)/tokenizer --text.encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/prior --pipeline_dir $(EMOJI)/pipeline
 	python examples/emoji_judge.py --pipeline $(EMOJI)/pipeline --pictures $(EMOJI)/pictures --output_dir $(EMOJI)
 
 .venv/installed-emoji: .venv/installed
