@@ -8,35 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from .attention import attention, causal_bias, seen_keys
-from .layers import KeyValueCache
+from .layers import CachedAttention, KeyValueCache
 from .step_graphs import StepStack, is_whole_cache_read
 
 
-class NewPositions:
-    """Attention of new positions to those before them and to each other, through a cache.
-
-    Args:
-        cache: of all layers.
-        layer: number of the layer.
-        span: first position that is seen, first new one, the position after the last.
-        scale: factor on the scores before the softmax.
-        bias: added to the scores, see `attention`; None where every new position sees all up to the last.
-    """
-
-    def __init__(self, cache: KeyValueCache, layer: int, span: tuple[int, int, int], scale: float, bias: Tensor | None):
-        self.keys, self.values = cache.keys[layer], cache.values[layer]
-        self.span, self.scale, self.bias = span, scale, bias
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write keys and values (R, heads, l, head width) to the cache, and attend; (R, heads, l, head width)."""
-        R, (first, start, end) = len(q), self.span
-        self.keys[:R, :, start:end] = k
-        self.values[:R, :, start:end] = v
-        return attention(q, self.keys[:R, :, first:end], self.values[:R, :, first:end], self.scale, self.bias)
-
-
 class NewPositionsOfAll:
-    """What `NewPositions` computes, with shapes that do not tell the positions: the whole cache, and a mask.
+    """What `layers.CachedAttention` computes, with shapes that do not tell the positions: the whole cache, and a mask.
 
     Args:
         cache: of all layers.
@@ -51,7 +28,7 @@ class NewPositionsOfAll:
         self.positions, self.scale, self.bias = positions, scale, bias
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write and attend; see `NewPositions`."""
+        """Write and attend; see `layers.CachedAttention`."""
         keys, values = self.keys[: len(q)], self.values[: len(q)]
         keys.index_copy_(2, self.positions, k)
         values.index_copy_(2, self.positions, v)
@@ -98,6 +75,6 @@ class CausalStack(StepStack):
             if is_whole:
                 attend = NewPositionsOfAll(cache, i, positions, layer.scale, bias)
             else:
-                attend = NewPositions(cache, i, span, layer.scale, bias)
+                attend = CachedAttention(cache, i, span, layer.scale, bias)
             x = layer(x, of_layer, attend)
         return x

@@ -36,14 +36,14 @@ class KeyValueCache:
 
 
 class CachedAttention:
-    """Attention of a block's queries to the keys and values of all blocks up to it, and of a prefix.
+    """Attention of a block's queries to the keys and values of all positions up to its last.
 
     Args:
         cache: of all layers.
         layer: number of the layer.
         span: first position that is seen, first of the block, the position after its last.
         scale: factor on the scores before the softmax.
-        bias: (R, 1, 1, n) that hides some of the n positions seen; None where all are.
+        bias: added to the scores, see `attention`; None where every query sees all up to the last.
     """
 
     def __init__(self, cache: KeyValueCache, layer: int, span: tuple[int, int, int], scale: float, bias: Tensor | None):
