@@ -7,6 +7,7 @@ precision and recall. Those kept here hold features and say how they were made. 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -198,6 +199,8 @@ def _read_moments(path: Path, found: dict[str, np.ndarray], names: tuple[str, st
         )
     if not np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-8 * np.abs(covariance).max()):
         raise ValueError(f"{path}: {names[1]} is not symmetric; expected a covariance")
+    if (covariance.diagonal() < 0).any():
+        raise ValueError(f"{path}: {names[1]} has negative variances; expected a covariance")
     covariance = torch.from_numpy(covariance)
     return Moments(0, torch.from_numpy(mean), (covariance + covariance.T) / 2)
 
@@ -232,3 +235,26 @@ def provenance_of(path: Path) -> dict | None:
     """
     arrays = npz_arrays(path, (_PROVENANCE,))
     return json.loads(arrays[_PROVENANCE].read(_MAX_BYTES).tobytes()) if arrays else None
+
+
+def is_kept(path: Path, provenance: dict) -> bool:
+    """Tell whether a reference of a provenance is kept in a file.
+
+    Args:
+        path: of the file, which may not be there.
+        provenance: as `save_reference` took it.
+
+    Returns:
+        Whether it is; a reference of another provenance may be written over.
+
+    Raises:
+        ValueError: if there is something that no evaluation has kept, which must not be written over.
+    """
+    if not os.path.lexists(path):
+        return False
+    if not is_regular(path):
+        raise ValueError("it is no file")
+    found = provenance_of(path)
+    if found is None:
+        raise ValueError("it does not say what it was made of")
+    return found == provenance

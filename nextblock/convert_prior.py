@@ -18,7 +18,7 @@ from torch import Tensor
 from nextblock.files.claim import claimed
 from nextblock.files.fingerprints import model_fingerprint
 from nextblock.files.regular import read_text
-from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
 from nextblock.prior import BlockPrior, GPTPrior, LlamaPrior, RARPrior, SamplingOptions
 from nextblock.prior.class_names import imagenet_class_names
 from nextblock.prior.llamagen_checkpoint import (
@@ -68,11 +68,13 @@ class PriorFormat(Format):
         model_class: that the adapter makes, and that `--export` loads.
         num_classes: tells it of the tensors and the command's options, before there is a model.
         sampling: the published sampling of a configuration, written into a pipeline.
+        pipeline_class: that takes the prior; one of texts has no encoder then, and takes text features.
     """
 
     model_class: type
     num_classes: Callable[[dict[str, Tensor], ConvertPriorConfig], int]
     sampling: Callable[[Any], SamplingOptions]
+    pipeline_class: type[ClassToImagePipeline | TextToImagePipeline] = ClassToImagePipeline
 
 
 _LLAMAGEN: dict[str, Any] = {
@@ -109,6 +111,7 @@ FORMATS = {
         title="a LlamaGen transformer of texts",
         fits=is_llamagen_text_prior,
         num_classes=lambda state, config: 0,
+        pipeline_class=TextToImagePipeline,
         **_LLAMAGEN,
     ),
     "taming": PriorFormat(
@@ -210,8 +213,6 @@ def _convert(config: ConvertPriorConfig) -> None:
     """Write a prior or a pipeline."""
     name, state = read_checkpoint(config)
     chosen = FORMATS[name]
-    if config.to_pipeline and name == "llamagen-t2i":
-        raise ValueError("to_pipeline is true; expected false for a prior of texts, which this pipeline does not take")
     with reading("checkpoint", config.checkpoint, f"{chosen.title} that the other options fit"):
         num_classes = chosen.num_classes(state, config)
     class_names = _read_class_names(config.class_names, num_classes)
@@ -225,8 +226,9 @@ def _convert(config: ConvertPriorConfig) -> None:
     if tokenizer is not None:
         # The published pair; a checkpoint itself does not say which tokenizer is its own.
         prior.config.tokenizer_fingerprint = model_fingerprint(tokenizer)
-        pipe = ClassToImagePipeline(tokenizer=tokenizer, prior=prior, sampling=chosen.sampling(prior.config))
-        pipe.save_pretrained(config.output_dir)
+        chosen.pipeline_class(
+            tokenizer=tokenizer, prior=prior, sampling=chosen.sampling(prior.config)
+        ).save_pretrained(config.output_dir)
         kind = "pipeline with a prior"
     else:
         prior.save_pretrained(config.output_dir)

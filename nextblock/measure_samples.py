@@ -25,6 +25,7 @@ from nextblock.evaluation.presets import check_features, check_reference, check_
 from nextblock.evaluation.references import (
     OpenedReference,
     Reference,
+    is_kept,
     open_data,
     open_reference,
     provenance_of,
@@ -165,7 +166,8 @@ class _Work:
         side = extractor.side
         self._num_features = extractor(np.zeros((1, side, side, 3), np.uint8)).features.shape[1]
         self._statistics = self._read_statistics()
-        self._is_kept = is_regular(self._file) and provenance_of(self._file) == self._provenance()
+        with reading("reference_file", str(self._file), "a file that an evaluation has kept, or none yet"):
+            self._is_kept = is_kept(self._file, self._provenance())
         if state.device.type == "cpu":
             keep_freed_memory()
         # Nobody writes before everybody has looked.

@@ -34,7 +34,7 @@ def inpaint(
 ) -> Output:
     """Paint part of an image anew; see `ClassToImagePipeline.inpaint`."""
     images, masks = split_images("image", image), split_masks("mask_image", mask_image)
-    num_labels = _count_labels(pipe, class_labels, num_images_per_label, image=images, mask_image=masks)
+    num_labels = _count_labels(pipe, class_labels, num_images_per_label, options, image=images, mask_image=masks)
     size = pipe.tokenizer.config.image_size
     pixel_values = images_to_pixel_values("image", images, size, fit)
     mask = masks_to_tensor(masks, images, size, fit)
@@ -57,7 +57,7 @@ def outpaint(
         raise ValueError(f"box is {box!r}; expected (left, top, right, bottom) inside {W} by {H} pixels")
     left, top, right, bottom = box
     images = split_images("image", image)
-    num_labels = _count_labels(pipe, class_labels, num_images_per_label, image=images)
+    num_labels = _count_labels(pipe, class_labels, num_images_per_label, options, image=images)
     inside = images_to_pixel_values("image", images, (bottom - top, right - left), fit)
     # What the encoder sees around the box is no edge that it would code.
     pixel_values = F.pad(inside, (left, W - right, top, H - bottom), mode="replicate")
@@ -116,10 +116,13 @@ def _pixel_values(pipe, name: str, images: list, fit: str) -> Tensor:
     return pixel_values.to(pipe._execution_device)
 
 
-def _count_labels(pipe, class_labels: Labels, num_images_per_label: int, **pictures: list) -> int:
+def _count_labels(
+    pipe, class_labels: Labels, num_images_per_label: int, options: Mapping, **pictures: list
+) -> int:
     """Count labels; refuse images and masks of which there is neither one nor one a label."""
     check_count(pipe._condition_arguments[1], num_images_per_label)
-    num_labels, kind = pipe._count_conditions(class_labels), pipe._condition_arguments[1].rpartition("_")[2]
+    num_labels = pipe._count_conditions(class_labels, options)
+    kind = pipe._condition_arguments[1].rpartition("_")[2]
     for name, given in pictures.items():
         if len(given) not in (1, num_labels):
             raise ValueError(f"{name} holds {len(given)} images; expected 1 or {num_labels}, one a {kind}")

@@ -121,7 +121,8 @@ def _call_text(pipe) -> str:
     options = {name: value for name, value in options.items() if value != getattr(SamplingOptions(), name)}
     arguments = ["4"]
     if _is_of_text(pipe):
-        arguments = ["'a prompt'", "num_images_per_prompt=4"]
+        text = "'a prompt'" if pipe.text_encoder is not None else "text_embeds=text_embeds, text_mask=text_mask"
+        arguments = [text, "num_images_per_prompt=4"]
     elif pipe.prior.conditions.num_classes:
         arguments = [repr((pipe.class_names or [0])[0]), "num_images_per_label=4"]
     return f"pipe({', '.join([*arguments, *(f'{name}={value!r}' for name, value in options.items())])})"

@@ -3,7 +3,7 @@
 Legend: B images, n of a batch, K blocks, L_k tokens of block k, V codes, H×W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import diffusers
 import torch
@@ -212,7 +212,7 @@ class ClassToImagePipeline(TokenPipeline):
         """Turn labels and class names into label numbers; see `nextblock.pipelines.labels`."""
         return resolve_labels(class_labels, self.prior.conditions)
 
-    def _count_conditions(self, class_labels: Labels) -> int:
+    def _count_conditions(self, class_labels: Labels, options: Mapping) -> int:
         """Count labels; refuse those that there are not."""
         return len(self.resolve_labels(class_labels))
 

@@ -4,7 +4,7 @@ Legend: B images, n of a batch, K blocks, L_k tokens of block k, T text position
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import diffusers
@@ -154,13 +154,18 @@ class TextToImagePipeline(TokenPipeline):
         output_type: str = "pil",
         decode_batch_size: int | None = None,
         batch_size: int | None = None,
+        text_embeds: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        negative_text_embeds: Tensor | None = None,
+        negative_text_mask: Tensor | None = None,
         **options,
     ) -> list:
         """Sample images and decode them after every block: scales so far, or tiles so far on an empty map.
 
         Args:
             prompt, negative_prompt, num_images_per_prompt: see `__call__`, as for the other arguments.
-            generator, idx_Bl, decode_batch_size, batch_size: see `__call__`.
+            generator, idx_Bl, decode_batch_size, batch_size, text_embeds, text_mask, negative_text_embeds,
+                negative_text_mask: see `__call__`.
             output_type: "pil", "np" or "pt".
             options: fields of `prior.sampling.SamplingOptions`, else as in `__call__`.
 
@@ -172,8 +177,10 @@ class TextToImagePipeline(TokenPipeline):
         """
         check_counts(output_type, editing.PICTURE_TYPES, decode_batch_size=decode_batch_size)
         asked = {"generator": generator, "idx_Bl": idx_Bl, "batch_size": batch_size}
-        asked |= {"negative_prompt": negative_prompt, "options": self.sampling.changed(**options)}
-        request = self.make_request(prompt, num_images_per_prompt, **asked)
+        texts = {"negative_prompt": negative_prompt, "text_embeds": text_embeds, "text_mask": text_mask}
+        texts |= {"negative_text_embeds": negative_text_embeds, "negative_text_mask": negative_text_mask}
+        asked |= {"options": self.sampling.changed(**options)}
+        request = self.make_request(prompt, num_images_per_prompt, **texts, **asked)
         return run_progressively(self, request, output_type, decode_batch_size)
 
     @torch.no_grad()
@@ -270,6 +277,11 @@ class TextToImagePipeline(TokenPipeline):
         check_count("num_images_per_prompt", num_images_per_prompt)
         negative = {"negative_prompt": negative_prompt, "negative_text_embeds": negative_text_embeds}
         given = [name for name, value in negative.items() if value is not None]
+        for prefix, embeds, mask in (
+            ("", text_embeds, text_mask), ("negative_", negative_text_embeds, negative_text_mask)
+        ):  # fmt: skip
+            if mask is not None and embeds is None:
+                raise ValueError(f"{prefix}text_mask is given; expected None without {prefix}text_embeds")
         if given and all(scale == 1 for scale in options.scales(self.num_timesteps)):
             expected = f"None without guidance: guidance_scale is {options.guidance_scale}"
             raise ValueError(f"{given[0]} is given; expected {expected}")
@@ -296,8 +308,10 @@ class TextToImagePipeline(TokenPipeline):
             text_embeds, text_mask = self.encode_prompt(_as_prompts(name, prompt))
         return self.prior.conditions.of({"text_embeds": text_embeds, "text_mask": text_mask})
 
-    def _count_conditions(self, prompt: Prompts) -> int:
-        """Count prompts."""
+    def _count_conditions(self, prompt: Prompts, options: Mapping) -> int:
+        """Count prompts, or the texts whose features are given."""
+        if prompt is None and options.get("text_embeds") is not None:
+            return len(self._condition("prompt", None, options["text_embeds"], options.get("text_mask")))
         return len(_as_prompts("prompt", prompt))
 
 

@@ -71,6 +71,7 @@ def given(tmp_path_factory):
         "five": {"mu": np.zeros(5), "sigma": np.eye(5)},
         "oblong": {"mu": np.zeros(3), "sigma": np.ones((3, 2))},
         "skew": {"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))},
+        "negative": {"mu": np.zeros(3), "sigma": -np.eye(3)},
         "nan": {"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)},
         "statistics": {"mu": np.zeros(3), "sigma": np.eye(3)},
     }
@@ -107,6 +108,10 @@ WRONG = [
     ("--reference {root}/nan.npz", "expected (F,) and (F, F), finite"),
     ("--reference {root}/real --data.source digits", "data.source 'digits'; expected one of them"),
     ("--reference {root}/real --reference_split test", "is no dataset; expected null"),
+    ("--reference {root}/negative.npz", "sigma has negative variances; expected a covariance"),
+    ("--reference {root}/real --reference_file {root}/larger.npz", "reference_file is '{root}/larger.npz'"),
+    ("--reference {root}/real --reference_file {root}/text.txt", "reference_file is '{root}/text.txt'"),
+    ("--reference {root}/real --reference_file {root}/empty", "reference_file is '{root}/empty'; expected a file that"),
     ("--training_images {root}/statistics.npz", "training_images is '{root}/statistics.npz'"),
     # features
     ("--features {root}/missing.pt", "features is '{root}/missing.pt'"),

@@ -53,6 +53,15 @@ def test_features_stand_in_for_prompts(pipe, build_text_pipeline):
     assert torch.equal(without(**given, generator=seeds(3), output_type="pt", **GUIDED).images, expected)
     with pytest.raises(ValueError, match="text_encoder is None, and a prompt is given"):
         without("dog")
+    steps = without.progressive(**given, generator=seeds(3), output_type="pt", **GUIDED)
+    assert torch.equal(steps[-1], expected)
+    image, mask = pipe(PROMPTS[0], generator=seeds(1)).images[0], np.ones((16, 16), np.float32)
+    painted = [
+        each.inpaint(image, mask, *prompt, generator=seeds(3), output_type="pt", **features).images
+        for each, prompt, features in ((pipe, [PROMPTS], {}), (without, [], given))
+    ]
+    assert torch.equal(*painted)
+    assert len(without.outpaint(image, (0, 0, 8, 16), num_images_per_prompt=2, **given).images) == 6
 
 
 def test_a_negative_prompt_stands_in_for_no_text(pipe):
@@ -95,6 +104,7 @@ def test_a_saved_pipeline_comes_back_with_its_encoder(pipe, build_text_pipeline,
     assert "| text | BertModel, features of 8 channels, 7 tokens at most |" in card
     build_text_pipeline(has_encoder=False).save_pretrained(tmp_path / "without")
     assert TextToImagePipeline.from_pretrained(tmp_path / "without").text_encoder is None
+    assert "pipe(text_embeds=text_embeds, text_mask=text_mask" in (tmp_path / "without" / "README.md").read_text()
     with pytest.raises(ValueError, match="expected classes"):
         ClassToImagePipeline.from_pretrained(tmp_path / "without")
 
@@ -136,6 +146,8 @@ def test_pictures_are_painted_by_prompts_and_shown_block_by_block(pipe):
         ({"prompt": ["a"] * 3, "negative_prompt": ["a"] * 2, **GUIDED}, "negative_prompt holds 2 texts; expected 1 or"),
         ({"prompt": "a", "negative_prompt": [], **GUIDED}, r"negative_prompt is \[\]"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"prompt": "a", "text_mask": torch.ones(1, 2)}, "text_mask is given; expected None without text_embeds"),
+        ({"prompt": "a", "negative_text_mask": torch.ones(1, 2)}, "None without negative_text_embeds"),
         ({"text_embeds": torch.zeros(1, 2, 9)}, r"text_embeds is torch.float32 \(1, 2, 9\)"),
         ({"text_embeds": torch.zeros(1, 8, 8)}, "valid positions; expected 1 to 7"),
         ({"prompt": "a", "generator": seeds(2)}, "generator"),

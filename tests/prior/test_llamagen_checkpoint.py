@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from nextblock.convert_prior import main
+from nextblock.convert_tokenizer import main as convert_tokenizer
 from nextblock.data.blocks import BlockLayout
 from nextblock.files.fingerprints import model_fingerprint
-from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
 from nextblock.prior import LlamaPrior, LlamaPriorConfig, SamplingOptions
 from nextblock.prior.llamagen_checkpoint import llamagen_arguments, llamagen_sampling, prior_from_llamagen
 from nextblock.prior.sampling import truncate_logits
@@ -177,10 +178,24 @@ def test_options_of_other_formats_are_refused(options, message, tmp_path):
         convert(tmp_path / "prior.pt", tmp_path / "out", "--grid", "[2,3]", *options.split())
 
 
-def test_a_prior_of_texts_goes_into_no_pipeline_of_classes(tmp_path):
-    torch.save(small_state(num_classes=0, text_dim=6, max_text_positions=5), tmp_path / "prior.pt")
-    with pytest.raises(ValueError, match="to_pipeline is true; expected false for a prior of texts"):
-        convert(tmp_path / "prior.pt", tmp_path / "out", "--to_pipeline", "--tokenizer", "t")
+@needs_whole
+def test_a_pipeline_of_texts_samples_as_the_reference(tmp_path):
+    case = load_case("llamagen-t2i-ds8", is_whole=True)
+    torch.save(case.content("vq"), tmp_path / "vq.pt")
+    torch.save(case.content("gpt"), tmp_path / "gpt.pt")
+    convert_tokenizer(
+        ["--checkpoint", str(tmp_path / "vq.pt"), "--output_dir", str(tmp_path / "vq"), "--image_size", "32"]
+    )
+    options = ["--format", "llamagen-t2i", "--num_heads", 2, "--to_pipeline", "--tokenizer", tmp_path / "vq"]
+    convert(tmp_path / "gpt.pt", tmp_path / "pipe", *options)
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert pipe.text_encoder is None and pipe.sampling == SamplingOptions(guidance_scale=7.5, top_k=96)
+    greedy = {"guidance_scale": case.facts["sampling"]["cfg_scale"], "top_k": 1}
+    for given in conditions_of(case):
+        idx_Bl = pipe(**given, **greedy, output_type="latent").images
+        assert torch.equal(torch.cat(idx_Bl, 1), case.tensors["greedy_idx"])
+    images = 2 * pipe(**given, **greedy, output_type="pt").images - 1
+    assert (images - case.tensors["greedy_img"].clamp(-1, 1)).abs().max() < 2 * TOLERANCE
 
 
 def test_export_refuses_what_the_format_cannot_say(tmp_path):
