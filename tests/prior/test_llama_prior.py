@@ -304,7 +304,7 @@ INPUT, CLASSES = random_idx(2)[:, :-1], torch.tensor([0, 1])
         ("llama", {"class_labels": None}, "is None; expected"),
         ("llama", {"class_labels": None, **texts(2, 2)}, "text_embeds is given; expected class_labels"),
         ("llama", {"orders": INPUT}, "orders is given; expected None for LlamaPrior"),
-        ("ragged", {"class_labels": None}, "the condition is None; expected text_embeds"),
+        ("ragged", {"class_labels": None}, "text_embeds is None; expected text features"),
         ("ragged", {**texts(2, 2)}, "class_labels and text_embeds are both given"),
         ("ragged", {"class_labels": CLASSES}, "the condition is Tensor; expected text_embeds and text_mask"),
         ("ragged", {"class_labels": None, **texts(2)}, r"var_input has shape \(2, 5\); expected \(1, 5\)"),
