@@ -105,7 +105,7 @@ def judge(pipe: TextToImagePipeline, folder: Path, guidance_scales: list[float],
             distances = torch.cdist(small(images), real)
             scores[name] = figures(distances, wanted, captions)
             if name == "held_out":
-                # Of another emoji's caption, every one of another family.
+                # Each picture is scored as if it were of another caption: how often chance alone is right.
                 others = [caption for caption in reversed(group) for _ in range(NUM_SAMPLES)]
                 scores["shuffled"] = figures(distances, others, captions)
             sheet += [(caption, images[NUM_SAMPLES * k :][:NUM_SAMPLES]) for k, caption in enumerate(group[:16])]
