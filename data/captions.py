@@ -5,6 +5,7 @@ Legend: N images.
 """
 
 import csv
+import io
 import json
 import os
 import posixpath
@@ -48,6 +49,8 @@ def check_captions(values: Sequence[Any], names: Sequence[str], where: str) -> l
         if texts is not None and not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
             raise ValueError(f"{where} holds {value!r:.80} for {name}; expected a text, or a list of texts")
         stripped = tuple(text.strip() for text in texts or ())
+        if not all(map(is_encodable, stripped)):
+            raise ValueError(f"{where} holds {value!a:.80} for {name}; expected whole characters, no half of a pair")
         if not stripped or not all(stripped):
             missing.append(name)
         longest = max(map(len, stripped), default=0)
@@ -61,6 +64,15 @@ def check_captions(values: Sequence[Any], names: Sequence[str], where: str) -> l
             f"{', '.join(missing[:3])}; expected at least one for every image"
         )
     return captions
+
+
+def is_encodable(text: str) -> bool:
+    """Tell whether a text can be written down: halves of a pair of code units, as "\\ud83d" of JSON, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def folder_captions(root: Path, files: Sequence[str], column: str) -> list[tuple[str, ...]]:
@@ -157,7 +169,7 @@ def _check_metadata(path: Path) -> None:
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping]]:
     """Yield a file's rows, one a line, with their numbers."""
     # Texts may hold characters at which splitlines would end a line too.
-    for line, text in enumerate(read_text(path).split("\n"), 1):
+    for line, text in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
         if not text.strip():
             continue
         try:
@@ -171,7 +183,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping]]:
     """Yield a file's rows with the numbers of their lines."""
-    reader = csv.DictReader(read_text(path).removeprefix("\ufeff").splitlines(keepends=True), strict=True)
+    # Lines end here as csv's do, and at no other character.
+    lines = io.StringIO(read_text(path).removeprefix("\ufeff"), newline="")
+    reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from nextblock.files.hub import find_dataset
 from nextblock.files.regular import check_regular, check_size, is_regular
 
 from .captions import check_captions
@@ -187,7 +188,9 @@ def check_columns(config: ImageDataConfig, split: str, features) -> None:
     for name in ("image_column", "label_column", "caption_column"):
         column = getattr(config, name)
         if column is not None and column not in features:
-            raise ValueError(f"{name}={column!r}: split {split!r} has the columns {list(features)}")
+            hint = ", or null for images without classes" if name == "label_column" else ""
+            columns = f"the columns {list(features)}; expected one of them{hint}"
+            raise ValueError(f"{name}={column!r}: split {split!r} has {columns}")
     feature = features[config.image_column]
     if getattr(feature, "dtype", None) not in IMAGE_DTYPES:
         raise ValueError(f"image_column={config.image_column!r} holds {feature}; expected images, their bytes or paths")
@@ -245,6 +248,7 @@ def _load_splits(path: str) -> dict:
     check_tar_files(path)
     load = datasets.load_from_disk if is_saved_to_disk(path) else datasets.load_dataset
     with named_failures(path):
+        find_dataset(path)
         loaded = load(path)
     splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
     check_image_files(path, next(iter(splits.values())))
@@ -329,7 +333,7 @@ def named_failures(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # The library's own error may say no more than that generating the dataset failed.
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        cause = f" ({error.__cause__})" if error.__cause__ and str(error.__cause__) not in str(error) else ""
         raise ValueError(f"path={path!r} cannot be loaded as a dataset: {error}{cause}") from error
 
 
@@ -347,6 +351,11 @@ def local_files(path: str) -> list[str]:
         folders[:] = [name for name in folders if name[0] != "."]
         found += [Path(parent, name).relative_to(path).as_posix() for name in names if name[0] != "."]
     return sorted(found)
+
+
+def has_column(path: str, column: str) -> bool:
+    """Whether a dataset has a column in any of its splits; raises a ValueError where it cannot be loaded."""
+    return any(column in rows.features for rows in _load_splits(path).values())
 
 
 def is_saved_to_disk(path: str) -> bool:

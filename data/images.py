@@ -77,6 +77,8 @@ class ImageDataConfig:
         if self.caption_column is not None and (self.source == "digits" or not self.caption_column):
             expected = "null: digits have no captions" if self.source == "digits" else "the name of a column, or null"
             raise ValueError(f"caption_column={self.caption_column!r}: expected {expected}")
+        if self.source == "webdataset" and (self.caption_column or "").startswith("."):
+            raise ValueError(f"caption_column={self.caption_column!r}: expected an ending without a dot, such as 'txt'")
         if self.source == "digits" and self.path is not None:
             raise ValueError(f"path={self.path!r}: source='digits' comes with scikit-learn and takes no path")
         if self.source != "digits" and not self.path:

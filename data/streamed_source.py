@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from nextblock.files.hub import find_dataset
+
 from .captions import check_captions
 from .datasets_source import (
     check_columns,
@@ -189,6 +191,7 @@ def _load_streams(path: str, columns: list[str] | None = None) -> dict[str, Iter
         )
     check_tar_files(path)
     with named_failures(path):
+        find_dataset(path)
         options = {}
         if columns is not None and hasattr(datasets.load_dataset_builder(path).config, "columns"):
             options["columns"] = columns

@@ -5,10 +5,16 @@ Legend: n pictures, F features, HxW pixels, L tokens.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from nextblock.files.fingerprints import model_fingerprint
+from nextblock.files.hub import find_model
+
+_CONFIG = "config.json"
 
 
 class Backbone(nn.Module):
@@ -60,18 +66,18 @@ def load_backbone(source: str) -> Backbone:
 
     expected = "a file of Inception's weights, or the folder or hub id of a vision model of transformers"
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        where = _found(source) | {"trust_remote_code": False}
+        config = AutoConfig.from_pretrained(source, **where)
         _check_attention(source, config)
-        model, info = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, info = AutoModel.from_pretrained(source, **options, **where)
     except (OSError, ValueError, KeyError) as error:
         if str(error).startswith("features is"):
             raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"features is {source!r}; expected {expected} that is reachable: {reason}") from error
     _check_weights(source, model, info["missing_keys"])
-    mean, std, side = _input_of(source, config)
+    mean, std, side = _input_of(source, config, where["local_files_only"])
     output = "image embedding" if hasattr(model, "get_image_features") else "pooler_output"
     if any(name.startswith("pooler.") for name in info["missing_keys"]):
         # A pooler that was not trained is no feature.
@@ -79,6 +85,15 @@ def load_backbone(source: str) -> Backbone:
     backbone = Backbone(model, mean, std, side, output, model_fingerprint(model))
     _try_out(source, backbone)
     return backbone
+
+
+def _found(source: str) -> dict[str, bool]:
+    """Look for a folder with a configuration, or ask the hub for a repository; return what loading either takes."""
+    if os.path.exists(source):
+        if not Path(source, _CONFIG).is_file():
+            raise ValueError(f"the folder has no {_CONFIG}" if any(os.scandir(source)) else "the folder is empty")
+        return {"local_files_only": True}
+    return find_model(source, _CONFIG, "file or folder")
 
 
 def _check_attention(source: str, config) -> None:
@@ -100,12 +115,12 @@ def _check_weights(source: str, model: nn.Module, missing: set[str] | list[str])
         )
 
 
-def _input_of(source: str, config) -> tuple[list[float], list[float], int]:
+def _input_of(source: str, config, local_files_only: bool) -> tuple[list[float], list[float], int]:
     """Return mean, standard deviation and side of the pictures that a model expects."""
     from transformers import BaseImageProcessor
 
     try:
-        saved, _ = BaseImageProcessor.get_image_processor_dict(source)
+        saved, _ = BaseImageProcessor.get_image_processor_dict(source, local_files_only=local_files_only)
     except OSError:
         saved = {}
     mean, std = saved.get("image_mean"), saved.get("image_std")

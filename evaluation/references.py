@@ -26,7 +26,7 @@ from nextblock.files.regular import is_regular
 
 from .feature_sets import FeatureSet
 from .moments import Moments
-from .sample_sets import IMAGES_KEY, NPZ_NAME, SampleSet, open_samples
+from .sample_sets import IMAGES_KEY, NPZ_NAME, SampleSet, class_numbers, open_samples
 from .source_sets import SourceSet
 
 _STATISTICS = ("mu", "sigma")
@@ -97,7 +97,11 @@ def open_images(path: str, image_size: tuple[int, int], crop: str | None = None)
     if folder.is_dir() and not is_regular(folder / NPZ_NAME) and not is_regular(folder / JOB_NAME):
         source = scan_whole_folder(folder)
         if crop is not None or any(picture_header(file)[1] != image_size for file in source.files()):
-            return SourceSet(source, path, image_size, crop or "center"), crop or "center"
+            images = SourceSet(source, path, image_size, crop or "center")
+            if images.class_labels is not None:
+                # As those of pictures that need no crop.
+                images.class_labels = class_numbers(source.class_names)[images.class_labels]
+            return images, crop or "center"
     images = open_samples(path)
     if tuple(images.image_size) != tuple(image_size):
         given, wanted = ("x".join(map(str, size)) for size in (images.image_size, image_size))
@@ -171,16 +175,23 @@ def read_statistics(path: Path, num_features: int) -> Reference:
     if len(moments.mean) != num_features:
         raise ValueError(f"{path} is of {len(moments.mean)} features; expected {num_features}, the samples' number")
     spatial = _read_moments(path, found, _SPATIAL) if set(_SPATIAL) <= found.keys() else None
-    num_items = int(found["num_items"][0]) if "num_items" in found else None
+    num_items = int(found["num_items"][0]) if found.get("num_items", np.zeros(0)).shape == (1,) else None
     features = None
-    if "features" in found:
-        features = _read_features(found, num_items, moments)
+    # Others may call something of theirs features too.
+    if {"features", "numbers"} <= found.keys():
+        features = _read_features(path, found, num_items, moments)
         moments = features.moments
     return Reference(num_items, moments, spatial, features)
 
 
-def _read_features(found: dict[str, np.ndarray], num_items: int, moments: Moments) -> FeatureSet:
+def _read_features(
+    path: Path, found: dict[str, np.ndarray], num_items: int | None, moments: Moments
+) -> FeatureSet:
     """Return the features that a file keeps."""
+    shapes = {name: found[name].shape for name in ("features", "numbers", "class_labels") if name in found}
+    n, F = len(found["numbers"]), len(moments.mean)
+    if shapes != {name: (n, F) if name == "features" else (n,) for name in shapes} or not 1 <= n <= (num_items or n):
+        raise ValueError(f"{path} holds {shapes} of {num_items} images; expected ({n}, {F}), and a number for each row")
     rows = torch.from_numpy(found["features"])
     labels = torch.from_numpy(found["class_labels"]) if "class_labels" in found else None
     numbers = torch.from_numpy(found["numbers"])
@@ -191,6 +202,9 @@ def _read_features(found: dict[str, np.ndarray], num_items: int, moments: Moment
 
 def _read_moments(path: Path, found: dict[str, np.ndarray], names: tuple[str, str]) -> Moments:
     """Return one pair of mean and covariance."""
+    for name in names:
+        if found[name].dtype.kind not in "iuf":
+            raise ValueError(f"{path}: {name} is of {found[name].dtype}; expected numbers")
     mean, covariance = (np.asarray(found[name], np.float64) for name in names)
     is_square = mean.ndim == 1 and len(mean) and covariance.shape == (len(mean), len(mean))
     if not is_square or not np.isfinite(covariance).all() or not np.isfinite(mean).all():

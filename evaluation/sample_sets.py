@@ -28,8 +28,8 @@ from .sample_order import IN_TURN, turn_order
 
 # ADM's evaluator wants the images under the first name; the second is where its samples have their classes.
 IMAGES_KEY, LABELS_KEY = "arr_0", "arr_1"
-# Where `nextblock sample` keeps the images' own numbers.
-INDEX_KEY = "index"
+# Where `nextblock sample` keeps the images' own numbers, and in its job.json how many prompts it draws of.
+INDEX_KEY, PROMPTS_KEY = "index", "num_prompts"
 NPZ_NAME, PICTURES_NAME = "images.npz", "images"
 # Classes and numbers of as many images as a job may have, 10^8.
 _MAX_NUMBERS_BYTES = 8 * 10**8
@@ -122,9 +122,20 @@ def _job_of(folder: Path) -> dict | None:
     if not is_regular(folder / JOB_NAME):
         return None
     job = read_json(folder / JOB_NAME)
-    kinds = {"class_labels": list, "num_images_per_label": int, "seed": int}
-    is_sampling = isinstance(job, dict) and all(isinstance(job.get(name), kind) for name, kind in kinds.items())
-    return job if is_sampling else None
+    if not isinstance(job, dict):
+        return None
+    kinds = {"num_images_per_label": int, "seed": int}
+    kinds |= {PROMPTS_KEY: int} if PROMPTS_KEY in job else {"class_labels": list}
+    return job if all(isinstance(job.get(name), kind) for name, kind in kinds.items()) else None
+
+
+def is_of_prompts(job: dict | None) -> bool:
+    """Tell whether the numbers in a job's class labels are those of prompts, and no classes.
+
+    Args:
+        job: see `SampleSet`.
+    """
+    return job is not None and PROMPTS_KEY in job
 
 
 class NpzSamples:
@@ -204,7 +215,7 @@ class PictureSamples:
         self.class_labels = None
         if self._source.class_names:
             labels = np.array([self._source.label(place) for place in self._order.tolist()], np.int64)
-            self.class_labels = _class_numbers(self._source.class_names)[labels]
+            self.class_labels = class_numbers(self._source.class_names)[labels]
         self.image_size = self._picture(int(self._order[0])).shape[:2]
         self.format = self._check_headers()
 
@@ -238,7 +249,8 @@ class PictureSamples:
 
     def _order_as_job(self, job: dict) -> None:
         """Number the pictures as the sampling job does, which names each by its own number."""
-        num_labels, num_images_per_label = len(job["class_labels"]), job["num_images_per_label"]
+        num_labels = job[PROMPTS_KEY] if is_of_prompts(job) else len(job["class_labels"])
+        num_images_per_label = job["num_images_per_label"]
         num_images = num_labels * num_images_per_label
         places = {Path(name).stem: place for place, name in enumerate(self._names)}
         width = len(str(num_images - 1))
@@ -308,11 +320,19 @@ def _read_numbers(array: NpzArray | None, num_images: int) -> np.ndarray | None:
             f"{array.path}: {array.key} is {array.shape} of {array.dtype}; expected ({num_images},) of integers, one "
             "for each image"
         )
-    return array.read(_MAX_NUMBERS_BYTES).astype(np.int64)
+    numbers = array.read(_MAX_NUMBERS_BYTES).astype(np.int64)
+    if numbers.min() < 0:
+        where = f"{array.path}: {array.key} holds {numbers.min()} at {numbers.argmin()}"
+        raise ValueError(f"{where}; expected 0 or more for each image")
+    return numbers
 
 
-def _class_numbers(names: list[str]) -> np.ndarray:
-    """Return the class that each folder stands for, given the sorted names."""
+def class_numbers(names: list[str]) -> np.ndarray:
+    """Return the class that each folder stands for: the number that its name begins with, or else its place.
+
+    Args:
+        names: of all folders, sorted.
+    """
     matches = [_CLASS_NUMBER.fullmatch(name) for name in names]
     numbers = [int(match[1]) for match in matches if match]
     is_numbered = len(set(numbers)) == len(names)

@@ -17,6 +17,7 @@ from nextblock.training.processes import connect_processes
 
 from .command_line import parse_run_config
 from .evaluate_config import EvaluateConfig
+from .inputs import check_is_no_result
 from .judge_pipeline import judge_pipeline
 from .measure_samples import measure_samples
 from .stoppable import stoppable_job
@@ -37,6 +38,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     """
     if config.sweep is not None:
         return sweep_figures(config)
+    if config.features is not None:
+        check_is_no_result("output_dir", Path(config.output_dir))
     if config.pipeline is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a single process to judge a pipeline")

@@ -5,7 +5,6 @@ Each process makes the features of its share; the first puts them together and c
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -15,35 +14,33 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from nextblock.data.datasets_source import is_saved_to_disk
-from nextblock.data.images import ImageDataConfig
+from nextblock.data.unreadable import UnreadableImageError
 from nextblock.evaluation.distribution import SPLIT_SIZE, InceptionScore, inception_score
 from nextblock.evaluation.feature_sets import FeatureSet, embed, gathered, save_part
 from nextblock.evaluation.features import FeatureExtractor, load_features
 from nextblock.evaluation.figures import memorisation_figures, sample_figures
-from nextblock.evaluation.presets import check_features, check_reference, check_samples, preset_of
+from nextblock.evaluation.presets import check_features, check_reference, check_samples
 from nextblock.evaluation.references import (
     OpenedReference,
     Reference,
     is_kept,
-    open_data,
-    open_reference,
     provenance_of,
     read_statistics,
     save_reference,
 )
 from nextblock.evaluation.report import Row, environment, format_table, write_json
-from nextblock.evaluation.sample_sets import SampleSet, open_samples
+from nextblock.evaluation.sample_sets import SampleSet, is_of_prompts, open_samples
 from nextblock.files.atomic import write_whole
 from nextblock.files.regular import is_regular, read_yaml
 
 from .cpu import fixed_threads, keep_freed_memory
 from .evaluate_config import EvaluateConfig
+from .given_references import open_references
 from .mistakes import reading
 from .progress import Progress
 from .result_pictures import draw_result
-from .run_data import data_of_run
 
+FEATURES_EXPECTED = "a file of Inception's weights, or a vision model of transformers"
 RESULT_NAME, NEAREST_NAME = "result.json", "nearest.npz"
 REFERENCE_NAME, CLASSES_NAME = "reference.npz", "per_class.json"
 _PARTS = "parts"
@@ -81,7 +78,7 @@ def measure_samples(config: EvaluateConfig, state: PartialState) -> dict:
         samples = open_samples(config.samples)
     if config.preset is not None:
         check_samples(config.preset, samples)
-    with reading("features", config.features, "a file of Inception's weights, or a vision model of transformers"):
+    with reading("features", config.features, FEATURES_EXPECTED):
         extractor = load_features(config.features, variant=config.features_variant, device=state.device)
     if config.preset is not None:
         check_features(config.preset, extractor.record)
@@ -92,7 +89,7 @@ def measure_samples(config: EvaluateConfig, state: PartialState) -> dict:
         work = _Work(config, state, extractor, reference)
         own, score = _scored(samples, work.features_of("samples", samples, keeps_classes=True))
         measured = work.reference()
-        learned = None if train is None else work.features_of("training", train.images)
+        learned = None if train is None else work.features_of("training_images", train.images)
         if not state.is_main_process:
             return {}
         work.clean_up()
@@ -105,53 +102,6 @@ def measure_samples(config: EvaluateConfig, state: PartialState) -> dict:
     write_json(result, Path(config.output_dir) / RESULT_NAME)
     _print(result, config)
     return result
-
-
-def open_references(
-    config: EvaluateConfig, size: tuple[int, int]
-) -> tuple[OpenedReference, OpenedReference | None]:
-    """Open what samples of a size (H, W) are compared with, and the training images where they are others."""
-    crop = config.reference_crop
-    if crop is None and config.preset is not None:
-        crop = preset_of(config.preset).crop
-    train = None
-    if config.training_images is not None:
-        with reading("training_images", config.training_images, "images, as a folder or an .npz file"):
-            train = open_reference(config.training_images, size, crop)
-            if train.images is None:
-                raise ValueError("it holds statistics alone; expected images")
-    data = config.data
-    if config.reference is not None:
-        data = _dataset_of(config.reference)
-        if data is None:
-            if config.reference_split is not None:
-                raise ValueError(
-                    f"reference_split is {config.reference_split!r}, but reference {config.reference!r} is no dataset; "
-                    "expected null"
-                )
-            with reading("reference", config.reference, "images or statistics, as a folder or an .npz file"):
-                return open_reference(config.reference, size, crop), train
-    elif data.source is None:
-        data = data_of_run(config.run_dirs[0])[0]
-    split = config.reference_split or data.eval_split or data.split
-    with reading("reference" if config.reference else "data", config.reference or data.path, "images that can be read"):
-        reference = open_data(data, split, size, crop)
-        if train is None and config.reference is None and split != data.split:
-            train = open_data(data, data.split, size, crop)
-    return reference, train
-
-
-def _dataset_of(reference: str) -> ImageDataConfig | None:
-    """Return the data that a reference names; None where it names files."""
-    if reference == "digits":
-        return ImageDataConfig(source="digits")
-    if is_saved_to_disk(reference):
-        return ImageDataConfig(source="datasets", path=reference)
-    looks_like_files = os.path.exists(reference) or reference.endswith(".npz") or reference.startswith((".", "/", "~"))
-    # A name on the hub has an owner, or is a single word; a path into a folder that is here is mistyped.
-    if looks_like_files or reference.count("/") > 1 or os.path.isdir(reference.partition("/")[0]):
-        return None
-    return ImageDataConfig(source="datasets", path=reference)
 
 
 class _Work:
@@ -186,16 +136,13 @@ class _Work:
         """Make the features of a set; None on all processes but the first."""
         state, config = self._state, self._config
         progress = Progress(state, f"features, {name}", len(images), 0)
-        arrays = embed(
-            images,
-            self._extractor,
-            batch_size=config.batch_size,
-            max_features=config.max_features,
-            keeps_classes=keeps_classes,
-            rank=state.process_index,
-            world_size=state.num_processes,
-            on_batch=progress.add,
-        )
+        sizes = {"batch_size": config.batch_size, "max_features": config.max_features}
+        share = {"rank": state.process_index, "world_size": state.num_processes, "on_batch": progress.add}
+        try:
+            arrays = embed(images, self._extractor, keeps_classes=keeps_classes, **sizes, **share)
+        except UnreadableImageError as error:
+            progress.close()
+            raise ValueError(f"{name}: {images.path} holds what is no picture in order: {error}") from error
         parts = [arrays]
         if state.num_processes > 1:
             parts = [self._parts / f"{name}-{rank}.npz" for rank in range(state.num_processes)]
@@ -206,7 +153,8 @@ class _Work:
         if state.is_main_process and state.num_processes > 1:
             progress.wait_for_files(lambda: next((str(part) for part in parts if not part.is_file()), None))
         progress.close()
-        return gathered(parts, images.class_labels, config.max_features) if state.is_main_process else None
+        labels = None if is_of_prompts(images.job) else images.class_labels
+        return gathered(parts, labels, config.max_features) if state.is_main_process else None
 
     def reference(self) -> Reference | None:
         """Make or take up the reference's features and moments; None on all processes but the first."""
@@ -226,6 +174,7 @@ class _Work:
         else:
             found = replace(statistics, features=features)
         if found.moments is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             save_reference(self._file, found, self._provenance())
         return found
 
@@ -283,6 +232,9 @@ def _result(
 ) -> dict:
     """Compute all figures, and write what is not flat to files of its own."""
     output_dir = Path(config.output_dir)
+    for name in (CLASSES_NAME, NEAREST_NAME):
+        # Of an evaluation here before, which may have had figures that this one has not.
+        (output_dir / name).unlink(missing_ok=True)
     figures = sample_figures(own, reference, score=score, seed=config.seed, device=state.device)
     real = None if train is None else reference.features
     among = reference.features if train is None else train
@@ -337,12 +289,13 @@ def _settings(
     extractor: FeatureExtractor,
 ) -> dict:
     """All that is needed to take the figures again."""
+    has_no_classes = samples.class_labels is None or is_of_prompts(samples.job)
     return {
         "preset": config.preset,
         "samples": config.samples,
         "samples_sha256": samples.sha256(),
         "samples_format": samples.format,
-        "samples_num_classes": None if samples.class_labels is None else len(np.unique(samples.class_labels)),
+        "samples_num_classes": None if has_no_classes else len(np.unique(samples.class_labels)),
         "image_size": list(samples.image_size),
         "reference": reference.name,
         "reference_kind": reference.kind,

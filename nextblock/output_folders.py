@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _OUTPUTS = ("output_dir", "pipeline_dir")
+_OUTPUT_FILES = ("reference_file",)
 _INPUTS = ("tokenizer", "tokens", "pipeline", "samples", "reference", "training_images", "features")
 
 
@@ -17,6 +18,9 @@ def check_output_folders(config: Any) -> None:
     Raises:
         ValueError: naming the option, its value and what was expected.
     """
+    for option in _OUTPUT_FILES:
+        if getattr(config, option, None) is not None:
+            check_writable(option, Path(getattr(config, option)).parent)
     for option in _OUTPUTS:
         value = getattr(config, option, None)
         if value is None:

@@ -36,7 +36,9 @@ def draw_result(
     """
     save_picture(sample_grid(samples), output_dir / GRID_NAME)
     pictures = {GRID_NAME: "Samples"}
-    if train is not None:
+    if train is None:
+        (output_dir / NEIGHBOURS_NAME).unlink(missing_ok=True)
+    else:
         with np.load(output_dir / nearest_name) as nearest:
             chosen = np.argsort(nearest["distances"], kind="stable")[:_NUM_PAIRS]
             pairs = samples.images(nearest["sample_numbers"][chosen]), train.images(nearest["train_numbers"][chosen])

@@ -152,7 +152,7 @@ def _sample(config: SampleConfig, state: PartialState, stoppable: Job) -> None:
     pipe.set_progress_bar_config(disable=True)
     sampling = pipe.sampling.changed(**asdict(config.sampling))
     sampling.check_for(pipe.prior)
-    drawn = drawn_of(pipe, config.class_labels, config.prompts, config.negative_prompt)
+    drawn = drawn_of(pipe, config.class_labels, config.prompts, config.negative_prompt, sampling)
     labels = _check_number(drawn.labels, config.num_images_per_label)
     # What is written down beside the images says how they were drawn, whoever chose it.
     config = replace(config, sampling=GivenSamplingOptions(**asdict(sampling)))

@@ -17,17 +17,20 @@ from nextblock.evaluation.report import format_columns, format_number, write_jso
 from nextblock.files.claim import claimed
 from nextblock.files.part_jobs import begin_job
 from nextblock.files.regular import is_regular, read_json
-from nextblock.pipelines import ClassToImagePipeline
 from nextblock.training.processes import connect_processes
 
 from .evaluate_config import EvaluateConfig
-from .inputs import load_given
-from .measure_samples import FIGURES, RESULT_NAME, measure_samples, open_references
+from .given_references import open_references
+from .inputs import load_given_pipeline
+from .measure_samples import FEATURES_EXPECTED, FIGURES, RESULT_NAME, measure_samples
+from .mistakes import reading
 from .sample import SampleConfig, sample
+from .sample_conditions import drawn_of
 from .stoppable import stoppable_job
 from .sweep_config import DrawConfig, Sweep, sample_configs
 
 TABLE_NAME, PICTURE_NAME, REFERENCE_NAME = "sweep.json", "sweep.png", "reference.npz"
+_OF_TEXTS = ("prompts", "negative_prompt")
 # What the picture shows, where it could be had, each in a panel of its own; fd is FID where that is not null.
 _PANELS = ("fid", "fd", "inception_score", "precision", "recall")
 
@@ -64,16 +67,19 @@ def sweep_figures(config: EvaluateConfig) -> dict:
 def _describe(config: EvaluateConfig, sweep: Sweep, jobs: Sequence[SampleConfig], state: PartialState) -> dict:
     """All that the figures depend on but the values; what is wrong with it is said before anything is drawn."""
     options = {"requires_own_tokenizer": config.requires_own_tokenizer}
-    pipe = load_given("pipeline", config.pipeline, ClassToImagePipeline, **options)
+    pipe = load_given_pipeline("pipeline", config.pipeline, **options)
     for job in jobs:
-        pipe.sampling.changed(**asdict(job.sampling)).check_for(pipe.prior)
-    if config.draw.class_labels is not None:
-        pipe.resolve_labels(jobs[0].class_labels)
-    extractor = load_features(config.features, variant=config.features_variant)
+        sampling = pipe.sampling.changed(**asdict(job.sampling))
+        sampling.check_for(pipe.prior)
+        drawn = drawn_of(pipe, job.class_labels, job.prompts, job.negative_prompt, sampling)
+    # Where a file of prompts lies is no matter.
+    texts = {} if config.draw.prompts is None else drawn.described()
+    with reading("features", config.features, FEATURES_EXPECTED):
+        extractor = load_features(config.features, variant=config.features_variant)
     reference, train = open_references(config, tuple(pipe.tokenizer.config.image_size))
     return {
         "sweep": sweep.option,
-        "draw": asdict(config.draw),
+        "draw": {name: value for name, value in asdict(config.draw).items() if name not in _OF_TEXTS} | texts,
         **{name: value for name, value in extractor.record.items() if name != "features"},
         "reference_sha256": reference.sha256,
         "reference_crop": reference.crop,

@@ -19,9 +19,13 @@ class DrawConfig:
     """How a sweep draws its samples."""
 
     num_images_per_label: int = 10
-    """Images of each class, for each value."""
+    """Images of each class or prompt, for each value."""
     class_labels: list[int | str] | int | str | None = None
     """Class or classes to draw, by number or by name; null draws every class, or an unconditional model's images."""
+    prompts: str | None = None
+    """File with a prompt a line, for a pipeline of texts."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, of a pipeline of texts; null leads away from no text."""
     sampling: GivenSamplingOptions = field(default_factory=GivenSamplingOptions)
     """How tokens are drawn but for the option that is swept; null takes what the pipeline was saved with."""
     seed: int = 0

@@ -55,8 +55,9 @@ class TokenizeConfig:
     text_encoder: str | None = None
     """Folder or hub repository of a text model of transformers; features of all captions are then stored with the
     tokens (float16). null stores captions alone; with data.caption_column only."""
-    text_max_length: int = 120
-    """Tokens of a caption that the text encoder reads; the rest is cut off."""
+    text_max_length: int | None = None
+    """Tokens of a caption that the text encoder reads; the rest is cut off. null takes 120, or all that the encoder has
+    positions for."""
     num_augmented_views: int = 0
     """Augmented copies of each training image, besides the original."""
     has_flipped_view: bool = False
@@ -310,7 +311,7 @@ def _described(encoder: TextEncoder, config: TokenizeConfig) -> dict:
         "name": name,
         "sha256": encoder.fingerprint(),
         "width": encoder.width,
-        "max_length": config.text_max_length,
+        "max_length": encoder.max_length,
     }
 
 

@@ -77,7 +77,7 @@ def train(config: PriorTrainConfig) -> None:
         encoder = load_given_encoder("text.encoder", config.text.encoder, length)
     tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32).eval().requires_grad_(False)
     with reading("loop.init_from", config.loop.init_from, "the folder of a saved prior, or of a pipeline"):
-        config = with_initial_prior(config, tokenizer)
+        config = with_initial_prior(config, tokenizer, encoder)
     with opened_run(config.loop, output_dir, Path(config.pipeline_dir)) as accelerator:
         if config.tokens is not None:
             with reading("tokens", config.tokens, TOKENS_EXPECTED):

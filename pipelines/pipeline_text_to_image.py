@@ -13,6 +13,7 @@ from diffusers import ImagePipelineOutput
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nextblock.data.captions import is_encodable
 from nextblock.prior.sampling import SamplingOptions
 from nextblock.prior.text_condition import TextCondition
 from nextblock.prior.text_encoder import TextEncoder
@@ -27,6 +28,8 @@ from .token_pipeline import TokenPipeline
 logger = logging.getLogger(__name__)
 
 Prompts = str | Sequence[str] | None
+# Characters of what is cut off from a prompt.
+_MAX_QUOTED = 1000
 
 
 class TextToImagePipeline(TokenPipeline):
@@ -227,11 +230,12 @@ class TextToImagePipeline(TokenPipeline):
         return editing.outpaint(self, image, box, prompt, num_images_per_prompt, fit, options)
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode_prompt(self, prompt: str | Sequence[str], *, warns: bool = True) -> tuple[Tensor, Tensor]:
         """Encode prompts as a call does.
 
         Args:
             prompt: P texts, or one.
+            warns: whether to say what is cut off from those that are too long, see `warn_of_cut`.
 
         Returns:
             `text_embeds` (P, T, E) and `text_mask` (P, T), which a call takes in place of the prompts.
@@ -239,13 +243,46 @@ class TextToImagePipeline(TokenPipeline):
         Raises:
             ValueError: if the prompts are no texts, or there is no text encoder.
         """
-        prompts, encoder = _as_prompts("prompt", prompt), self._encoder
-        for text in prompts:
+        prompts = _as_prompts("prompt", prompt)
+        if warns:
+            self.warn_of_cut(prompts)
+        return self._encoder.encode(prompts)
+
+    def warn_of_cut(self, prompts: Sequence[str]) -> None:
+        """Say of each text that is too long what is cut off from it.
+
+        Args:
+            prompts: any number of texts.
+        """
+        encoder = self._encoder
+        for text in dict.fromkeys(prompts):
             lost = encoder.overlong(text)
             if lost:
-                length = encoder.max_length
-                logger.warning(f"a prompt has more than {length} tokens; of {text[:80]!r} this is cut off: {lost!r}")
-        return encoder.encode(prompts)
+                shown = f"{text[:80]!r} this is cut off: {lost[:_MAX_QUOTED]!r}{'…' * (len(lost) > _MAX_QUOTED)}"
+                logger.warning(f"a prompt has more than {encoder.max_length} tokens; of {shown}")
+
+    def text_fingerprint(self) -> str:
+        """Hash all that the features of a prompt depend on: weights and tokenizer of the text encoder, and length."""
+        return self._encoder.fingerprint()
+
+    def check_guided(self, options: SamplingOptions, **negative) -> list[str]:
+        """Refuse something that guidance is to lead away from where there is no guidance.
+
+        Args:
+            options: how tokens are drawn.
+            negative: by name, such as `negative_prompt`; None is not given.
+
+        Returns:
+            The names of what is given.
+
+        Raises:
+            ValueError: naming the first of these.
+        """
+        given = [name for name, value in negative.items() if value is not None]
+        if given and all(scale == 1 for scale in options.scales(self.num_timesteps)):
+            expected = f"None without guidance: guidance_scale is {options.guidance_scale}"
+            raise ValueError(f"{given[0]} is given; expected {expected}")
+        return given
 
     def make_request(
         self,
@@ -276,15 +313,12 @@ class TextToImagePipeline(TokenPipeline):
         """
         check_count("num_images_per_prompt", num_images_per_prompt)
         negative = {"negative_prompt": negative_prompt, "negative_text_embeds": negative_text_embeds}
-        given = [name for name, value in negative.items() if value is not None]
+        given = self.check_guided(options, **negative)
         for prefix, embeds, mask in (
             ("", text_embeds, text_mask), ("negative_", negative_text_embeds, negative_text_mask)
         ):  # fmt: skip
             if mask is not None and embeds is None:
                 raise ValueError(f"{prefix}text_mask is given; expected None without {prefix}text_embeds")
-        if given and all(scale == 1 for scale in options.scales(self.num_timesteps)):
-            expected = f"None without guidance: guidance_scale is {options.guidance_scale}"
-            raise ValueError(f"{given[0]} is given; expected {expected}")
 
         def make_condition() -> TextCondition:
             condition = self._condition("prompt", prompt, text_embeds, text_mask)
@@ -320,6 +354,8 @@ def _as_prompts(name: str, prompt: Prompts) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, (list, tuple)) else []
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"{name} is {prompt!r:.80}; expected a text, or a list of at least one")
+    if not all(map(is_encodable, prompts)):
+        raise ValueError(f"{name} is {prompt!a:.80}; expected whole characters, no half of a pair")
     return prompts
 
 

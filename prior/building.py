@@ -19,15 +19,18 @@ TUNED_OPTIONS = ("dropout", "attention_dropout", "embedding_dropout", "drop_path
 TUNED_OPTIONS += ("adaln_gamma_init", "head_passes")
 
 
-def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> PriorTrainConfig:
+def with_initial_prior(
+    config: PriorTrainConfig, tokenizer: PreTrainedModel, text_encoder: TextEncoder | None = None
+) -> PriorTrainConfig:
     """Take the architecture of the prior that a run starts from, if it starts from one.
 
     Args:
         config: the run.
         tokenizer: whose tokens it predicts.
+        text_encoder: reads its captions; None without.
 
     Raises:
-        ValueError: if the given options are not that prior's, or it predicts other tokens.
+        ValueError: if the given options are not that prior's, or it predicts other tokens or takes other texts.
     """
     init_from = config.loop.init_from
     if init_from is None:
@@ -45,6 +48,13 @@ def with_initial_prior(config: PriorTrainConfig, tokenizer: PreTrainedModel) -> 
             raise ValueError(
                 f"init_from is {init_from!r}, a prior of {name} {getattr(stored, name)}; expected {value}, as the "
                 f"tokenizer in {config.tokenizer!r} has it"
+            )
+    texts = {"text_dim": None} if text_encoder is None else text_sizes(text_encoder, config.text)
+    for name in ("text_dim", "num_empty_positions"):
+        if name in texts and getattr(stored, name, texts[name]) != texts[name]:
+            raise ValueError(
+                f"init_from is {init_from!r}, a prior of {name} {getattr(stored, name)}; expected {texts[name]}, as "
+                f"text.encoder {config.text.encoder!r} and text.null {config.text.null!r} have it"
             )
     return replace(config, model=with_initial_architecture(options, config_class, init_from, TUNED_OPTIONS))
 

@@ -25,6 +25,8 @@ from nextblock.files.fingerprints import model_fingerprint
 
 # Sampled and stored alike: features that were computed and ones that were stored are the same numbers.
 FEATURE_DTYPE = torch.float16
+# As LlamaGen reads captions.
+DEFAULT_LENGTH = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,12 @@ class TextEncoder:
     max_length: int
 
     def __post_init__(self):
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        # RoBERTa's table has rows that no position takes.
-        longest = min([self.tokenizer.model_max_length, *([positions] if isinstance(positions, int) else [])])
-        if not 1 <= self.max_length <= longest:
-            raise ValueError(
-                f"text_max_length is {self.max_length}; expected 1 to {longest}, the positions of this text encoder"
-            )
+        longest = _num_positions(self.model, self.tokenizer)
+        # Beside the marks that begin and end a text there is room for a token of it.
+        least = self.tokenizer.num_special_tokens_to_add() + 1
+        if not least <= self.max_length <= longest:
+            expected = f"{least} to {longest}, the positions of this text encoder"
+            raise ValueError(f"text_max_length is {self.max_length}; expected {expected}")
 
     @property
     def width(self) -> int:
@@ -127,9 +128,17 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """Hash all that features depend on: weights, tokenizer and length."""
         tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
-        spelled = tokenizer.to_str() if tokenizer is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        spelled = repr(sorted(self.tokenizer.get_vocab().items())) if tokenizer is None else _spelled(tokenizer)
         parts = (model_fingerprint(self.model), spelled, str(self.max_length))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _spelled(tokenizer) -> str:
+    """Write a fast tokenizer down without how it cut and filled up its last texts, which it remembers."""
+    fresh = type(tokenizer).from_str(tokenizer.to_str())
+    fresh.no_truncation()
+    fresh.no_padding()
+    return fresh.to_str()
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
@@ -140,19 +149,20 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max
     return {"text_ids": tokens.input_ids, "text_mask": tokens.attention_mask.bool()}
 
 
-def load_text_encoder(source: str, max_length: int, **options) -> TextEncoder:
+def load_text_encoder(source: str, max_length: int | None, **options) -> TextEncoder:
     """Load a text model and its tokenizer.
 
     Args:
         source: a folder, or a repository of the hub.
-        max_length: tokens of a text that are read.
+        max_length: tokens of a text that are read; None for DEFAULT_LENGTH, or all that the model has positions for.
         options: of `from_pretrained`.
 
     Returns:
         The encoder, in the precision of its weights.
 
     Raises:
-        ValueError: if its model encodes no text, or `max_length` is more than its positions.
+        ValueError: if its model encodes no text, its tokenizer lacks what it needs, or `max_length` is more than its
+            positions.
     """
     config = AutoConfig.from_pretrained(source, **options)
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
@@ -160,7 +170,22 @@ def load_text_encoder(source: str, max_length: int, **options) -> TextEncoder:
     else:
         model_class = CLIPTextModel if config.model_type == "clip" else AutoModel
     model = model_class.from_pretrained(source, dtype="auto", **options).eval().requires_grad_(False)
-    if not hasattr(model.config, "hidden_size") or getattr(model, "main_input_name", None) != "input_ids":
+    is_of_text = hasattr(model.config, "hidden_size") and getattr(model, "main_input_name", None) == "input_ids"
+    # What the others of two stacks give is their decoder's.
+    if not is_of_text or (model.config.is_encoder_decoder and model_class is AutoModel):
         raise ValueError(f"{source!r} is a {type(model).__name__}; expected a model that encodes text")
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {source!r} has no pad_token; expected one, by which texts are filled up")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"{source!r} has no vocabulary of its tokenizer; expected its files beside the model's")
+    if max_length is None:
+        max_length = min(DEFAULT_LENGTH, _num_positions(model, tokenizer))
     return TextEncoder(model=model, tokenizer=tokenizer, max_length=max_length)
+
+
+def _num_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the most tokens of a text that a model and its tokenizer are made for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # RoBERTa's table has rows that no position takes.
+    return min([tokenizer.model_max_length, *([positions] if isinstance(positions, int) else [])])

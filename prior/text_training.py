@@ -16,9 +16,6 @@ from nextblock.files.stored_model import StoredModel
 
 from .text_encoder import TextEncoder
 
-# As LlamaGen reads captions.
-DEFAULT_LENGTH = 120
-
 
 @dataclass(kw_only=True)
 class TextConfig:
@@ -28,8 +25,8 @@ class TextConfig:
     """Folder or hub repository of a text model of transformers, which encodes the captions; it is saved with the
     pipeline. null conditions on classes, if there are any."""
     max_length: int | None = None
-    """Tokens of a caption that are read; the rest is cut off. null takes as many as the stored features have read, or
-    120 where none are stored."""
+    """Tokens of a caption that are read; the rest is cut off. null takes as many as the stored features have read;
+    where none are stored 120, or all that the encoder has positions for."""
     null: Literal["learned", "empty"] = "learned"
     """What stands for no text, which guidance needs: a "learned" row of features (of a Llama prior a table that stays
     as it was drawn), or those of the "empty" text."""
@@ -41,8 +38,8 @@ class TextConfig:
             raise ValueError(f"text is {self}; expected the defaults without text.encoder")
 
 
-def text_length(config: TextConfig, tokens: str | None) -> int:
-    """Return how many tokens of a caption a run reads.
+def text_length(config: TextConfig, tokens: str | None) -> int | None:
+    """Return how many tokens of a caption a run reads; None leaves it to the encoder.
 
     Args:
         config: of the run.
@@ -51,7 +48,7 @@ def text_length(config: TextConfig, tokens: str | None) -> int:
     if config.max_length is not None:
         return config.max_length
     stored = {} if tokens is None else TokenManifest.load(Path(tokens)).text_encoder
-    return stored.get("max_length", DEFAULT_LENGTH)
+    return stored.get("max_length")
 
 
 class TextBatches:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextblock.files.hub import find_model
 from nextblock.training.precision import full_precision, outside_autocast
 
 # torchvision's names of LPIPS's networks.
@@ -241,7 +242,8 @@ def _load_backbone(config: PerceptualConfig) -> PerceptualLoss:
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
     try:
-        backbone_config = AutoConfig.from_pretrained(config.backbone, trust_remote_code=False)
+        where = {} if os.path.exists(config.backbone) else find_model(config.backbone, "config.json")
+        backbone_config = AutoConfig.from_pretrained(config.backbone, trust_remote_code=False, **where)
         if type(backbone_config) in MODEL_FOR_BACKBONE_MAPPING:
             # AutoBackbone itself asks the hub about every name, a folder's too.
             backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
@@ -250,7 +252,7 @@ def _load_backbone(config: PerceptualConfig) -> PerceptualLoss:
             options = {"out_features": names}
         else:
             backbone_class, options = AutoModel, {}
-        options |= {"dtype": torch.float32, "output_loading_info": True}
+        options |= {"dtype": torch.float32, "output_loading_info": True, **where}
         backbone, info = backbone_class.from_pretrained(config.backbone, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -266,18 +268,18 @@ def _load_backbone(config: PerceptualConfig) -> PerceptualLoss:
             f"perceptual.backbone is {config.backbone!r}, whose file lacks {len(drawn)} tensors of a "
             f"{type(backbone).__name__}: {drawn[:8]}; expected the weights of a trained vision model"
         )
-    mean, std = _input_statistics(config)
+    mean, std = _input_statistics(config, where)
     return PerceptualLoss(backbone, mean, std, config.image_size)
 
 
-def _input_statistics(config: PerceptualConfig) -> tuple[list[float], list[float]]:
+def _input_statistics(config: PerceptualConfig, where: dict[str, bool]) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of the backbone's input, from the options or the backbone's own file."""
     if config.mean is not None and config.std is not None:
         return config.mean, config.std
     from transformers import BaseImageProcessor
 
     try:
-        saved, _ = BaseImageProcessor.get_image_processor_dict(config.backbone)
+        saved, _ = BaseImageProcessor.get_image_processor_dict(config.backbone, **where)
     except OSError:
         saved = {}
     mean, std = config.mean or saved.get("image_mean"), config.std or saved.get("image_std")

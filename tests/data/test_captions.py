@@ -38,12 +38,13 @@ def test_a_folder_s_metadata_lies_beside_its_images_or_above_them(tmp_path):
         picture(tmp_path / name)
     (tmp_path / "train" / "deep" / "c.png").rename(tmp_path / "train" / "c.png")
     rows = [{"file_name": "a.png", "text": " a cat "}, {"file_name": "./b.png", "text": ["two\u2028lines", "b"]}]
-    (tmp_path / "train" / "metadata.jsonl").write_text(lines(*rows) + "\n")
-    (tmp_path / "metadata.csv").write_text('file_name,text,n\ntrain/c.png,"a ""c"", quoted",1\ntest/a.png,held out,2\n')
+    (tmp_path / "train" / "metadata.jsonl").write_text("\ufeff" + lines(*rows) + "\n")
+    table = 'file_name,text,n\ntrain/c.png,"a ""c"", quoted",1\ntest/a.png,held\u2028out,2\n'
+    (tmp_path / "metadata.csv").write_text(table)
     (tmp_path / "train" / "deep").rmdir()
     expected = {"train/a.png": ("a cat",), "train/b.png": ("two\u2028lines", "b"), "train/c.png": ('a "c", quoted',)}
     assert captions_of(tmp_path) == expected
-    assert captions_of(tmp_path, split="test") == {"test/a.png": ("held out",)}
+    assert captions_of(tmp_path, split="test") == {"test/a.png": ("held\u2028out",)}
     # What is recorded of a source's files are the captions' files too.
     config = ImageDataConfig(source="folder", path=str(tmp_path), caption_column="text")
     files = source_files(config, load_source(config, "train"), "train")[1]

@@ -58,6 +58,9 @@ def given(tmp_path_factory):
     Image.fromarray(_images(1, 12)[0]).save(root / "mixed" / "larger.png")
     (root / "empty").mkdir()
     (root / "text.txt").write_text("text")
+    _folder(root / "damaged", _images(3, 32))
+    content = (root / "damaged" / "1.png").read_bytes()
+    (root / "damaged" / "1.png").write_bytes(content[: len(content) // 2])
     (root / "broken").mkdir()
     (root / "broken" / "1.png").write_bytes((root / "real" / "1.png").read_bytes()[:60])
     arrays = {
@@ -66,6 +69,7 @@ def given(tmp_path_factory):
         "other": {"pictures": _images(3)},
         "labels": {"arr_0": _images(3), "arr_1": np.arange(2)},
         "none": {"arr_0": _images(0)},
+        "below": {"arr_0": _images(3), "arr_1": np.array([0, -1, 1])},
         "larger": {"arr_0": _images(3, 12)},
         "no_sigma": {"mu": np.zeros(3)},
         "five": {"mu": np.zeros(5), "sigma": np.eye(5)},
@@ -100,6 +104,7 @@ WRONG = [
     ("--samples {root}/floats.npz", "of float64; expected (N, H, W, 3) of uint8"),
     ("--samples {root}/labels.npz", "labels.npz: arr_1"),
     ("--samples {root}/cut.npz", "cut.npz"),
+    ("--samples {root}/below.npz", "arr_1 holds -1 at 1; expected 0 or more for each image"),
     # reference
     ("--reference {root}/missing", "reference is '{root}/missing': {root}/missing does not exist; expected"),
     ("--reference {root}/larger.npz", "has images of 12x12; expected 8x8, the samples' size"),
@@ -108,6 +113,8 @@ WRONG = [
     ("--reference {root}/nan.npz", "expected (F,) and (F, F), finite"),
     ("--reference {root}/real --data.source digits", "data.source 'digits'; expected one of them"),
     ("--reference {root}/real --reference_split test", "is no dataset; expected null"),
+    ("--reference nothere", "cannot be loaded as a dataset: no such folder, and the hub does not answer"),
+    ("--reference {root}/damaged", "reference: {root}/damaged holds what is no picture in order: cannot read"),
     ("--reference {root}/negative.npz", "sigma has negative variances; expected a covariance"),
     ("--reference {root}/real --reference_file {root}/larger.npz", "reference_file is '{root}/larger.npz'"),
     ("--reference {root}/real --reference_file {root}/text.txt", "reference_file is '{root}/text.txt'"),
@@ -116,6 +123,8 @@ WRONG = [
     # features
     ("--features {root}/missing.pt", "features is '{root}/missing.pt'"),
     ("--features {root}/bert", "features is '{root}/bert'"),
+    ("--features {root}/empty", "features is '{root}/empty'; expected a file of Inception's weights, or the folder or"),
+    ("--features nothere", "no such file or folder, and the hub does not answer"),
     ("--features {root}/nan.pt", "are not finite; expected weights in order"),
     ("--features_variant dgm-eval", "variant is 'dgm-eval'; expected one of ['torch-fidelity'"),
     # the rest
@@ -162,6 +171,11 @@ WITHOUT = [
     ("--features {root}/tiny.pt --output_dir {new} --reference {root}/real", "samples"),
     ("--samples {root}/samples --features {root}/tiny.pt --reference {root}/real", "output_dir"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def _refused(arguments, given, tmp_path, capsys):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nextblock.evaluation.sample_sets import is_of_prompts, open_samples
 from nextblock.files.regular import read_json
 from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
 from nextblock.prior import BlockPrior, BlockPriorConfig
@@ -57,12 +58,16 @@ def test_images_are_those_of_single_prompts(draw, pipeline_dir):
         assert np.abs(alone.astype(int) - image).max() <= 1
     job = read_json(folder / "job.json")
     assert job["negative_prompt"] == "the" and len(job["prompts_sha256"]) == 64 and "class_labels" not in job
+    assert job["num_prompts"] == 3 and job["text_encoder_sha256"] == pipe.text_fingerprint()
 
 
 def test_pictures_lie_in_a_folder_a_prompt(draw, tmp_path):
     folder = draw("pictures", "--output_format", "png")
     found = sorted(path.relative_to(folder).as_posix() for path in folder.glob("images/*/*.png"))
     assert found == [f"images/{number // 2}/{number}.png" for number in range(6)]
+    # An evaluation takes them as the job's, in its order, and their prompts for no classes.
+    samples = open_samples(folder)
+    assert len(samples) == 6 and sorted(samples.index) == list(range(6)) and is_of_prompts(samples.job)
     (tmp_path / "prompts.txt").write_text("another\n" * 3)
     with pytest.raises(ValueError, match="holds another job, whose prompts_sha256"):
         draw("pictures", "--output_format", "png")
@@ -79,6 +84,7 @@ def test_what_does_not_fit_is_refused_by_name(draw, run_here, ten_class_pipeline
     ):
         with pytest.raises(ValueError, match=message):
             draw("wrong", *options)
+    assert not (tmp_path / "wrong").exists()
     where = ["--pipeline", ten_class_pipeline_dir, "--output_dir", tmp_path / "classes", "--cpu", "true"]
     with pytest.raises(ValueError, match="prompts is .*; expected null for a pipeline of classes"):
         run_here(sample, SampleConfig, *where, "--prompts", tmp_path / "prompts.txt")

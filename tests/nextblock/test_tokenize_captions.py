@@ -101,8 +101,8 @@ def test_jobs_of_other_captions_or_encoders_are_refused(
         with pytest.raises(ValueError, match=f"holds another job, whose {difference}"):
             tokenize_captions(featured_dir, *options)
     for options, message in (
-        ([*where, "--text_max_length", 33], "text_max_length is 33; expected 1 to 32"),
-        ([*where, "--text_max_length", 0], "text_max_length is 0; expected 1 to 32"),
+        ([*where, "--text_max_length", 33], "text_max_length is 33; expected 3 to 32"),
+        ([*where, "--text_max_length", 0], "text_max_length is 0; expected 3 to 32"),
         (["--text_encoder", image_folder], "text_encoder is .*: it has no config.json"),
         (["--data.caption_column", "title"], "expected title among them"),
     ):

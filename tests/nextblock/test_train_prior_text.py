@@ -131,9 +131,8 @@ def test_what_does_not_fit_is_refused_by_name(
     for options, message in (
         (["--tokens", tokens_dir, "--text.max_length", 7], "the tokens' condition is 'class'; expected tokens of"),
         ([*features, "--text.max_length", 6], "expected that one with text.max_length 7"),
-        ([*features, "--text.max_length", 33], "text_max_length is 33; expected 1 to 32"),
+        ([*features, "--text.max_length", 33], "text_max_length is 33; expected 3 to 32"),
         ([*data, "--text.max_length", 7], "data.caption_column is null"),
-        (data, "text_max_length is 120; expected 1 to 32"),
         ([*features, "--text.encoder", captioned_folder], "text.encoder is .*: it has no config.json"),
     ):
         with pytest.raises(ValueError, match=message):
