@@ -34,7 +34,8 @@ from nextblock.tokenizer.losses import assignment_entropy
 SIDE, HIDDEN_DIM, LEARNING_RATE, WARMUP_STEPS, NUM_INIT_IMAGES = 64, 32, 2e-3, 20, 64
 HELD_OUT_EVERY = 10
 LAYOUTS = {"tiles": {"tile": 1}, "scales": {"layout": "scales", "scales": [1, 2, 4, 8, 16], "num_phi": 4}}
-LEARNED = {"embedding_dim": 8, "codebook_init": "data", "revival_threshold": 0.5}
+# The decay is that of vector-quantize-pytorch.
+LEARNED = {"embedding_dim": 8, "codebook_init": "data", "codebook_ema_decay": 0.8, "revival_threshold": 0.5}
 LEVELS = {1024: [4] * 5, 16384: [8, 8, 8, 8, 4]}
 # Of the entropy term of codebooks of signs: that of lfq is of Open-MAGVIT2 and vector-quantize-pytorch.
 ENTROPY_WEIGHT, ENTROPY_TEMPERATURES = 0.1, {"lfq": 0.01, "bsq": 0.1}

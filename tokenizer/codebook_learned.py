@@ -37,6 +37,7 @@ class LearnedCodebook(nn.Module):
             falls under this share of the mean count; 0 revives none.
         init_scale: codes start uniform in ±init_scale; None means 1/V.
         gradient: how the quantized map passes its gradient on, "straight_through", "rotation" or "index".
+        count_decay: of the counts by which revival goes where codes are trained by gradient, in (0, 1).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LearnedCodebook(nn.Module):
         revival_threshold: float = 0.0,
         init_scale: float | None = None,
         gradient: Literal["straight_through", "rotation", "index"] = "straight_through",
+        count_decay: float = 0.99,
     ):
         super().__init__()
         self.num_codes = num_codes
@@ -59,6 +61,7 @@ class LearnedCodebook(nn.Module):
         self.beta = beta
         self.epsilon = epsilon
         self.ema_decay = ema_decay
+        self.count_decay = count_decay if ema_decay is None else ema_decay
         self.metric = metric
         self.has_unit_codes = has_unit_codes
         self.revival_threshold = revival_threshold
@@ -177,13 +180,12 @@ class LearnedCodebook(nn.Module):
         vectors = torch.cat([pending[0] for pending in self._pending])
         idx = torch.cat([pending[1] for pending in self._pending])
         self._pending.clear()
-        decay = 0.99 if self.ema_decay is None else self.ema_decay
         # Not bincount: on a GPU it reads the largest index back and makes the host wait.
         counts = idx.new_zeros(self.num_codes).scatter_add_(0, idx, torch.ones_like(idx)).to(self.weight.dtype)
-        self.code_counts.lerp_(all_reduced(counts), 1 - decay)
+        self.code_counts.lerp_(all_reduced(counts), 1 - self.count_decay)
         if self.ema_decay is not None:
             sums = torch.zeros_like(self.weight).index_add_(0, idx, vectors.to(self.weight.dtype))
-            self.code_sums.lerp_(all_reduced(sums), 1 - decay)
+            self.code_sums.lerp_(all_reduced(sums), 1 - self.ema_decay)
             self._set_weight_from_averages()
         if self.revival_threshold > 0:
             self._revive(vectors, *keys)

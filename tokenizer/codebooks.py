@@ -44,4 +44,5 @@ def _learned(config: VQVAEConfig, num_codes: int, dim: int) -> LearnedCodebook:
         revival_threshold=config.revival_threshold,
         init_scale=config.codebook_init_scale,
         gradient=config.codebook_gradient,
+        count_decay=config.codebook_ema_decay,
     )

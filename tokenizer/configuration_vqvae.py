@@ -60,7 +60,8 @@ class VQVAEConfig(PreTrainedConfig):
         codebook_gradient: learned and simvq: how features get the gradient of their codes: "straight_through",
             "rotation" (as rotated and stretched onto them) or "index" (IBQ: by a softmax over all codes).
         codebook_update: "gradient" or "ema" (moving average of the assigned features).
-        codebook_ema_decay: decay of that moving average, in (0, 1).
+        codebook_ema_decay: decay of that moving average, and of the counts by which revival finds dead codes, in
+            (0, 1).
         codebook_init: "uniform", or "data" (codes become features of training images before the first step).
         codebook_init_scale: uniform start in ± this; None means 1/V.
         codebook_metric: which code is taken: the nearest one, "euclidean", or that of largest "cosine" or

@@ -224,13 +224,10 @@ def test_one_class_needs_no_list(ten_class_pipeline_dir, tmp_path, capsys):
             assert arrays["arr_1"][np.argsort(arrays["index"])].tolist() == labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variables"),
-    [
-        ("sample", {"PYTHONIOENCODING": "ascii"}),
-        pytest.param("train-tokenizer", {"LC_ALL": "C"}, marks=pytest.mark.slow),
-        pytest.param("train-prior", {"LC_ALL": "C"}, marks=pytest.mark.slow),
-    ],
+    [("sample", {"PYTHONIOENCODING": "ascii"}), ("train-tokenizer", {"LC_ALL": "C"}), ("train-prior", {"LC_ALL": "C"})],
 )
 def test_a_terminal_that_knows_ascii_alone_shows_help(variables, name, tmp_path):
     environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} | variables

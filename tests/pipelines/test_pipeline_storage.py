@@ -263,11 +263,17 @@ DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trus
 """
 
 
-def test_diffusers_loads_the_folder_or_says_what_to_install(pipe, tmp_path, monkeypatch):
+def test_diffusers_loads_the_folder_by_the_code_in_it(pipe, tmp_path):
     folder = tmp_path / "birds"
     pipe.save_pretrained(folder)
     loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
     assert type(loaded) is ClassToImagePipeline
+
+
+@pytest.mark.slow
+def test_diffusers_says_what_to_install(pipe, tmp_path):
+    folder = tmp_path / "birds"
+    pipe.save_pretrained(folder)
     command = [sys.executable, "-c", WITHOUT, str(folder)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "pip install nextblock" in done.stderr

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nextblock.tokenizer import LearnedCodebook
+from nextblock.tokenizer import VQVAE, LearnedCodebook, VQVAEConfig
 
 V, C = 9, 4
 
@@ -126,6 +126,16 @@ def test_dead_codes_move_onto_features_and_alive_ones_stay(ema_decay):
         assert torch.equal(codebook.weight[alive], before[alive])
     else:
         torch.testing.assert_close(codebook.code_sums[6:] / mean_count, codebook.weight[6:])
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_codes_by_gradient_count_with_their_own_decay(decay):
+    sizes = {"image_size": 8, "hidden_dim": 8, "vocab_size": V, "embedding_dim": C}
+    model = VQVAE(VQVAEConfig(**sizes, codebook_ema_decay=decay, revival_threshold=1e-9))
+    codebook = model.quantizer.codebook
+    codebook.record(random_vectors(4), torch.tensor([0, 0, 0, 1]))
+    model.update_codebook(0, 0)
+    torch.testing.assert_close(codebook.code_counts[:3], decay + (1 - decay) * torch.tensor([3.0, 1.0, 0.0]))
 
 
 def test_nothing_is_revived_at_threshold_zero():

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# Pairs of processes; one of a pair ends as told while the other waits. Silence lasts four seconds, grace three.
+# Pairs of processes; one of a pair ends as told while the other waits. Silence lasts four seconds, grace three. While
+# they begin, which takes a busy machine long, they have more patience.
 PROGRAM = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
@@ -24,8 +25,11 @@ def run(rank, port, failing, end, wait, log):
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
-    with peers.PeerWatch(SimpleNamespace(process_index=rank, num_processes=2), patience_seconds=4.0):
-        dist.barrier()  # Else one might fall silent before the other has begun to watch.
+    with peers.PeerWatch(SimpleNamespace(process_index=rank, num_processes=2), patience_seconds=30.0) as watch:
+        while len(watch._hosts) < 2:  # Until the other one has been heard of.
+            time.sleep(0.05)
+        dist.barrier()  # Else one might fall silent before the other has heard of it.
+        watch._patience = 4
         if rank == failing:
             time.sleep(1)  # Else the other might still be at the barrier.
         exec(end if rank == failing else wait)
@@ -48,7 +52,7 @@ for name, (failing, end, wait) in json.loads(sys.argv[1]).items():
         ranks[pid] = name, rank
         if rank != failing:
             codes[name] = None
-deadline = time.monotonic() + 40
+deadline = time.monotonic() + 60
 while None in codes.values() and time.monotonic() < deadline:
     pid, status = os.waitpid(-1, os.WNOHANG)
     if pid == 0:

@@ -77,7 +77,7 @@ def arguments(tokenizer_arguments, tmp_path) -> list[str]:
     return [*tokenizer_arguments, *folders, "--loop.num_workers", "2", "--loop.num_steps", "40"]
 
 
-@pytest.mark.parametrize("way", MESSAGES)
+@pytest.mark.parametrize("way", [pytest.param("error", marks=pytest.mark.slow), "killed worker"])
 def test_a_training_with_workers_ends_at_once(way, arguments, tmp_path):
     check_ends([sys.executable, "-c", PROGRAM, way, *arguments], MESSAGES[way], tmp_path)
 
