@@ -30,6 +30,9 @@ PUBLISHED_TOKENS = {
     "rar": {"vocab_size": 1024, "layout": BlockLayout.tiles(1, 16).to_dict()},
     "llamagen": {"vocab_size": 16384, "layout": BlockLayout.tiles(1, 16).to_dict()},
 }
+# Classes, or channels of the text encoder's features; ImageNet's classes where nothing is said.
+CONDITIONS = {"digits": {"num_classes": 10}, "emoji": {"num_classes": 0, "text_dim": 384}}
+NUM_TEXT_TOKENS = 12
 TEXT = """# The shipped presets
 
 What each needs in training. *Weights* are float32 weights, their gradients and Adam's two averages, of every process; a
@@ -39,7 +42,7 @@ divided by processes and `--loop.gradient_accumulation_steps`. `--gradient_check
 
 These are estimates by `benchmarks/presets.py`, which builds every model at its real size on the meta device; a
 discriminator, a perceptual network and what kernels work with come on top. Measured beside them: four samples of
-`prior/var-d16` took 4.5 GB on a CPU (`benchmarks/memory.json`), by the table 4.4 GB.
+`prior/var-d16` took 4.5 GB on a CPU (`benchmarks/memory.json`), by the table 4.4 GB. Captions have 12 tokens.
 
 | preset | parameters, M | weights, GB | batch size | a sample, GB | the batch, GB |
 |---|---|---|---|---|---|
@@ -78,13 +81,16 @@ def _tokens(kind: str) -> dict:
     project = kind.split("-")[0]
     if project in PUBLISHED_TOKENS:
         return {"num_classes": 1000, **PUBLISHED_TOKENS[project]}
-    if project == "digits":
-        tokenizer = kind if (CONFIGS / "tokenizer" / f"{kind}.yaml").is_file() else "digits-raster"
+    if (CONFIGS / "tokenizer" / f"{kind}.yaml").is_file():
+        tokenizer = kind
     else:
-        tokenizer = f"var-{512 if kind.endswith('512') else 256}"
+        tokenizer = "digits-raster" if project == "digits" else f"var-{512 if kind.endswith('512') else 256}"
     model, _ = build(f"tokenizer/{tokenizer}")
     sizes = {name: getattr(model.config, name) for name in ("vocab_size", "embedding_dim")}
-    return {"num_classes": 10 if project == "digits" else 1000, "layout": model.layout.to_dict(), **sizes}
+    digits = model.quantizer.digits
+    sizes |= {} if digits is None else {"code_bases": list(digits.bases)}
+    condition = CONDITIONS.get(project, {"num_classes": 1000})
+    return {**condition, "layout": model.layout.to_dict(), **sizes}
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -106,15 +112,24 @@ def kept_bytes(model: nn.Module) -> int:
         if isinstance(model, VQVAE):
             model(torch.empty(1, model.config.num_channels, *model.config.image_size, device="meta"))
         else:
-            layout, label = model.layout, torch.zeros(1, dtype=torch.int64, device="meta")
+            layout = model.layout
             length = layout.num_tokens - layout.block_lengths[0]
             if model.takes_indices:
                 given = torch.zeros(1, length, dtype=torch.int64, device="meta")
             else:
                 given = torch.empty(1, length, model.embedding_dim, device="meta")
             labels = torch.zeros(1, layout.num_tokens, dtype=torch.int64, device="meta")
-            model(given, label, labels=labels)
+            model(given, labels=labels, **_condition(model))
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _condition(model: nn.Module) -> dict[str, Tensor]:
+    """Return the class, or the text, of one sample."""
+    text_dim = getattr(model.config, "text_dim", None)
+    if text_dim is None:
+        return {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")}
+    mask = torch.ones(1, NUM_TEXT_TOKENS, dtype=torch.bool, device="meta")
+    return {"text_embeds": torch.empty(1, NUM_TEXT_TOKENS, text_dim, device="meta"), "text_mask": mask}
 
 
 def row(name: str, *, is_whole: bool = True) -> str:

@@ -39,9 +39,10 @@ class SimVQCodebook(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw fixed vectors of about unit norm, and start from them as they are."""
-        init.normal_(self.weight, std=self.dim**-0.5)
-        init.eye_(self.map)
+        """Draw fixed vectors of about unit norm, and the map as the paper's code does, as any linear layer."""
+        bound = self.dim**-0.5
+        init.normal_(self.weight, std=bound)
+        init.uniform_(self.map, -bound, bound)
 
     def get_codebook(self) -> Tensor:
         """Return the (V, C) table of code vectors, as `lookup` gives them."""

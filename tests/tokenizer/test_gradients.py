@@ -200,11 +200,12 @@ def test_simvq_learns_its_map_and_never_its_table(finite_differences):
     torch.testing.assert_close(features.grad, 1 + 0.4 * 2 * (features - result).detach() / features.numel())
 
 
-def test_simvq_starts_from_its_table():
+def test_simvq_starts_as_the_papers_code():
     torch.manual_seed(0)
-    codebook = SimVQCodebook(4000, 16)
-    assert torch.equal(codebook.get_codebook(), codebook.weight)
-    assert codebook.weight.std().item() == pytest.approx(0.25, rel=0.02)
+    codebook, linear = SimVQCodebook(4000, 100), torch.nn.Linear(100, 100, bias=False)
+    assert codebook.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert codebook.map.std().item() == pytest.approx(linear.weight.std().item(), rel=0.02)
+    assert codebook.map.abs().max().item() <= 0.1
 
 
 # Product codebooks
