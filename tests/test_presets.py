@@ -50,7 +50,8 @@ def test_every_shipped_config_parses_as_its_run(name):
     if isinstance(config, PriorTrainConfig):
         takes_codes = getattr(config.model, "input_embedding", None) == "codes"
         layout = BlockLayout.scales([1, 2, 4, 8]) if takes_codes else BlockLayout.tiles(1, 8)
-        family_config(config.model, layout=layout.to_dict())
+        tokens = {"vocab_size": 1000, "code_bases": [8, 5, 5, 5]} if name == "prior/digits-fsq" else {}
+        family_config(config.model, layout=layout.to_dict(), **tokens)
 
 
 @pytest.mark.parametrize(
