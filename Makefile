@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 help:
 	@echo "make quickstart [LAYOUT=scales|raster|rows|quadrants]   train on digits, sample, evaluate"
-	@echo "make quickstart-emoji                                  captions to emoji: render, train, judge"
+	@echo "make quickstart-emoji [SEED=0|1|2|3|4]                 captions to emoji: render, train, judge"
 	@echo "make test | make test-slow | make lint                  the checks"
 	@echo "make test-gpu | make benchmark-gpu                      the same on a GPU; INSTALLED= takes the python on the PATH"
 
@@ -50,14 +50,21 @@ quickstart: .venv/installed
 endif
 
 # Captioned pictures and a text encoder, which are packages; the encoder's own dependencies are not needed to read it.
-EMOJI := out/emoji
+SEEDS := 0 1 2 3 4
+SEED ?= 0
+override EMOJI := out/emoji$(if $(filter-out 0,$(SEED)),-$(SEED))
+ifneq ($(words $(SEED)) $(words $(filter $(SEEDS),$(SEED))),1 1)
+quickstart-emoji:
+	@echo "SEED is $(SEED); expected one of: $(SEEDS)" >&2; exit 1
+else
 quickstart-emoji: .venv/installed-emoji
 	rm -rf $(EMOJI)
 	python examples/emoji_pictures.py --output_dir $(EMOJI)/pictures
-	nextblock train-tokenizer --config tokenizer/emoji-32 --output_dir $(EMOJI)/tokenizer
-	nextblock tokenize --config tokenizer/tokenize-emoji --tokenizer $(EMOJI)/tokenizer --text_encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/tokens
-	OMP_NUM_THREADS=1 accelerate launch --config_file $$(nextblock config accelerate/cpu-2-processes) -m nextblock train-prior --config prior/emoji-32 --loop.cpu true --tokens $(EMOJI)/tokens --tokenizer $(EMOJI)/tokenizer --text.encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/prior --pipeline_dir $(EMOJI)/pipeline
-	python examples/emoji_judge.py --pipeline $(EMOJI)/pipeline --pictures $(EMOJI)/pictures --output_dir $(EMOJI)
+	nextblock train-tokenizer --config tokenizer/emoji-32 --data.path $(EMOJI)/pictures --loop.seed $(SEED) --output_dir $(EMOJI)/tokenizer
+	nextblock tokenize --config tokenizer/tokenize-emoji --data.path $(EMOJI)/pictures --tokenizer $(EMOJI)/tokenizer --text_encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/tokens
+	OMP_NUM_THREADS=1 accelerate launch --config_file $$(nextblock config accelerate/cpu-2-processes) -m nextblock train-prior --config prior/emoji-32 --loop.seed $(SEED) --loop.cpu true --tokens $(EMOJI)/tokens --tokenizer $(EMOJI)/tokenizer --text.encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/prior --pipeline_dir $(EMOJI)/pipeline
+	python examples/emoji_judge.py --pipeline $(EMOJI)/pipeline --pictures $(EMOJI)/pictures --output_dir $(EMOJI) --seed $(SEED) --guidance_scales 2 1 1.5 2.5 3 4
+endif
 
 .venv/installed-emoji: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[emoji]'
