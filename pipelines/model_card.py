@@ -34,6 +34,7 @@ _SIZES = {
     "hidden_size": "width {}",
     "num_heads": "{} heads",
     "num_attention_heads": "{} heads",
+    "head": "head {}",
 }
 
 
@@ -58,7 +59,7 @@ def pipeline_card(
     Returns:
         Markdown with the header that the hub reads.
     """
-    tokenizer, prior = pipe.tokenizer, pipe.prior
+    tokenizer, prior, quantizer = pipe.tokenizer, pipe.prior, pipe.tokenizer.quantizer
     layout, is_of_text = prior.layout, _is_of_text(pipe)
     num_classes = 0 if is_of_text else prior.conditions.num_classes
     height, width = tokenizer.config.image_size
@@ -81,7 +82,7 @@ def pipeline_card(
         "|---|---|",
         f"| layout | {layout.kind}, {layout.num_blocks} blocks, {layout.num_tokens} tokens |",
         f"| latent grid | {layout.grid[0]}×{layout.grid[1]} |",
-        f"| codes | {tokenizer.quantizer.num_codes} of {tokenizer.quantizer.dim} channels |",
+        f"| codes | {quantizer.num_codes} of {quantizer.dim} channels, {type(quantizer.codebook).__name__} |",
         f"| {'text' if is_of_text else 'classes'} | {_text(pipe) if is_of_text else num_classes or 'none'} |",
         f"| prior | {_sizes(prior.config)} |",
         f"| prior parameters | {_num_parameters(prior):,} |",

@@ -152,9 +152,9 @@ def test_the_model_card_says_what_the_pipeline_is(pipe, build_pipeline, tmp_path
         "Samples 16×16 images block by block: 3 scales of 1×1, 2×2, 4×4 tokens.",
         "pipe('blue tit', num_images_per_label=4)",
         "| layout | scales, 3 blocks, 21 tokens |",
-        "| codes | 12 of 8 channels |",
+        "| codes | 12 of 8 channels, LearnedCodebook |",
         "| classes | 3 |",
-        "| prior | nextblock_block_prior, 2 layers, width 16, 2 heads |",
+        "| prior | nextblock_block_prior, 2 layers, width 16, 2 heads, head softmax |",
         f"| prior parameters | {num_parameters:,} |",
     ):
         assert part in card
