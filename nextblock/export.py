@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_model
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 from nextblock.files.claim import claimed, is_occupied
 from nextblock.files.state_dicts import check_state_dict
 from nextblock.files.stored_model import check_memory
-from nextblock.pipelines import ClassToImagePipeline
+from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
 from nextblock.tokenizer import VQVAE
 from nextblock.training.average import saved_average
 from nextblock.training.checkpoint import MODEL_CONFIG_NAME, damage
 from nextblock.training.saved_state import naming
 
 from .command_line import parse_run_config
-from .inputs import load_given
+from .inputs import load_given, load_given_encoder
 from .mistakes import reading
 
 _EXPECTED = "the folder of a checkpoint, RUN/checkpoints/step_00001000 say"
@@ -37,6 +38,12 @@ class ExportConfig:
     """Folder to write, which must be new or empty."""
     tokenizer: str | None = None
     """With a prior's checkpoint: folder of its tokenizer, to write a pipeline of both; null writes the prior alone."""
+    text_encoder: str | None = None
+    """With a tokenizer and the checkpoint of a prior of captions: folder or hub repository of its text encoder."""
+
+    def __post_init__(self):
+        if self.text_encoder is not None and self.tokenizer is None:
+            raise ValueError(f"text_encoder is {self.text_encoder!r}, but tokenizer is null; expected both")
 
 
 def export(config: ExportConfig) -> None:
@@ -66,9 +73,22 @@ def _export(config: ExportConfig) -> None:
         if isinstance(model, VQVAE):
             raise ValueError(f"tokenizer is {config.tokenizer!r}; expected null with a tokenizer's checkpoint")
         tokenizer = load_given("tokenizer", config.tokenizer, VQVAE, dtype=torch.float32)
-        ClassToImagePipeline(tokenizer=tokenizer, prior=model).save_pretrained(output_dir)
+        _pipeline(config, tokenizer, model).save_pretrained(output_dir)
     weights = "weight average" if has_average else "weights"
     print(f"{output_dir}: the {weights} of {config.checkpoint}, {model.num_parameters():,} parameters")
+
+
+def _pipeline(config: ExportConfig, tokenizer: VQVAE, prior: PreTrainedModel) -> DiffusionPipeline:
+    """Put a pipeline of classes or of texts together."""
+    is_of_texts = hasattr(prior.conditions, "text_dim")
+    if is_of_texts != (config.text_encoder is not None):
+        expected = "the text encoder of a prior of captions" if is_of_texts else "null with a prior of no captions"
+        raise ValueError(f"text_encoder is {config.text_encoder!r}; expected {expected}")
+    if not is_of_texts:
+        return ClassToImagePipeline(tokenizer=tokenizer, prior=prior)
+    encoder = load_given_encoder("text_encoder", config.text_encoder, prior.conditions.max_positions)
+    texts = {"text_encoder": encoder.model, "text_tokenizer": encoder.tokenizer}
+    return TextToImagePipeline(tokenizer=tokenizer, prior=prior, **texts)
 
 
 def load_trained_model(checkpoint: Path) -> tuple[PreTrainedModel, bool]:

@@ -20,7 +20,8 @@ def check_output_folders(config: Any) -> None:
     """
     for option in _OUTPUT_FILES:
         if getattr(config, option, None) is not None:
-            check_writable(option, Path(getattr(config, option)).parent)
+            file = getattr(config, option)
+            check_writable(option, Path(file).parent, file)
     for option in _OUTPUTS:
         value = getattr(config, option, None)
         if value is None:
@@ -47,21 +48,23 @@ def _check_outside_images(option: str, value: str, data: Any) -> None:
         raise ValueError(f"{option} is {value!r}, within data.path {data.path!r}; expected a folder outside the data")
 
 
-def check_writable(option: str, folder: Path) -> None:
+def check_writable(option: str, folder: Path, value: str | None = None) -> None:
     """Refuse a folder that cannot be made or written to.
 
     Args:
         option: that names it.
         folder: that may not be there yet.
+        value: of the option, a file there; None for the folder itself.
 
     Raises:
         ValueError: naming the option, its value and what was expected.
     """
+    value = str(folder) if value is None else value
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     except OSError as error:  # Names that are too long, links that lead in circles.
-        raise ValueError(f"{option} is {str(folder)!r}; expected a folder that can be made: {error}") from error
+        raise ValueError(f"{option} is {value!r}; expected a folder that can be made: {error}") from error
     if not there.is_dir():
-        raise ValueError(f"{option} is {str(folder)!r}; expected a folder, but {there} is a file")
+        raise ValueError(f"{option} is {value!r}; expected a folder, but {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} is {str(folder)!r}; expected a folder that can be written, but {there} cannot")
+        raise ValueError(f"{option} is {value!r}; expected a folder that can be written, but {there} cannot")

@@ -74,9 +74,10 @@ class TextToImagePipeline(TokenPipeline):
             raise ValueError(f"{missing} is None; expected text_encoder and text_tokenizer, or neither")
         texts = {"text_encoder": text_encoder, "text_tokenizer": text_tokenizer}
         self._register(tokenizer, prior, sampling, card, requires_own_tokenizer, **texts)
-        if text_encoder is not None and self._encoder.width != prior.conditions.text_dim:
+        width = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
+        if text_encoder is not None and width != prior.conditions.text_dim:
             expected = f"{prior.conditions.text_dim}, of the features that the prior takes"
-            raise ValueError(f"text_encoder is of width {self._encoder.width}; expected {expected}")
+            raise ValueError(f"text_encoder is a {type(text_encoder).__name__} of width {width}; expected {expected}")
 
     @property
     def _encoder(self) -> TextEncoder:

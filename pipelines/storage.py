@@ -40,7 +40,8 @@ def download_pipeline(pretrained_model_name: str, options: Mapping) -> str:
     names = ("cache_dir", "revision", "token", "force_download", "local_files_only")
     return snapshot_download(
         pretrained_model_name,
-        allow_patterns=["*.json", "*.safetensors", "README.md", GRID_NAME],
+        # Vocabularies of text tokenizers have names of many kinds.
+        allow_patterns=["*.json", "*.safetensors", "README.md", GRID_NAME, "text_tokenizer/*"],
         **{name: options[name] for name in names if options.get(name) is not None},
     )
 

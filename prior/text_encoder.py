@@ -97,9 +97,13 @@ class TextEncoder:
             Features (B, T, E) and mask (B, T) bool, on the model's device.
 
         Raises:
-            ValueError: if features are beyond FEATURE_DTYPE, or not finite.
+            ValueError: if a text has no token, or features are beyond FEATURE_DTYPE, or not finite.
         """
         tokens = self.token_ids(texts)
+        is_empty = ~tokens["text_mask"].any(dim=1)
+        if is_empty.any():
+            text = texts[int(is_empty.int().argmax())]
+            raise ValueError(f"the text encoder's tokenizer gives no token for {text!r:.80}; expected one at least")
         features = self.features(**tokens)
         mask = tokens["text_mask"].to(features.device)
         if not (features.isfinite() | ~mask[..., None]).all():

@@ -1,11 +1,13 @@
 """Tokenization of captioned images: shards keep captions and features of them, and the manifest says so."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nextblock.data.images import ImageDataConfig, load_source
 from nextblock.data.tokens import TokenDataset, TokenManifest
@@ -125,6 +127,7 @@ def test_jobs_of_other_captions_or_encoders_are_refused(
 
 def test_an_encoder_s_features_do_not_depend_on_a_text_s_neighbours(text_encoder_dir):
     encoder = load_text_encoder(text_encoder_dir, 8)
+    fingerprint = encoder.fingerprint()
     texts = ["a red bird", "the", "a small blue cat in and of the dog", "a red bird"]
     together, mask = encoder.encode(texts)
     each = encoder.encode_each(texts, batch_size=2)
@@ -134,3 +137,19 @@ def test_an_encoder_s_features_do_not_depend_on_a_text_s_neighbours(text_encoder
         assert np.allclose(alone, single.numpy(), atol=2e-3)
     assert np.array_equal(each[0], each[3]) and encoder.overlong(texts[0]) == ""
     assert encoder.overlong(texts[2]) == "of the dog"
+    assert encoder.fingerprint() == fingerprint
+    with pytest.raises(ValueError, match="gives no token for ''; expected one at least"):
+        encoder.tokenizer.backend_tokenizer.post_processor = None
+        encoder.encode(["the", ""])
+
+
+def test_encoders_that_lack_something_are_refused_by_name(text_encoder_dir, tmp_path):
+    assert load_text_encoder(text_encoder_dir, None).max_length == 32
+    shutil.copytree(text_encoder_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match="bare' has no vocabulary of its tokenizer; expected its files"):
+        load_text_encoder(str(tmp_path / "bare"), 8)
+    shutil.copytree(tmp_path / "bare", tmp_path / "unpadded")
+    backend = AutoTokenizer.from_pretrained(text_encoder_dir).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path / "unpadded")
+    with pytest.raises(ValueError, match="has no pad_token; expected one, by which texts are filled up"):
+        load_text_encoder(str(tmp_path / "unpadded"), 8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nextblock.export import ExportConfig, export
 from nextblock.pipelines import TextToImagePipeline
 from nextblock.prior.task import PriorTask, PriorTrainConfig
 from nextblock.prior.text_encoder import load_text_encoder
@@ -80,6 +81,17 @@ def test_stored_features_train_as_computed_ones_and_the_pipeline_has_its_encoder
     assert (stored_run / "pipeline" / "samples.png").is_file()
 
 
+def test_a_checkpoint_becomes_a_pipeline_with_its_encoder(
+    stored_run, tokenizer_dir, text_encoder_dir, run_here, tmp_path
+):
+    where = ["--checkpoint", stored_run / "checkpoints" / "step_00000006", "--tokenizer", tokenizer_dir]
+    run_here(export, ExportConfig, *where, "--text_encoder", text_encoder_dir, "--output_dir", tmp_path / "pipeline")
+    assert_same(tmp_path, stored_run)
+    assert len(TextToImagePipeline.from_pretrained(tmp_path / "pipeline")("the").images) == 1
+    with pytest.raises(ValueError, match="text_encoder is None; expected the text encoder of a prior of captions"):
+        run_here(export, ExportConfig, *where, "--output_dir", tmp_path / "without")
+
+
 def test_an_interrupted_training_equals_an_uninterrupted_one(
     train_here, stored_run, tokens_of_texts, tmp_path, monkeypatch
 ):
@@ -124,9 +136,10 @@ def test_images_with_captions_are_trained_on_directly(train_here, captioned_fold
 
 
 def test_what_does_not_fit_is_refused_by_name(
-    train_here, tokens_of_texts, tokens_dir, captioned_folder, tmp_path
+    train_here, stored_run, tokens_of_texts, tokens_dir, captioned_folder, tmp_path
 ):
     features = ["--tokens", tokens_of_texts["features"]]
+    from_stored = [*features, "--loop.init_from", stored_run / "pipeline"]
     data = ["--data.source", "folder", "--data.path", captioned_folder]
     for options, message in (
         (["--tokens", tokens_dir, "--text.max_length", 7], "the tokens' condition is 'class'; expected tokens of"),
@@ -134,6 +147,8 @@ def test_what_does_not_fit_is_refused_by_name(
         ([*features, "--text.max_length", 33], "text_max_length is 33; expected 3 to 32"),
         ([*data, "--text.max_length", 7], "data.caption_column is null"),
         ([*features, "--text.encoder", captioned_folder], "text.encoder is .*: it has no config.json"),
+        ([*from_stored, "--text.null", "empty"], "a prior of num_empty_positions 0; expected 2, as text.encoder"),
+        ([*from_stored, "--text.encoder", "null"], "a prior of text_dim 8; expected None, as text.encoder None"),
     ):
         with pytest.raises(ValueError, match=message):
             train_here(tmp_path / "run", *options)

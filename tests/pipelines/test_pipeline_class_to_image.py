@@ -331,7 +331,7 @@ def test_a_download_fetches_configuration_and_safetensors_alone(monkeypatch, tmp
 
     make_pipeline().save_pretrained(tmp_path)
     monkeypatch.setattr(storage, "snapshot_download", snapshot_download)
-    patterns = {"allow_patterns": ["*.json", "*.safetensors", "README.md", "samples.png"]}
+    patterns = {"allow_patterns": ["*.json", "*.safetensors", "README.md", "samples.png", "text_tokenizer/*"]}
     assert ClassToImagePipeline.download("someone/birds") == str(tmp_path)
     assert calls == [(("someone/birds",), patterns)]
     pipe = ClassToImagePipeline.from_pretrained(

@@ -135,7 +135,7 @@ def test_a_hub_repository_is_downloaded_once_and_read_as_a_folder(pipe, tmp_path
     loaded = ClassToImagePipeline.from_pretrained("someone/birds", revision="v1", dtype=torch.float32)
     (repo_id, options), *more = calls
     assert repo_id == "someone/birds" and options["revision"] == "v1" and not more
-    assert options["allow_patterns"] == ["*.json", "*.safetensors", "README.md", "samples.png"]
+    assert options["allow_patterns"] == ["*.json", "*.safetensors", "README.md", "samples.png", "text_tokenizer/*"]
     images = [p("wren", generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (pipe, loaded)]
     assert torch.equal(*images)
 

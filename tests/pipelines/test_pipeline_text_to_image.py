@@ -166,7 +166,7 @@ def test_components_that_do_not_fit_are_refused_by_name(pipe, build_text_pipelin
         TextToImagePipeline(**parts, text_encoder=text_encoder.model)
     with pytest.raises(ValueError, match="text_encoder is a BertTokenizer"):
         TextToImagePipeline(**parts, text_encoder=text_encoder.tokenizer, text_tokenizer=text_encoder.model)
-    with pytest.raises(ValueError, match="text_encoder is of width 8; expected 12"):
+    with pytest.raises(ValueError, match="text_encoder is a BertModel of width 8; expected 12"):
         build_text_pipeline(text_dim=12)
     with pytest.raises(ValueError, match="expected classes"):
         ClassToImagePipeline(**parts)
