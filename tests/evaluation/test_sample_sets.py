@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from nextblock.evaluation.references import open_images
 from nextblock.evaluation.sample_order import turn_order
 from nextblock.evaluation.sample_sets import open_samples
 
@@ -65,6 +66,14 @@ def test_every_image_is_read_once_with_its_class_by_any_number_of_processes(samp
     for wrong in ((0, 0, 1), (1, 2, 2), (1, -1, 2)):
         with pytest.raises(ValueError, match="batch_size is .*; expected"):
             next(samples.batches(*wrong))
+
+
+def test_classes_are_the_numbers_of_folders_cropped_or_not(tmp_path):
+    names = [f"{name}/{number}.png" for name in ("207-hen", "3") for number in (0, 1)]
+    write_pictures(tmp_path / "set", IMAGES[:4], names)
+    for size in ((H, W), (H // 2, W // 2)):
+        images, crop = open_images(str(tmp_path / "set"), size)
+        assert sorted(images.class_labels) == [3, 3, 207, 207] and (crop is None) == (size == (H, W))
 
 
 def test_the_hash_tells_contents_apart_and_nothing_else(tmp_path):
