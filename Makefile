@@ -63,7 +63,7 @@ quickstart-emoji: .venv/installed-emoji
 	nextblock train-tokenizer --config tokenizer/emoji-32 --data.path $(EMOJI)/pictures --loop.seed $(SEED) --output_dir $(EMOJI)/tokenizer
 	nextblock tokenize --config tokenizer/tokenize-emoji --data.path $(EMOJI)/pictures --tokenizer $(EMOJI)/tokenizer --text_encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/tokens
 	OMP_NUM_THREADS=1 accelerate launch --config_file $$(nextblock config accelerate/cpu-2-processes) -m nextblock train-prior --config prior/emoji-32 --loop.seed $(SEED) --loop.cpu true --tokens $(EMOJI)/tokens --tokenizer $(EMOJI)/tokenizer --text.encoder $$(cat .venv/installed-emoji) --output_dir $(EMOJI)/prior --pipeline_dir $(EMOJI)/pipeline
-	python examples/emoji_judge.py --pipeline $(EMOJI)/pipeline --pictures $(EMOJI)/pictures --output_dir $(EMOJI) --seed $(SEED) --guidance_scales 2 1 1.5 2.5 3 4
+	python examples/emoji_judge.py --pipeline $(EMOJI)/pipeline --pictures $(EMOJI)/pictures --output_dir $(EMOJI) --seed $(SEED) --guidance_scales 1.5 1 2 2.5 3 4
 endif
 
 .venv/installed-emoji: .venv/installed
