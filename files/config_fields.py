@@ -39,9 +39,7 @@ def refuse_unknown_fields(config_class: type[PreTrainedConfig], given: Mapping[s
     Raises:
         ValueError: naming all that are unknown; or one that names code of another repository, no dtype, or no options.
     """
-    for name in ("_attn_implementation", "attn_implementation", "experts_implementation"):
-        if "/" in str(given.get(name)):
-            raise ValueError(f"{name} is {given[name]!r}; expected none of a repository, whose code would be run")
+    refuse_code(given)
     for name in ("dtype", "torch_dtype"):
         value = given.get(name)
         if isinstance(value, str) and not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
@@ -54,6 +52,23 @@ def refuse_unknown_fields(config_class: type[PreTrainedConfig], given: Mapping[s
     if unknown:
         own = [name for name, p in inspect.signature(config_class).parameters.items() if p.kind != p.VAR_KEYWORD]
         raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}; expected some of {own}")
+
+
+def refuse_code(given: Mapping[str, Any]) -> None:
+    """Refuse a configuration, or one inside it, by which transformers would fetch code of another repository.
+
+    Args:
+        given: fields by name.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for name in ("_attn_implementation", "attn_implementation", "experts_implementation"):
+        if "/" in str(given.get(name)):
+            raise ValueError(f"{name} is {given[name]!r}; expected none of a repository, whose code would be run")
+    for inner in given.values():
+        if isinstance(inner, Mapping):
+            refuse_code(inner)
 
 
 def check_counts(config: PreTrainedConfig, bounds: Mapping[str, tuple[int, int]]) -> None:

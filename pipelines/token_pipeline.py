@@ -22,6 +22,7 @@ from .compiling import compile_pipeline
 from .editing import Output
 from .given_images import ImageInput
 from .pairing import check_components, check_pair, check_stored_pair
+from .stored_encoder import check_stored_config, check_stored_weights
 
 
 class TokenPipeline(DiffusionPipeline):
@@ -88,7 +89,11 @@ class TokenPipeline(DiffusionPipeline):
         storage.check_loading(kwargs.get("use_safetensors"), kwargs.get("dtype", kwargs.get("torch_dtype")))
         is_folder = os.path.isdir(pretrained_model_name_or_path)
         folder = pretrained_model_name_or_path if is_folder else cls.download(pretrained_model_name_or_path, **kwargs)
+        check_stored_config(folder)
         pipe = super().from_pretrained(folder, **kwargs | {"use_safetensors": True})
+        encoder = getattr(pipe, "text_encoder", None)
+        if encoder is not None and "text_encoder" not in kwargs:
+            check_stored_weights(encoder, folder, kwargs.get("variant"))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         storage.keep_grid(pipe, folder)
         check_stored_pair(pipe, folder, kwargs)

@@ -17,10 +17,12 @@ from transformers import (
     AutoModelForTextEncoding,
     AutoTokenizer,
     CLIPTextModel,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from nextblock.files.config_fields import refuse_code
 from nextblock.files.fingerprints import model_fingerprint
 
 # Sampled and stored alike: features that were computed and ones that were stored are the same numbers.
@@ -153,6 +155,7 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max
     return {"text_ids": tokens.input_ids, "text_mask": tokens.attention_mask.bool()}
 
 
+@torch.no_grad()
 def load_text_encoder(source: str, max_length: int | None, **options) -> TextEncoder:
     """Load a text model and its tokenizer.
 
@@ -168,16 +171,27 @@ def load_text_encoder(source: str, max_length: int | None, **options) -> TextEnc
         ValueError: if its model encodes no text, its tokenizer lacks what it needs, or `max_length` is more than its
             positions.
     """
+    options["trust_remote_code"] = False
+    refuse_code(PreTrainedConfig.get_config_dict(source, **options)[0])
     config = AutoConfig.from_pretrained(source, **options)
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         model_class = AutoModelForTextEncoding
     else:
         model_class = CLIPTextModel if config.model_type == "clip" else AutoModel
-    model = model_class.from_pretrained(source, dtype="auto", **options).eval().requires_grad_(False)
+    model, info = model_class.from_pretrained(source, dtype="auto", output_loading_info=True, **options)
+    model = model.eval().requires_grad_(False)
     is_of_text = hasattr(model.config, "hidden_size") and getattr(model, "main_input_name", None) == "input_ids"
     # What the others of two stacks give is their decoder's.
     if not is_of_text or (model.config.is_encoder_decoder and model_class is AutoModel):
         raise ValueError(f"{source!r} is a {type(model).__name__}; expected a model that encodes text")
+    # Features are not the pooler's, which models for other tasks come without.
+    drawn = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if drawn:
+        lacking = f"lacks {len(drawn)} tensors of a {type(model).__name__}: {drawn[:8]}"
+        raise ValueError(f"the file of {source!r} {lacking}; expected the weights of a trained model")
+    for name in info["missing_keys"]:
+        # Drawn at random, it would make another fingerprint of every load.
+        model.get_parameter(name).zero_()
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {source!r} has no pad_token; expected one, by which texts are filled up")

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
 
 from nextblock.data.images import ImageDataConfig, load_source
 from nextblock.data.tokens import TokenDataset, TokenManifest
@@ -145,6 +145,19 @@ def test_an_encoder_s_features_do_not_depend_on_a_text_s_neighbours(text_encoder
 
 def test_encoders_that_lack_something_are_refused_by_name(text_encoder_dir, tmp_path):
     assert load_text_encoder(text_encoder_dir, None).max_length == 32
+    # A model for another task has no pooler, which is no part of the features.
+    shutil.copytree(text_encoder_dir, tmp_path / "masked")
+    BertForMaskedLM(AutoConfig.from_pretrained(text_encoder_dir)).save_pretrained(tmp_path / "masked")
+    first, second = (load_text_encoder(str(tmp_path / "masked"), 8).fingerprint() for _ in range(2))
+    assert first == second
+    for fields, message in (
+        ({"_attn_implementation": "evil/kernel"}, "expected none of a repository, whose code would be run"),
+        ({"num_hidden_layers": 2}, "lacks 16 tensors of a BertModel: .*; expected the weights of a trained model"),
+    ):
+        config = json.loads((text_encoder_dir / "config.json").read_text())
+        (tmp_path / "masked" / "config.json").write_text(json.dumps(config | fields))
+        with pytest.raises(ValueError, match=message):
+            load_text_encoder(str(tmp_path / "masked"), 8)
     shutil.copytree(text_encoder_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(ValueError, match="bare' has no vocabulary of its tokenizer; expected its files"):
         load_text_encoder(str(tmp_path / "bare"), 8)

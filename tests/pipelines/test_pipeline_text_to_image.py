@@ -1,5 +1,6 @@
 """Prompts to images: a prompt stands alone, negative prompts, features in place of texts, saving, editing, mistakes."""
 
+import json
 import logging
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from nextblock.pipelines import ClassToImagePipeline, TextToImagePipeline
 from nextblock.prior import SamplingOptions
@@ -172,3 +174,16 @@ def test_components_that_do_not_fit_are_refused_by_name(pipe, build_text_pipelin
         ClassToImagePipeline(**parts)
     with pytest.raises(ValueError, match="guidance"):
         TextToImagePipeline(**parts, sampling=SamplingOptions(guidance_scale=-1.0))
+
+
+def test_a_stored_encoder_without_all_of_its_weights_or_with_code_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    weights, config = (tmp_path / "text_encoder" / name for name in ("model.safetensors", "config.json"))
+    tensors, fields = load_file(weights), json.loads(config.read_text())
+    tensors.pop("embeddings.LayerNorm.bias")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="text_encoder' lack 1 tensors of a BertModel: .*LayerNorm.bias'.; expected"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+    config.write_text(json.dumps(fields | {"_attn_implementation": "evil/kernel"}))
+    with pytest.raises(ValueError, match="_attn_implementation is 'evil/kernel'; expected none of a repository"):
+        TextToImagePipeline.from_pretrained(tmp_path)
