@@ -52,10 +52,14 @@ def tones_of(caption: str) -> tuple[str, ...]:
 
 
 def family_of(caption: str) -> str:
-    """Return what an emoji's variants in other tones and genders have in common."""
+    """Return what an emoji's variants in other tones and genders have in common.
+
+    A cook is the same emoji as a man or a woman cook; two people holding hands as a woman and a man who do.
+    """
     words = caption.partition(", ")[0].split()
     neutral = {"man": "person", "woman": "person", "men": "people", "women": "people", "boy": "child", "girl": "child"}
-    return " ".join(neutral.get(word, word) for word in words)
+    family = " ".join(neutral.get(word, word) for word in words).replace("person and person", "people")
+    return re.sub("^(person|people) ", "", family)
 
 
 def is_held_out(caption: str) -> bool:
