@@ -69,7 +69,9 @@ def test_every_prior_takes_two_steps_at_its_real_width(name, image_folder, tmp_p
     sizes = {"vocab_size": model.vocab_size, "embedding_dim": model.embedding_dim or 4}
     layout = {"layout": "scales", "scales": [1, 2]} if model.layout.is_scales else {"tile": [1, 2]}
     layout = {"tile": 1} if model.layout.is_single_tokens else layout
-    tokenizer = VQVAE(VQVAEConfig(image_size=8, hidden_dim=8, **sizes, **layout))
+    bases = getattr(model.config, "code_bases", None)
+    rule = {} if bases is None else {"codebook": "fsq", "fsq_levels": bases}
+    tokenizer = VQVAE(VQVAEConfig(image_size=8, hidden_dim=8, **sizes, **layout, **rule))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     folders = ["--output_dir", tmp_path / "run", "--pipeline_dir", tmp_path / "pipeline"]
     # Two layers of it: all of the largest would take 38 GB of weights.
