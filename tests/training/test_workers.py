@@ -33,7 +33,8 @@ def fail(self, micro_batches, step):
 TokenizerTask.train_step = fail
 main(arguments)
 """
-MESSAGES = {"error": "an error in a step", "killed worker": "killed by signal: Killed"}
+# Torch says that the worker "is killed by signal", or "exited unexpectedly" where it was just handing a batch over.
+MESSAGES = {"error": "an error in a step", "killed worker": "DataLoader worker (pid"}
 
 
 def members(group: int) -> list[int]:
