@@ -19,16 +19,18 @@ from nextblock.training.optim import OptimizerConfig, build_optimizer
 from nextblock.training.sharding import sharded_precision
 
 SIZES = {"vocab_size": 11, "num_classes": 3, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+BLOCKS = {"layout": BlockLayout.scales([1, 2, 3]), "embedding_dim": 4, "adaln_gamma_init": 1.0}
 FAMILIES = {
-    "block": (BlockPrior, {"layout": BlockLayout.scales([1, 2, 3]), "embedding_dim": 4, "adaln_gamma_init": 1.0}),
+    "block": (BlockPrior, BLOCKS),
     "llama": (LlamaPrior, {"layout": BlockLayout.tiles(1, [2, 7])}),
     "gpt": (GPTPrior, {"layout": BlockLayout.tiles(1, [2, 7])}),
     "rar": (RARPrior, {"layout": BlockLayout.tiles(1, [2, 7])}),
+    "digits": (BlockPrior, BLOCKS | {"vocab_size": 12, "code_bases": [3, 4], "head": "digits_in_turn"}),
 }
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 
 
-HEADS = {"llama": "output", "rar": "lm_head"}
+HEADS = {"llama": "output", "rar": "lm_head", "digits": "head.output"}
 
 
 def build_model(family: str, dtype: torch.dtype):
@@ -36,7 +38,8 @@ def build_model(family: str, dtype: torch.dtype):
     model_class, options = FAMILIES[family]
     model = model_class(model_class.config_class(**SIZES | options | {"layout": options["layout"].to_dict()}))
     for parameter in model.parameters():
-        if family != "block" and not parameter.any():  # A head or gate at zero lets no other gradient through.
+        # A head or gate at zero lets no other gradient through.
+        if model_class is not BlockPrior and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     return model.to(dtype).train()
 
@@ -46,7 +49,7 @@ def global_batch(family: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     var_input = torch.randn(4, 13, 4, generator=generator).to(dtype)
     classes = torch.tensor([0, 1, 2, 2 if family == "gpt" else 3])
     labels = torch.randint(11, (4, 14), generator=generator)
-    return var_input if family == "block" else labels[:, :-1], classes, labels
+    return var_input if FAMILIES[family][0] is BlockPrior else labels[:, :-1], classes, labels
 
 
 def take_step(model, optimizer, batch, **options) -> None:
