@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextblock.training.precision import is_plain_float32_on_cpu
+from nextblock.training.precision import is_plain_on_cpu
 
 # GB/s of weights read on two cores with AVX-512, of 31 that their memory gives, for K = 768 (in brackets 3072):
 #     M                    1        2        3        4        5        8       16
@@ -20,12 +20,18 @@ from nextblock.training.precision import is_plain_float32_on_cpu
 #     transposed      13 (19)  30 (20)  24 (12)  26 (10)  19 (9)   10 (5)   10 (6)
 #     oneDNN          24 (20)  17 (23)  16 (19)  17 (21)  17 (19)  14 (10)  11 (7)
 #     oneDNN, packed  24 (20)  19 (21)  22 (28)  26 (31)  24 (28)  21 (23)  17 (18)
+# and in bfloat16, of which packed rows are the plain product's to the bit, with AVX512-BF16:
+#     F.linear        16 (19)  16 (21)           15 (19)                    11 (13)
+#     oneDNN, packed  20 (21)  22 (23)           26 (27)                    17 (17)
+#     filled to four  25 (26)  26 (28)
 # With hundreds of rows oneDNN is ahead by a tenth. A row of it is the same among any others, from two rows on, packed
 # or not, and wherever the weights lie. The transposed product depends on both: small weights do without.
 MIN_TRANSPOSED_ROWS, MAX_TRANSPOSED_ROWS, MIN_LARGE_WEIGHTS = 2, 4, 2**18
-# Packing takes as long as some twenty products gain by it. Two rows, which oneDNN is slow for, are filled up to four.
+# Packing takes as long as some twenty products gain by it. Fewer rows than four, which oneDNN is slow for, are filled up.
 MIN_PACKED_USES, MIN_PACKED_ROWS, MAX_PACKED_BYTES = 32, 4, 2**32
 _HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+_HAS_BF16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_FAST_DTYPES = (torch.float32, torch.bfloat16) if _HAS_BF16 else (torch.float32,)
 
 
 class PackedWeights:
@@ -107,7 +113,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (…, N).
     """
-    if torch.is_grad_enabled() or not is_plain_float32_on_cpu(x, weight):
+    if torch.is_grad_enabled() or not is_plain_on_cpu(x, weight, *_FAST_DTYPES):
         return F.linear(x, weight, bias)
     N, K = weight.shape
     num_rows = x.numel() // K
@@ -116,6 +122,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = _packed_linear(packed_weights, x, weight, bias, num_rows)
         if y is not None:
             return y
+    if weight.dtype != torch.float32:
+        return F.linear(x, weight, bias)
     # The weights' shape first: where a number of rows is a symbol, asking for it splits a graph.
     if K <= N and K * N >= MIN_LARGE_WEIGHTS and MIN_TRANSPOSED_ROWS <= num_rows <= MAX_TRANSPOSED_ROWS:
         # Contiguous: what follows goes along N.
@@ -132,7 +140,9 @@ def _packed_linear(
 ) -> Tensor | None:
     """Compute with a packed copy, or return None where that is not the fast way."""
     N, K = weight.shape
-    if K * N < MIN_LARGE_WEIGHTS or num_rows < 2 or num_rows == 2 and K <= N or not _HAS_ONEDNN:
+    if K * N < MIN_LARGE_WEIGHTS or not num_rows or not _HAS_ONEDNN:
+        return None
+    if weight.dtype == torch.float32 and (num_rows == 1 or num_rows == 2 and K <= N):
         return None
     packed = packed_weights.of(weight, num_rows)
     if packed is None:

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nextblock.training.precision import is_plain_float32_on_cpu
+from nextblock.training.precision import is_plain_on_cpu
 
 MAX_NORM_GROUPS = 32
 # A group of one channel loses its mean, and with it an image's colour and brightness.
@@ -131,7 +131,7 @@ class Upsample(nn.Module):
         # What an adapter put in the convolution's place is called as it is.
         if type(self.conv) is nn.Conv2d and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             weight = self.conv.weight
-            if is_plain_float32_on_cpu(x, weight):
+            if is_plain_on_cpu(x, weight, torch.float32):
                 kernel = _doubling_kernel(_doubling_kernel(weight, 2), 3).transpose(0, 1)
                 return F.conv_transpose2d(x, kernel.contiguous(), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -87,18 +87,20 @@ def full_precision(tensor: Tensor, *others: Tensor) -> Tensor:
     return tensor.to(dtype)
 
 
-def is_plain_float32_on_cpu(tensor: Tensor, weight: Tensor) -> bool:
+def is_plain_on_cpu(tensor: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
     """Tell whether a CPU's own ways of computing may be taken.
 
     Args:
         tensor: an operand.
         weight: the other.
+        dtypes: the types that there are such ways for.
 
     Returns:
-        Whether both are float32 on a CPU, neither cast by autocast, and the weight of no tensor class of its own.
+        Whether both are of one of these types on a CPU, neither cast by autocast, and the weight of no subclass.
     """
     return (
-        tensor.dtype == weight.dtype == torch.float32
+        tensor.dtype == weight.dtype
+        and weight.dtype in dtypes
         and tensor.is_cpu
         and weight.is_cpu
         and type(weight) in (Tensor, nn.Parameter)

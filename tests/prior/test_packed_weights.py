@@ -13,6 +13,7 @@ from nextblock.prior import linear as linear_module
 from nextblock.prior.linear import MIN_PACKED_USES, Linear, PackedWeights, linear
 from nextblock.tokenizer import VQVAE, VQVAEConfig
 
+DTYPES = [torch.float32, torch.bfloat16] if linear_module._HAS_BF16 else [torch.float32]
 pytestmark = pytest.mark.skipif(not linear_module._HAS_ONEDNN, reason="torch is built without oneDNN")
 
 
@@ -50,15 +51,34 @@ def test_every_number_of_rows_gives_what_a_plain_product_gives(shape, num_inputs
     assert len(packed_weights._copies) == (num_rows > 2 or num_rows == 2 and num_inputs > num_outputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_a_row_does_not_depend_on_the_others_nor_on_being_packed():
+def test_a_row_does_not_depend_on_the_others_nor_on_being_packed(dtype):
     torch.manual_seed(0)
-    weight, x = torch.randn(512, 1024), torch.randn(64, 1024)
+    weight, x = torch.randn(512, 1024, dtype=dtype), torch.randn(64, 1024, dtype=dtype)
     whole, packed_weights = linear(x, weight), PackedWeights(MIN_PACKED_USES)
     with packed_weights.used():
         for num_rows in (2, 3, 4, 5, 16, 64):
             assert torch.equal(linear(x[:num_rows], weight), whole[:num_rows])
     assert len(packed_weights._copies) == 1
+
+
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="oneDNN has no bfloat16 on this processor")
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(512, 640), (640, 512)])
+@torch.no_grad()
+def test_half_types_are_packed_for_any_number_of_rows(num_inputs, num_outputs, has_bias):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(num_outputs, num_inputs).bfloat16(), torch.randn(num_outputs).bfloat16()
+    packed_weights = PackedWeights(MIN_PACKED_USES)
+    with packed_weights.used():
+        for num_rows in (0, 1, 2, 3, 16):
+            x, added = torch.randn(num_rows, 1, num_inputs).bfloat16(), bias if has_bias else None
+            y = linear(x, weight, added)
+            exact = F.linear(x.double(), weight.double(), None if added is None else bias.double())
+            assert y.dtype == torch.bfloat16 and y.is_contiguous()
+            torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=2**-5)
+            assert len(packed_weights._copies) == (num_rows > 0)
 
 
 @pytest.mark.parametrize(
@@ -86,14 +106,14 @@ def test_weights_that_change_between_two_calls_are_seen(change):
 
 
 @torch.no_grad()
-def test_what_is_not_plain_float32_without_gradient_is_not_packed(num_packed):
+def test_what_is_not_plain_without_gradient_is_not_packed(num_packed):
     layer, x = Linear(640, 512), torch.randn(4, 640)
     with PackedWeights(MIN_PACKED_USES).used():
         with torch.enable_grad():
             layer(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             layer(x)
-        layer.bfloat16()(x.bfloat16())
+        layer.double()(x.double())
         Linear(64, 64)(torch.randn(4, 64))
         linear(x, torch.randn(640, 512).t())
         with torch.inference_mode():
@@ -139,12 +159,25 @@ def models() -> tuple[VQVAE, BlockPrior]:
     return tokenizer, BlockPrior(config).eval()
 
 
-@pytest.mark.parametrize(("num_images", "rows"), [(1, [2]), (2, [4, 4, 4, 4])])
+@pytest.mark.parametrize(
+    ("num_images", "dtype", "rows"),
+    [
+        (1, torch.float32, [2]),
+        (2, torch.float32, [4, 4, 4, 4]),
+        pytest.param(
+            1,
+            torch.bfloat16,
+            [2, 2, 2, 2],
+            marks=pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="oneDNN has no bfloat16 on this processor"),
+        ),
+    ],
+)
 @torch.no_grad()
 def test_sampling_packs_once_gives_the_same_tokens_and_keeps_nothing(
-    num_images, rows, models, num_packed, monkeypatch
+    num_images, dtype, rows, models, num_packed, monkeypatch
 ):
     tokenizer, prior = models
+    prior.to(dtype)
     labels, names = torch.arange(num_images), set(prior.state_dict())
     made, init = [], PackedWeights.__init__
 
