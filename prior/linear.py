@@ -27,7 +27,7 @@ from nextblock.training.precision import is_plain_on_cpu
 # With hundreds of rows oneDNN is ahead by a tenth. A row of it is the same among any others, from two rows on, packed
 # or not, and wherever the weights lie. The transposed product depends on both: small weights do without.
 MIN_TRANSPOSED_ROWS, MAX_TRANSPOSED_ROWS, MIN_LARGE_WEIGHTS = 2, 4, 2**18
-# Packing takes as long as some twenty products gain by it. Fewer rows than four, which oneDNN is slow for, are filled up.
+# Packing takes as long as some twenty products gain by it. Fewer rows than four, for which it is slow, are filled up.
 MIN_PACKED_USES, MIN_PACKED_ROWS, MAX_PACKED_BYTES = 32, 4, 2**32
 _HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 _HAS_BF16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,6 +1,7 @@
 """Shipped configs: each parses as the run it is for, and the VAR presets have the published sizes."""
 
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ RUNS = {
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 # Read by the launcher, not by a run: tests/training/test_launch_configs.py.
 NAMES = [name for name in NAMES if not name.startswith("accelerate/")]
+# Of the tokenizers that priors with a head of digits go with.
+CODE_BASES = {"prior/digits-fsq": [8, 5, 5, 5], "prior/emoji-32": [8, 5, 5, 5, 4]}
 SCALES_256 = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
 SCALES_512 = [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]
 
@@ -50,7 +53,8 @@ def test_every_shipped_config_parses_as_its_run(name):
     if isinstance(config, PriorTrainConfig):
         takes_codes = getattr(config.model, "input_embedding", None) == "codes"
         layout = BlockLayout.scales([1, 2, 4, 8]) if takes_codes else BlockLayout.tiles(1, 8)
-        tokens = {"vocab_size": 1000, "code_bases": [8, 5, 5, 5]} if name == "prior/digits-fsq" else {}
+        bases = CODE_BASES.get(name)
+        tokens = {"vocab_size": prod(bases), "code_bases": bases} if bases else {}
         family_config(config.model, layout=layout.to_dict(), **tokens)
 
 
