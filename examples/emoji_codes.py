@@ -5,24 +5,21 @@ digit of each token by one-hot targets, of which the largest is taken. What it m
 samples are: `tone_among_own` is low where an emoji's codes are its own and say nothing of its other tones.
 Legend: N seen captions, G judged captions, L all tokens, E feature channels.
 
-    python benchmarks/codes_of_captions.py --pictures out/emoji/pictures --text_encoder "$(cat .venv/installed-emoji)" \
+    python examples/emoji_codes.py --pictures out/emoji/pictures --text_encoder "$(cat .venv/installed-emoji)" \
         --tokenizers out/emoji/tokenizer
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from emoji_judge import chosen_captions, figures, read_pictures, small
 from emoji_pictures import is_held_out
+from PIL import Image
+from torch import Tensor
 
 from nextblock.data.code_digits import CodeDigits
 from nextblock.files.atomic import write_text_whole
@@ -73,7 +70,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--text_encoder", required=True)
     parser.add_argument("--tokenizers", nargs="+", required=True)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/codes_of_captions.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/emoji_codes.json"))
     arguments = parser.parse_args()
     captions, pictures = read_pictures(arguments.pictures)
     groups, real = chosen_captions(captions), small(pictures)
