@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from emoji_judge import chosen_captions, figures, read_pictures, small
 from emoji_pictures import is_held_out
-from PIL import Image
 from torch import Tensor
 
 from nextblock.data.code_digits import CodeDigits
-from nextblock.files.atomic import write_text_whole
+from nextblock.data.pixels import to_pictures, to_pixel_values
+from nextblock.evaluation.report import write_json
 from nextblock.prior.text_encoder import TextEncoder, load_text_encoder
 from nextblock.tokenizer import VQVAE
 
@@ -57,12 +57,6 @@ def predicted_tokens(weights: Tensor, idx_NL: Tensor, digits: CodeDigits) -> Ten
     return torch.stack(columns, dim=1)
 
 
-def as_pictures(pixel_values: Tensor) -> list[Image.Image]:
-    """Turn (…, 3, H, W) in [-1, 1] into pictures."""
-    pixels = ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each) for each in pixels]
-
-
 @torch.no_grad()
 def main() -> None:
     """Print and write a row a tokenizer, after that of the pixels themselves."""
@@ -86,16 +80,16 @@ def main() -> None:
 
     rows = {"pixels": scores(weights @ real[is_seen].float())}
     print("pixels", json.dumps(rows["pixels"]))
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    seen_pictures = [picture for picture, seen in zip(pictures, is_seen, strict=True) if seen]
+    pixel_values = to_pixel_values(np.stack([np.asarray(picture) for picture in seen_pictures]))
     for source in arguments.tokenizers:
         tokenizer = VQVAE.from_pretrained(source).eval()
-        batches = (pixels[is_seen].float() / 127.5 - 1).split(128)
-        idx_NL = torch.cat([tokenizer.img_to_idx(batch) for batch in batches])
+        idx_NL = torch.cat([tokenizer.img_to_idx(batch) for batch in pixel_values.split(128)])
         digits = tokenizer.quantizer.digits or CodeDigits((tokenizer.config.vocab_size,))
-        drawn = as_pictures(tokenizer.idx_to_img(predicted_tokens(weights, idx_NL, digits)))
+        drawn = to_pictures(tokenizer.idx_to_img(predicted_tokens(weights, idx_NL, digits)))
         rows[source] = scores(small(drawn))
         print(source, json.dumps(rows[source]))
-    write_text_whole(arguments.output, json.dumps(rows, indent=1) + "\n")
+    write_json(rows, arguments.output)
 
 
 if __name__ == "__main__":
